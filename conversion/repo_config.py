@@ -1,0 +1,187 @@
+"""Read the YAML of one published repo: its base checkpoint, its architecture, its pruning options and its card fields."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from vispruner import ARCHITECTURES
+from vispruner.configuration_vispruner import merge_vispruner_config
+
+HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
+EMBEDDED_PREFIX = "embedded/"
+
+FIELDS = ("repo_id", "base_model", "base_revision", "architecture", "vispruner_config", "card")
+CARD_FIELDS = ("license", "license_name", "license_link", "language", "tags")
+LIST_CARD_FIELDS = ("language", "tags")
+FILLED_BY_BUILD = ("base_model_name_or_path", "base_model_revision")
+
+
+class RepoConfigError(ValueError):
+    """A repo's YAML is missing or says something that cannot be built."""
+
+
+@dataclass(frozen=True)
+class RepoConfig:
+    """One validated YAML; `vispruner_config` is complete, with the defaults filled in."""
+
+    path: Path
+    repo_id: str
+    base_model: str
+    base_revision: str | None
+    architecture: str
+    vispruner_config: dict[str, Any]
+    card: dict[str, Any] = field(default_factory=dict)
+
+
+def hub_config_names() -> list[str]:
+    """Return the stems of the YAML files in `hub_configs/`."""
+    return sorted(path.stem for path in HUB_CONFIGS.glob("*.yaml"))
+
+
+def find_repo_config(config: str | os.PathLike[str]) -> Path:
+    """Return the YAML meant by a path, or by the stem of a file in `hub_configs/`."""
+    given = os.fspath(config)
+    path = Path(given)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or path.name != given:
+        raise RepoConfigError(f"{given}: no such file (give a YAML file, or one of: {', '.join(hub_config_names())})")
+    shipped = HUB_CONFIGS / f"{given}.yaml"
+    if not shipped.is_file():
+        raise RepoConfigError(
+            f"{given!r} is neither a file nor one of the configs in hub_configs: {', '.join(hub_config_names())}"
+            + _did_you_mean(given, hub_config_names())
+        )
+    return shipped
+
+
+def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
+    """Load and validate one YAML, given as a path or as the stem of a file in `hub_configs/`."""
+    path = find_repo_config(config)
+    content = _read_yaml(path)
+    if not isinstance(content, dict):
+        raise RepoConfigError(f"{path}: must hold the fields {', '.join(FIELDS)}, got {_shown(content)}")
+    _refuse_unknown(path, "", content, FIELDS)
+    for name in ("repo_id", "base_model", "architecture", "vispruner_config"):
+        if content.get(name) is None:
+            raise RepoConfigError(f"{path}: {name} is missing: add it (hub_configs/README.md shows every field)")
+    for name in ("repo_id", "base_model", "architecture"):
+        _require_text(path, name, content[name])
+    _check_repo_id(path, content["repo_id"])
+    architecture = content["architecture"]
+    if architecture not in ARCHITECTURES:
+        raise RepoConfigError(f"{path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    return RepoConfig(
+        path=path,
+        repo_id=content["repo_id"],
+        base_model=content["base_model"],
+        base_revision=_base_revision(path, content),
+        architecture=architecture,
+        vispruner_config=_vispruner_config(path, content["vispruner_config"]),
+        card=_card(path, content.get("card")),
+    )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """The safe loader, except that a field given twice is an error and not the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given twice: keep one", key_node.start_mark
+                )
+            seen.add(key)
+        return mapping
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except UnicodeDecodeError as error:
+        raise RepoConfigError(f"{path}: is not UTF-8 text: {error}") from error
+    except yaml.YAMLError as error:
+        raise RepoConfigError(f"{path}: is not valid YAML: {error}") from error
+
+
+def _check_repo_id(path: Path, repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise RepoConfigError(f"{path}: repo_id is not a valid Hub id: {error}") from error
+    if repo_id.count("/") != 1:
+        raise RepoConfigError(f"{path}: repo_id must be owner/name, got {repo_id!r}")
+
+
+def _base_revision(path: Path, content: dict[str, Any]) -> str | None:
+    revision = content.get("base_revision")
+    if revision is not None:
+        _require_text(path, "base_revision", revision)
+        return revision
+    base_model = content["base_model"]
+    if base_model.startswith(EMBEDDED_PREFIX) or Path(base_model).expanduser().is_dir():
+        return None
+    raise RepoConfigError(
+        f"{path}: base_revision is missing: give the commit (or the branch) of {base_model} that is built from"
+    )
+
+
+def _vispruner_config(path: Path, options: Any) -> dict[str, Any]:
+    if not isinstance(options, dict):
+        raise RepoConfigError(f"{path}: vispruner_config must hold fields, for example {{visual_token_num: 128}}")
+    for name in FILLED_BY_BUILD:
+        if name in options:
+            raise RepoConfigError(
+                f"{path}: vispruner_config.{name} is written by the build: remove it and set base_model / base_revision"
+            )
+    try:
+        return merge_vispruner_config(None, options)
+    except (ValueError, TypeError) as error:
+        raise RepoConfigError(f"{path}: {error}") from error
+
+
+def _card(path: Path, card: Any) -> dict[str, Any]:
+    if card is None:
+        return {}
+    if not isinstance(card, dict):
+        raise RepoConfigError(f"{path}: card must hold fields, for example {{license: llama2, language: en}}")
+    _refuse_unknown(path, "card.", card, CARD_FIELDS)
+    for name, value in card.items():
+        values = value if name in LIST_CARD_FIELDS and isinstance(value, list) else [value]
+        for entry in values:
+            _require_text(path, f"card.{name}", entry)
+    return dict(card)
+
+
+def _refuse_unknown(path: Path, prefix: str, content: dict[Any, Any], known: tuple[str, ...]) -> None:
+    for name in content:
+        if name not in known:
+            raise RepoConfigError(
+                f"{path}: {prefix}{name} is not a field: the fields are {', '.join(known)}"
+                + _did_you_mean(str(name), known)
+            )
+
+
+def _require_text(path: Path, name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise RepoConfigError(f"{path}: {name} must be text, got {_shown(value)}: put it in quotes")
+
+
+def _did_you_mean(given: str, known: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"
