@@ -1,0 +1,406 @@
+"""Read and write checkpoint folders: shard by shard, complete or not at all.
+
+Reading checks what an index promises against what the files hold, never runs code from a pickle, and keeps one tensor
+(safetensors) or one memory-mapped shard (.bin) open at a time. Writing collects one shard, and `atomic_directory`
+lets a folder appear under its name only when everything in it has been written.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import os
+import pickle
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; left-over folders of killed runs are then not recognised
+    fcntl = None  # type: ignore[assignment]
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SHARD_PATTERN = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder that cannot be read, is not what it says, or cannot be written."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a checkpoint says about one tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object; a file that is missing, unreadable or something else raises a `CheckpointError`."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(value).__name__}")
+    return value
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Say whether the folder holds weight files under the names that transformers looks for."""
+    return any((Path(folder) / name).is_file() for name in WEIGHT_FILES)
+
+
+def checkpoint_shards(folder: str | Path) -> dict[Path, set[str] | None]:
+    """List the weight files of a folder, each with the tensor names its index promises (None: there is no index).
+
+    Safetensors win over .bin, as in transformers. A missing shard raises and is named.
+    """
+    folder = Path(folder)
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        names = sorted(p.name for p in folder.glob("*") if SHARD_PATTERN.fullmatch(p.name))
+        if names:
+            raise CheckpointError(f"{folder} has shards ({names[0]} ...) but no index file *.index.json for them")
+        raise CheckpointError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)} is there")
+    if not found.name.endswith(".index.json"):
+        return {found: None}
+    shards: dict[Path, set[str] | None] = {}
+    for name, file in sorted(_weight_map(found).items()):
+        promised = shards.setdefault(folder / file, set())
+        assert promised is not None
+        promised.add(name)
+    missing = sorted(path.name for path in shards if not path.is_file())
+    if missing:
+        raise CheckpointError(f"{folder} is incomplete: {found.name} names {', '.join(missing)}, which is not there")
+    return dict(sorted(shards.items()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map")
+    for file in weight_map.values():
+        # A shard lies beside its index; anything else would let a checkpoint read files elsewhere on the machine.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith((".safetensors", ".bin")):
+            raise CheckpointError(f"{index}: weight_map names {file!r}, which is not a .safetensors or .bin file name")
+    return weight_map
+
+
+def iter_checkpoint_tensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every (name, tensor) of a checkpoint folder, one shard after the other, names sorted within a shard.
+
+    Every shard's names are checked against the index first, so that an incomplete folder fails before any work.
+    """
+    shards = checkpoint_shards(folder)
+    read_tensor_headers(folder)
+    for path in shards:
+        if path.suffix == ".safetensors":
+            with _open_safetensors(path) as file:
+                for name in sorted(file.keys()):
+                    yield name, file.get_tensor(name)
+        else:
+            tensors = _load_bin(path)
+            for name in sorted(tensors):
+                yield name, tensors.pop(name)
+
+
+def read_tensor_headers(folder: str | Path) -> dict[str, TensorHeader]:
+    """Read names, shapes and dtypes of a checkpoint folder without its values, and check them against the index."""
+    headers: dict[str, TensorHeader] = {}
+    for path, promised in checkpoint_shards(folder).items():
+        own = _safetensors_headers(path) if path.suffix == ".safetensors" else _bin_headers(path)
+        if promised is not None and own.keys() != promised:
+            absent, surplus = sorted(promised - own.keys()), sorted(own.keys() - promised)
+            told = [f"lacks {_shorten(absent)}"] * bool(absent) + [f"also holds {_shorten(surplus)}"] * bool(surplus)
+            raise CheckpointError(f"{path} does not hold what its index says: it {' and '.join(told)}")
+        headers.update(own)
+    return headers
+
+
+def _shorten(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _safetensors_headers(path: Path) -> dict[str, TensorHeader]:
+    headers = {}
+    with _open_safetensors(path) as file:
+        for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+            view = file.get_slice(name)
+            if view.get_dtype() not in SAFETENSORS_DTYPES:
+                raise CheckpointError(f"{path}: {name} has dtype {view.get_dtype()}, which is not supported")
+            dtype = SAFETENSORS_DTYPES[view.get_dtype()]
+            headers[name] = TensorHeader(tuple(view.get_shape()), dtype, path.name)
+    return headers
+
+
+def _bin_headers(path: Path) -> dict[str, TensorHeader]:
+    tensors = _load_bin(path, map_location="meta")
+    return {name: TensorHeader(tuple(value.shape), value.dtype, path.name) for name, value in tensors.items()}
+
+
+def _load_bin(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor]:
+    """Unpickle tensors and nothing else; only the zip format of torch >= 1.6 can be memory-mapped."""
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        tensors = torch.load(path, map_location=map_location, weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+        raise CheckpointError(
+            f"{path} is refused: its pickle holds something else than tensors, which could run code when loaded; "
+            f"nothing of it was executed. {reason.strip()}".rstrip()
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint: {error}") from error
+    if not isinstance(tensors, dict) or not tensors:
+        raise CheckpointError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise CheckpointError(f"{path}: entry {name!r} is not a dense tensor but {type(value).__name__}")
+    return {name: value.detach() for name, value in tensors.items()}
+
+
+def write_checkpoint(
+    tensors: Iterable[tuple[str, torch.Tensor]], folder: str | Path, max_shard_size: int | str = 5 * 10**9
+) -> None:
+    """Write tensors as safetensors shards plus index (one file and no index if they fit), holding one shard in memory.
+
+    max_shard_size  bytes, or a string such as "5GB"; a single larger tensor gets a shard of its own
+    """
+    folder = Path(folder)
+    limit = parse_size(max_shard_size)
+    weight_map: dict[str, int] = {}
+    shard: dict[str, torch.Tensor] = {}
+    filled = total = count = 0
+
+    def flush() -> None:
+        nonlocal filled, count
+        _save_shard(shard, folder / f"shard-{count:05d}.safetensors")
+        shard.clear()
+        filled, count = 0, count + 1
+
+    for name, tensor in tensors:
+        if name in weight_map:
+            raise CheckpointError(f"tensor {name} was given twice")
+        size = tensor.numel() * tensor.element_size()
+        if shard and filled + size > limit:
+            flush()
+        shard[name] = tensor
+        weight_map[name] = count
+        filled, total = filled + size, total + size
+    if not weight_map:
+        raise CheckpointError(f"no tensors to write to {folder}")
+    flush()
+    _name_shards(folder, weight_map, count, total)
+
+
+def _name_shards(folder: Path, weight_map: dict[str, int], count: int, total: int) -> None:
+    """Give the shards their final names, which carry their number, and write the index."""
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    names = ["model.safetensors"] if count == 1 else names
+    for i, name in enumerate(names):
+        os.replace(folder / f"shard-{i:05d}.safetensors", folder / name)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {key: names[i] for key, i in sorted(weight_map.items())},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_shard(shard: dict[str, torch.Tensor], path: Path) -> None:
+    seen: set[int] = set()
+    ready = {}
+    for name, tensor in shard.items():
+        # safetensors refuses tensors that share memory; each name gets bytes of its own.
+        shares = tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in seen
+        seen.add(tensor.untyped_storage().data_ptr())
+        ready[name] = tensor.clone().contiguous() if shares else tensor.contiguous()
+    try:
+        save_file(ready, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise CheckpointError(f"cannot write {path}: {error}") from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(0o666 & ~_umask())  # safetensors makes the file private to its owner
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def parse_size(size: int | str) -> int:
+    """Read a number of bytes: an int, or a string such as "5GB" or "500MB" (powers of ten)."""
+    if isinstance(size, int) and not isinstance(size, bool):
+        value: float = size
+    else:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", str(size).strip().upper())
+        if match is None:
+            raise ValueError(f'max_shard_size must be a number of bytes or a string such as "5GB", got {size!r}')
+        value = float(match[1]) * 10 ** (3 * " KMGT".index(match[2] or " "))
+    if value < 1:
+        raise ValueError(f"max_shard_size must be at least one byte, got {size!r}")
+    return int(value)
+
+
+@contextmanager
+def atomic_directory(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a new folder to write into; it takes the place of `destination` only when the block ends without error.
+
+    After any failure the folder is removed and `destination` is as it was before. What killed runs left beside it is
+    removed first. A non-empty `destination` is refused unless `overwrite`.
+    """
+    final = Path(destination).expanduser().resolve()
+    _check_destination(final, overwrite)
+    made = [parent for parent in final.parents if not parent.exists()]
+    work = handle = None
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(final)
+        work, handle = _make_work_folder(final)
+        yield work
+        _publish(work, final, overwrite)
+    except BaseException as error:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: somebody else uses it by now
+                parent.rmdir()
+        told = _explain_write_error(error, final, work)
+        if told is None:
+            raise
+        raise CheckpointError(told) from error
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _check_destination(final: Path, overwrite: bool) -> None:
+    try:
+        if final.exists() and not final.is_dir():
+            raise CheckpointError(f"{final} exists and is not a folder")
+        if final.is_dir() and any(final.iterdir()) and not overwrite:
+            raise CheckpointError(f"{final} exists and is not empty; choose another folder or allow overwriting")
+    except PermissionError as error:
+        raise CheckpointError(f"no permission to read {final}") from error
+
+
+def _make_work_folder(final: Path) -> tuple[Path, int | None]:
+    """Make the sibling folder; a lock on it, which ends with this process, tells it from one left by a killed run."""
+    while True:
+        work = final.with_name(f".{final.name}.incomplete-{secrets.token_hex(4)}")
+        work.mkdir()
+        with suppress(BlockingIOError, FileNotFoundError):  # another process took it for left over before the lock
+            handle = _lock(work)
+            if work.is_dir():
+                return work, handle
+            if handle is not None:
+                os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until this process ends; None where that is not possible, BlockingIOError if somebody else has."""
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return handle
+
+
+def _remove_stale(final: Path) -> None:
+    for folder in final.parent.glob(f".{glob.escape(final.name)}.incomplete-*"):
+        with suppress(OSError):  # in use, or not ours to remove
+            handle = _lock(folder)
+            if handle is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
+
+
+def _publish(work: Path, final: Path, overwrite: bool) -> None:
+    previous = final.with_name(f".{final.name}.previous-{secrets.token_hex(4)}")
+    replaces = overwrite and final.is_dir()
+    if replaces:
+        os.replace(final, previous)
+    try:
+        os.replace(work, final)
+    except OSError as error:
+        if replaces:
+            os.replace(previous, final)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise CheckpointError(
+                f"{final} was filled by somebody else in the meantime; it is left as it is"
+            ) from error
+        raise
+    if replaces:
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def _explain_write_error(error: BaseException, final: Path, work: Path | None) -> str | None:
+    """Put a failure to write into words; None for any other error."""
+    if not isinstance(error, OSError) or isinstance(error, CheckpointError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left to write {final}; nothing was left behind"
+    where = Path(str(error.filename or ""))
+    if work is not None and work not in (where, *where.parents) and where not in (final, *final.parents):
+        return None  # a file that was being read
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write {final}; nothing was left behind"
+    return f"cannot write {final}: {error.strerror or error}"
