@@ -1,1 +1,1 @@
-"""Everything around the published model files: converting, building, verifying and showing repositories, and the command line."""
+"""Everything around the published model files: convert, build, verify and show repositories; the command line."""

@@ -1,0 +1,47 @@
+"""Shared fixtures: tiny seeded checkpoints and one real photograph; no test may reach the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import time by huggingface_hub, hence before every other import
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vispruner import conversion
+from vispruner.conversion.tiny_llava import write_tiny_llava, write_tiny_llava_next
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no accelerator on this machine"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock LLaVA-1.5 checkpoint with 64 visual tokens an image."""
+    return write_tiny_llava(tmp_path_factory.mktemp("bases") / "tiny-llava", image_size=112)
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_next_repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock LLaVA-NeXT checkpoint with 16 visual tokens a tile."""
+    return write_tiny_llava_next(tmp_path_factory.mktemp("bases") / "tiny-llava-next", image_size=56)
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """The photograph that ships with the package."""
+    with Image.open(Path(conversion.__file__).parent / "assets" / "chelsea.jpg") as image:
+        return image.convert("RGB")
