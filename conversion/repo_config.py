@@ -1,4 +1,4 @@
-"""Read the YAML of one published repo: its base checkpoint, its architecture, its pruning options and its card fields."""
+"""Read the YAML of one published repo: base checkpoint, architecture, pruning options and card fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from vispruner import ARCHITECTURES
+
+from vispruner import ARCHITECTURES, SELECTORS
 from vispruner.configuration_vispruner import merge_vispruner_config
 
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
@@ -143,12 +144,18 @@ def _vispruner_config(path: Path, options: Any) -> dict[str, Any]:
     for name in FILLED_BY_BUILD:
         if name in options:
             raise RepoConfigError(
-                f"{path}: vispruner_config.{name} is written by the build: remove it and set base_model / base_revision"
+                f"{path}: vispruner_config.{name} is written by the build: set base_model / base_revision instead"
             )
     try:
-        return merge_vispruner_config(None, options)
-    except (ValueError, TypeError) as error:
+        complete = merge_vispruner_config(None, options)
+    except ValueError as error:
         raise RepoConfigError(f"{path}: {error}") from error
+    methods = ["none", *SELECTORS]
+    if complete["method"] not in methods:
+        raise RepoConfigError(
+            f"{path}: vispruner_config.method must be one of {', '.join(methods)}, got {complete['method']!r}"
+        )
+    return complete
 
 
 def _card(path: Path, card: Any) -> dict[str, Any]:
