@@ -1,0 +1,98 @@
+"""VisPruner for Hugging Face vision-language models: load a stock model with fewer visual tokens.
+
+This file is the installed package's front door and is never published; the files beside it are, verbatim.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .configuration_vispruner import (
+    FIELD_NAMES,
+    VisPrunerLlavaConfig,
+    VisPrunerLlavaNextConfig,
+    VisPrunerOptions,
+    merge_vispruner_config,
+)
+from .modeling_vispruner_llava import VisPrunerLlavaForConditionalGeneration
+from .modeling_vispruner_llava_next import VisPrunerLlavaNextForConditionalGeneration
+from .token_selection import SELECTORS, register_selector, select_tokens, select_vispruner
+
+try:
+    __version__ = version("vispruner")
+except PackageNotFoundError:  # imported from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ARCHITECTURES",
+    "SELECTORS",
+    "Architecture",
+    "VisPrunerLlavaConfig",
+    "VisPrunerLlavaForConditionalGeneration",
+    "VisPrunerLlavaNextConfig",
+    "VisPrunerLlavaNextForConditionalGeneration",
+    "VisPrunerOptions",
+    "auto_map",
+    "code_files",
+    "load",
+    "merge_vispruner_config",
+    "register_selector",
+    "select_tokens",
+    "select_vispruner",
+]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The two classes that one `model_type` is loaded with."""
+
+    config_class: type
+    model_class: type[PreTrainedModel]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llava": Architecture(VisPrunerLlavaConfig, VisPrunerLlavaForConditionalGeneration),
+    "llava_next": Architecture(VisPrunerLlavaNextConfig, VisPrunerLlavaNextForConditionalGeneration),
+}
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """Return the classes for a `model_type`; ValueError lists the supported ones."""
+    if model_type not in ARCHITECTURES:
+        raise ValueError(f"model_type {model_type!r} is not supported; the supported ones are {sorted(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]
+
+
+def code_files(architecture: str) -> list[Path]:
+    """Return the files that a Hub repo of this architecture carries: its modeling file and what that imports."""
+    entry = Path(__file__).parent / f"modeling_vispruner_{architecture}.py"
+    architecture_of(architecture)
+    return sorted({entry, *(Path(file) for file in get_relative_import_files(entry))})
+
+
+def auto_map(architecture: str) -> dict[str, str]:
+    """Return the `auto_map` of config.json for this architecture."""
+    return architecture_of(architecture).model_class.vispruner_auto_map()
+
+
+def load(base: str, **options: Any) -> PreTrainedModel:
+    """Load a stock (or pruned) checkpoint as a pruned model, without building a repo first.
+
+    Keywords that are fields of `vispruner_config` (visual_token_num=64, keep_ratio=0.1, ...) go there; all others
+    (dtype, device_map, revision, token ...) go to `from_pretrained`. Raises ValueError for an unsupported model_type.
+    """
+    vispruner_config = {name: options.pop(name) for name in FIELD_NAMES if name in options}
+    if "vispruner_config" in options:
+        vispruner_config = {**(options.pop("vispruner_config") or {}), **vispruner_config}
+    hub_options = {
+        name: options[name]
+        for name in ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
+        if name in options
+    }
+    base_config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options)
+    model_class = architecture_of(base_config.model_type).model_class
+    return model_class.from_pretrained(base, vispruner_config=vispruner_config, **options)

@@ -1,0 +1,164 @@
+"""The `vispruner_config` block of config.json: its fields, their defaults (the paper's) and their validation.
+
+A config subclass keeps the base model's `model_type`, so every table of `transformers` keyed by it still works.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from transformers import LlavaConfig, LlavaNextConfig
+
+POSITION_POLICIES = (None, "renumber", "original")
+TILE_MODES = ("paper", "native")
+
+
+@dataclass(frozen=True)
+class VisPrunerOptions:
+    """One validated `vispruner_config` (arXiv 2412.01818).
+
+    method            name of a registered selector, or "none" for the dense model
+    visual_token_num  visual tokens kept per encoded image or tile; exactly one of this and
+    keep_ratio        the fraction kept is set, unless method is "none"
+    important_ratio   share of the budget given to the most attended tokens
+    dedup_step        most tokens that one round of duplicate removal drops
+    attention_layer   encoder layer that attention is read from; null is the layer that produces the features
+    position_policy   null or "renumber": the shorter sequence is numbered anew; "original": kept tokens keep the
+                      position they had in the full prompt
+    tile_mode         LLaVA-NeXT only: "paper" or "native" packing of the kept tokens
+    seed              method "random" only
+    base_model_name_or_path, base_model_revision   where the weights came from
+    """
+
+    method: str = "vispruner"
+    visual_token_num: int | None = None
+    keep_ratio: float | None = None
+    important_ratio: float = 0.5
+    dedup_step: int = 8
+    attention_layer: int | None = None
+    position_policy: str | None = None
+    tile_mode: str = "paper"
+    seed: int | None = None
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.method, str) and self.method, "method", 'a selector name or "none"', self.method)
+        self._check_budget()
+        _require(_is_number(self.important_ratio) and 0 <= self.important_ratio <= 1, "important_ratio",
+                 "a number in [0, 1]", self.important_ratio)  # fmt: skip
+        _require(_is_int(self.dedup_step) and self.dedup_step >= 1, "dedup_step", "an integer >= 1", self.dedup_step)
+        _require(self.attention_layer is None or _is_int(self.attention_layer), "attention_layer",
+                 "an encoder layer index or null", self.attention_layer)  # fmt: skip
+        _require(self.position_policy in POSITION_POLICIES, "position_policy",
+                 'null, "renumber" or "original"', self.position_policy)  # fmt: skip
+        _require(self.tile_mode in TILE_MODES, "tile_mode", '"paper" or "native"', self.tile_mode)
+        _require(self.seed is None or _is_int(self.seed), "seed", "an integer or null", self.seed)
+        _require(self.method != "random" or self.seed is not None, "seed", 'an integer when method is "random"', None)
+        for name in ("base_model_name_or_path", "base_model_revision"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str), name, "a string or null", value)
+
+    def _check_budget(self) -> None:
+        count, ratio = self.visual_token_num, self.keep_ratio
+        disable = ' (use method="none" to disable pruning)'
+        _require(
+            count is None or (_is_int(count) and count >= 1), "visual_token_num", "an integer >= 1", count, disable
+        )
+        _require(ratio is None or (_is_number(ratio) and 0 < ratio <= 1), "keep_ratio", "a number in (0, 1]", ratio,
+                 disable)  # fmt: skip
+        if count is not None and ratio is not None:
+            raise ValueError(
+                "vispruner_config.visual_token_num and vispruner_config.keep_ratio are both set, "
+                f"got {count} and {ratio}; give exactly one of them"
+            )
+        if count is None and ratio is None and self.method != "none":
+            raise ValueError(
+                "vispruner_config needs a budget: set visual_token_num (a count) or keep_ratio (a fraction)" + disable
+            )
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "VisPrunerOptions":
+        """Validate a `vispruner_config` dict; ValueError names the offending field."""
+        _require_known_keys(config)
+        return cls(**config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the flat, JSON-ready dict that config.json stores."""
+        return asdict(self)
+
+    def budget(self, visual_tokens: int) -> int:
+        """Return how many of `visual_tokens` tokens of one image or tile are kept."""
+        if self.method == "none":
+            return visual_tokens
+        if self.visual_token_num is not None:
+            return min(self.visual_token_num, visual_tokens)
+        return max(1, math.floor(visual_tokens * self.keep_ratio + 0.5))
+
+
+FIELD_NAMES = tuple(field.name for field in fields(VisPrunerOptions))
+
+
+def merge_vispruner_config(stored: dict[str, Any] | None, changes: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `stored` with `changes` laid over it: complete, validated, flat.
+
+    Giving one of visual_token_num and keep_ratio clears the other. Raises ValueError naming the field.
+    """
+    stored, changes = stored or {}, changes or {}
+    for block in (stored, changes):
+        _require_known_keys(block)
+    merged = {**stored, **changes}
+    for given, other in (("visual_token_num", "keep_ratio"), ("keep_ratio", "visual_token_num")):
+        if changes.get(given) is not None and changes.get(other) is None:
+            merged[other] = None
+    return VisPrunerOptions(**merged).to_dict()
+
+
+def _require(condition: Any, name: str, allowed: str, value: Any, remedy: str = "") -> None:
+    if not condition:
+        raise ValueError(f"vispruner_config.{name} must be {allowed}, got {value!r}{remedy}")
+
+
+def _require_known_keys(config: dict[str, Any]) -> None:
+    if not isinstance(config, dict):
+        raise ValueError(f"vispruner_config must be a dict of fields, got {config!r}")
+    unknown = sorted(set(config) - set(FIELD_NAMES), key=str)
+    if unknown:
+        raise ValueError(f"vispruner_config has unknown fields {unknown}; the fields are {list(FIELD_NAMES)}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+class _VisPrunerConfigMixin:
+    """Validates `vispruner_config` and merges a partial one given at load time over the stored one."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vispruner_config is not None:
+            self.vispruner_config = merge_vispruner_config(self.vispruner_config, None)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        changes = kwargs.pop("vispruner_config", None)
+        if changes is not None:
+            merged = merge_vispruner_config(config_dict.get("vispruner_config"), changes)
+            config_dict = {**config_dict, "vispruner_config": merged}
+        return super().from_dict(config_dict, **kwargs)
+
+
+class VisPrunerLlavaConfig(_VisPrunerConfigMixin, LlavaConfig):
+    """`LlavaConfig` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None
+
+
+class VisPrunerLlavaNextConfig(_VisPrunerConfigMixin, LlavaNextConfig):
+    """`LlavaNextConfig` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None

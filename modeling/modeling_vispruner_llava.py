@@ -1,0 +1,113 @@
+"""LLaVA-1.5 with visual token pruning: one image is one tile of N patches behind a [CLS] token."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, LlavaForConditionalGeneration, LlavaModel
+from transformers.utils import can_return_tuple
+
+from .configuration_vispruner import VisPrunerLlavaConfig
+from .pruning_mixin import PrunedImageFeatures, VisPrunerMixin, VisPrunerModelMixin, inherit_checkpoint_conversion
+
+
+class VisPrunerLlavaModel(VisPrunerModelMixin, LlavaModel):
+    """`LlavaModel` whose `get_image_features` returns only the kept visual tokens."""
+
+    config_class = VisPrunerLlavaConfig
+
+    def __init__(self, config: VisPrunerLlavaConfig) -> None:
+        super().__init__(config)
+        self.prepare_pruning()
+
+    def visual_token_counts(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full prompt and those that are kept."""
+        full, images = self._patches(pixel_values), len(pixel_values)
+        return [full] * images, [self.vispruner_options.budget(full)] * images
+
+    def _patches(self, pixel_values: torch.Tensor) -> int:
+        height, width = pixel_values.shape[-2:]
+        patch = self.config.vision_config.patch_size
+        return (height // patch) * (width // patch)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> PrunedImageFeatures:
+        """Encode (B, 3, height, width), select, project; `pooler_output` holds B tensors (T, D)."""
+        if self.keeps_all(self._patches(pixel_values)):
+            return super().get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **kwargs,
+            )
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        outputs, features, saliency = self.encode_with_saliency(pixel_values, layer, **kwargs)
+        indices = self.select(features, saliency, self.vispruner_options.budget(features.shape[1]))
+        tokens = self.multi_modal_projector(self.take_tokens(features, indices))
+        return PrunedImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=list(tokens),
+            kept_indices=list(indices),
+            placeholders=list(indices),
+            saliency=saliency,
+            full_counts=[features.shape[1]] * len(features),
+        )
+
+
+class VisPrunerLlavaForConditionalGeneration(VisPrunerMixin, LlavaForConditionalGeneration, GenerationMixin):
+    """`LlavaForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
+
+    config_class = VisPrunerLlavaConfig
+
+    def __init__(self, config: VisPrunerLlavaConfig) -> None:
+        super(LlavaForConditionalGeneration, self).__init__(config)  # the stock one would build a stock LlavaModel
+        self.model = VisPrunerLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
+        inputs = dict(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        return self.pruned_forward(super().forward, inputs)
+
+
+inherit_checkpoint_conversion(VisPrunerLlavaForConditionalGeneration, "llava")
+inherit_checkpoint_conversion(VisPrunerLlavaModel, "LlavaModel")

@@ -1,0 +1,223 @@
+"""LLaVA-NeXT (v1.6) with visual token pruning: every tile of an image is pruned on its own.
+
+tile_mode "paper": the kept tokens of the base tile, then those of the other tiles in the raster order of the stitched
+grid; T tokens a tile, no newlines. "native": stock packing of the kept tokens that survive unpadding, all newlines kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from transformers.utils import can_return_tuple
+
+from .configuration_vispruner import VisPrunerLlavaNextConfig
+from .pruning_mixin import PrunedImageFeatures, VisPrunerMixin, VisPrunerModelMixin, inherit_checkpoint_conversion
+
+NEWLINE = -1
+
+
+class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
+    """`LlavaNextModel` whose `get_image_features` returns only the kept visual tokens of each tile."""
+
+    config_class = VisPrunerLlavaNextConfig
+
+    def __init__(self, config: VisPrunerLlavaNextConfig) -> None:
+        super().__init__(config)
+        self.prepare_pruning()
+
+    def prepare_pruning(self) -> None:
+        super().prepare_pruning()
+        options = self.vispruner_options
+        if options.method != "none" and options.position_policy == "original" and options.tile_mode == "paper":
+            raise ValueError(
+                'vispruner_config.position_policy "original" needs tile_mode "native": in "paper" mode tokens of the '
+                "padding may be kept, which have no position in the full prompt"
+            )
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    def tile_grid(self, image_size: torch.Tensor) -> tuple[int, int]:
+        """Return rows and columns of the tiles beside the base tile, for an original image (height, width)."""
+        size = [int(value) for value in image_size]
+        return get_anyres_image_grid_shape(
+            size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        )
+
+    def stock_packing(self, image_size: torch.Tensor) -> torch.LongTensor:
+        """Return the stock order of one image's tokens: tile * N + patch, newline = -1, padding left out."""
+        rows, columns = self.tile_grid(image_size)
+        tiles, patches = 1 + rows * columns, self.side**2
+        numbers = torch.arange(tiles * patches, dtype=torch.float64).view(tiles, patches, 1)
+        newline = torch.tensor([float(NEWLINE)], dtype=torch.float64)
+        sizes = [[int(value) for value in image_size]]
+        packed, _ = self.pack_image_features([numbers], sizes, "default", image_newline=newline)
+        return packed[0][:, 0].long()
+
+    def visual_token_counts(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full (native) prompt and those that are kept."""
+        if image_sizes is None:
+            raise ValueError("image_sizes is missing: pass the processor's image_sizes together with pixel_values")
+        packings = [self.stock_packing(size) for size in image_sizes]
+        return [len(packing) for packing in packings], [self._kept_count(packing) for packing in packings]
+
+    def _kept_count(self, packing: torch.LongTensor) -> int:
+        options, patches = self.vispruner_options, self.side**2
+        if options.method == "none":
+            return len(packing)
+        budget = options.budget(patches)
+        tiles = packing[packing != NEWLINE] // patches
+        if options.tile_mode == "paper":
+            return budget * (int(tiles.max()) + 1)
+        survivors = tiles.bincount()
+        return int(survivors.clamp(max=budget).sum()) + int((packing == NEWLINE).sum())
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> PrunedImageFeatures:
+        """Encode (images, tiles, 3, h, w) or (all tiles, 3, h, w), select per tile, project, pack."""
+        options, patches = self.vispruner_options, self.side**2
+        if options.method == "none" or (self.keeps_all(patches) and options.tile_mode == "native"):
+            return super().get_image_features(
+                pixel_values,
+                image_sizes,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **kwargs,
+            )
+        grids = [self.tile_grid(size) for size in image_sizes]
+        tiles = [1 + rows * columns for rows, columns in grids]
+        if pixel_values.dim() == 5:
+            pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        outputs, features, saliency = self.encode_with_saliency(pixel_values, layer, **kwargs)
+        packings = [self.stock_packing(size) for size in image_sizes]
+        if options.tile_mode == "paper":
+            placeholders = None
+            kept = self.select(features, saliency, options.budget(patches)).split(tiles)
+            orders = [self._paper_order(image, *grid) for image, grid in zip(kept, grids, strict=True)]
+        else:
+            placeholders = self._native_placeholders(features, saliency, packings, tiles)
+            orders = [
+                packing.to(chosen.device)[chosen] for packing, chosen in zip(packings, placeholders, strict=True)
+            ]
+        return PrunedImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self._project(features, orders, tiles),
+            kept_indices=orders,
+            placeholders=placeholders,
+            saliency=saliency,
+            full_counts=[len(packing) for packing in packings],
+        )
+
+    def _paper_order(self, kept: torch.LongTensor, rows: int, columns: int) -> torch.LongTensor:
+        """Order one image's kept patches (tiles, T): base tile first, the others by raster of the stitched grid."""
+        side = self.side
+        tile = torch.arange(rows * columns, device=kept.device)[:, None]
+        y = tile // columns * side + kept[1:] // side
+        x = tile % columns * side + kept[1:] % side
+        flat = kept + torch.arange(len(kept), device=kept.device)[:, None] * side**2
+        raster = (y * (columns * side) + x).flatten().argsort()
+        return torch.cat([flat[0], flat[1:].flatten()[raster]])
+
+    def _native_placeholders(
+        self, features: torch.Tensor, saliency: torch.Tensor, packings: list[torch.LongTensor], tiles: list[int]
+    ) -> list[torch.LongTensor]:
+        """Select among the patches of each tile that survive unpadding; return which tokens of the packing stay."""
+        patches, device = saliency.shape[1], features.device
+        survives = [torch.zeros(count * patches, dtype=torch.bool) for count in tiles]
+        for mask, packing in zip(survives, packings, strict=True):
+            mask[packing[packing != NEWLINE]] = True
+        survives = torch.cat(survives).view(-1, patches).to(device)
+        keep = torch.zeros_like(survives)
+        survivors = survives.sum(1)
+        for count in survivors.unique().tolist():  # tiles with equally many survivors are selected from together
+            if count == 0:
+                continue
+            group = (survivors == count).nonzero()[:, 0]
+            columns = survives[group].nonzero()[:, 1].view(len(group), count)
+            candidates = self.take_tokens(features[group], columns)
+            budget = min(self.vispruner_options.budget(patches), count)
+            chosen = columns.gather(1, self.select(candidates, saliency[group].gather(1, columns), budget))
+            keep[group[:, None], chosen] = True
+        keep = [image.flatten() for image in keep.split(tiles)]
+        return [
+            ((packing == NEWLINE) | image[packing.clamp(min=0)]).nonzero()[:, 0]
+            for packing, image in zip((packing.to(device) for packing in packings), keep, strict=True)
+        ]
+
+    def _project(self, features: torch.Tensor, orders: list[torch.LongTensor], tiles: list[int]) -> list[torch.Tensor]:
+        """Project the patches that `orders` name and put the newline embedding where they say so."""
+        images = features.split(tiles)
+        patches = [image.flatten(0, 1)[order[order != NEWLINE]] for image, order in zip(images, orders, strict=True)]
+        projected = self.multi_modal_projector(torch.cat(patches)).split([len(patch) for patch in patches])
+        packed = []
+        for order, tokens in zip(orders, projected, strict=True):
+            newline = self.image_newline.to(tokens.device, tokens.dtype)
+            image = newline.expand(len(order), -1)
+            packed.append(image.masked_scatter((order != NEWLINE)[:, None], tokens))
+        return packed
+
+
+class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForConditionalGeneration, GenerationMixin):
+    """`LlavaNextForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
+
+    config_class = VisPrunerLlavaNextConfig
+
+    def __init__(self, config: VisPrunerLlavaNextConfig) -> None:
+        super(LlavaNextForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
+        self.model = VisPrunerLlavaNextModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
+        inputs = dict(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        return self.pruned_forward(super().forward, inputs)
+
+
+inherit_checkpoint_conversion(VisPrunerLlavaNextForConditionalGeneration, "llava_next")
+inherit_checkpoint_conversion(VisPrunerLlavaNextModel, "LlavaModel")
