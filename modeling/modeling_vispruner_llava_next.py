@@ -1,7 +1,7 @@
 """LLaVA-NeXT (v1.6) with visual token pruning: every tile of an image is pruned on its own.
 
 tile_mode "paper": the kept tokens of the base tile, then those of the other tiles in the raster order of the stitched
-grid; T tokens a tile, no newlines. "native": stock packing of the kept tokens that survive unpadding, all newlines kept.
+grid; T tokens a tile, no newlines. "native": stock packing of the kept tokens that survive unpadding, newlines kept.
 """
 
 from typing import Any

@@ -162,8 +162,8 @@ class VisPrunerModelMixin:
             tower, strategy = self.config.vision_config.model_type, self.config.vision_feature_select_strategy
             if tower != "clip_vision_model":
                 raise ValueError(
-                    f"vision_config.model_type must be clip_vision_model, got {tower!r}: tokens are ranked by the "
-                    'attention of a [CLS] token, which this tower lacks (use vispruner_config.method="none" to load it dense)'
+                    f"vision_config.model_type must be clip_vision_model, got {tower!r}: tokens are ranked by "
+                    'the attention of a [CLS] token, which this tower lacks (vispruner_config.method="none" loads it dense)'
                 )
             if strategy != "default":
                 raise ValueError(
@@ -176,8 +176,8 @@ class VisPrunerModelMixin:
     def vispruner_options(self) -> VisPrunerOptions:
         if getattr(self.config, "vispruner_config", None) is None:
             raise ValueError(
-                "config.vispruner_config is missing: pass vispruner_config={'visual_token_num': 128} to from_pretrained, "
-                'or {"method": "none"} for the dense model'
+                "config.vispruner_config is missing: pass vispruner_config={'visual_token_num': 128} to "
+                "from_pretrained, or {'method': 'none'} for the dense model"
             )
         return VisPrunerOptions.from_dict(self.config.vispruner_config)
 
@@ -253,7 +253,7 @@ class VisPrunerMixin:
     Modifications against stock:
     * a prompt may carry the full or the kept number of placeholders per image; any other number raises ValueError
     * `generate` returns the caller's own prompt followed by the new tokens, and counts lengths from that prompt
-    * `save_pretrained` writes the code files and `auto_map`; `from_pretrained` refuses a checkpoint with missing weights
+    * `save_pretrained` writes the code files and `auto_map`; `from_pretrained` refuses missing weights
     """
 
     _auto_class = "AutoModelForImageTextToText"
@@ -293,7 +293,7 @@ class VisPrunerMixin:
         return {"AutoConfig": f"{config_module}.{cls.config_class.__name__}", **models}
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Stock `save_pretrained` (also behind `push_to_hub`); the folder carries its code, so it never loads dense."""
+        """Stock `save_pretrained` (and `push_to_hub`); the folder carries its code, so that it never loads dense."""
         self.config.auto_map = self.vispruner_auto_map()
         super().save_pretrained(save_directory, **kwargs)
 
@@ -312,8 +312,6 @@ class VisPrunerMixin:
     ) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
         return self.model.visual_token_counts(pixel_values, image_sizes)
-
-    # --- forward
 
     def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
         """Call `stock_forward(**inputs)` on a prompt as short as its image features; `inputs` are forward's own."""
@@ -376,15 +374,11 @@ class VisPrunerMixin:
         past, mask = cache.get_seq_length(), inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and mask.shape[1] != past + input_ids.shape[1]:
             raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns, but the cache holds {past} tokens of a shortened prompt and "
-                f"{input_ids.shape[1]} are new: leave out the {prompt.dropped} columns of the dropped visual tokens"
+                f"attention_mask has {mask.shape[1]} columns, but the cache holds {past} tokens of a pruned prompt "
+                f"and {input_ids.shape[1]} are new: leave out the columns of the {prompt.dropped} dropped visual tokens"
             )
         if self.model.vispruner_options.position_policy == "original" and "position_ids" not in inputs:
-            raise ValueError(
-                'vispruner_config.position_policy "original": pass position_ids when continuing from a cache with forward'
-            )
-
-    # --- the prompt
+            raise ValueError('vispruner_config.position_policy "original": pass position_ids to continue from a cache')
 
     def _count_visual_tokens(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
@@ -402,12 +396,12 @@ class VisPrunerMixin:
             return
         if not full:
             raise ValueError(
-                f"the prompt has {placeholders} image placeholders (id {self.config.image_token_id}) but there is no image: "
-                "pass pixel_values, or take <image> out of the prompt"
+                f"the prompt has {placeholders} image placeholders (id {self.config.image_token_id}) but there is no "
+                "image: pass pixel_values, or take <image> out of the prompt"
             )
         raise ValueError(
-            f"the prompt has {placeholders} image placeholders (id {self.config.image_token_id}) for {len(full)} image(s), "
-            f"which take {sum(full)} in a full prompt or {sum(kept)} in a shortened one; "
+            f"the prompt has {placeholders} image placeholders (id {self.config.image_token_id}) for {len(full)} "
+            f"image(s), which take {sum(full)} in a full prompt or {sum(kept)} in a shortened one: "
             "put one <image> per image into the prompt and use the processor of this repo"
         )
 
@@ -419,16 +413,16 @@ class VisPrunerMixin:
         input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if mask is not None and mask.shape != input_ids.shape:
             raise ValueError(
-                f"attention_mask must be 2-D and as long as input_ids to shorten a full prompt, got {tuple(mask.shape)} "
-                f"for {tuple(input_ids.shape)}"
+                "attention_mask must be 2-D and as long as input_ids to shorten a full prompt, got "
+                f"{tuple(mask.shape)} for {tuple(input_ids.shape)}"
             )
         if original:
             if "mm_encoder_outputs" not in inputs:
                 names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-                arguments = {name: inputs.pop(name) for name in names if name in inputs}
-                inputs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**arguments, return_dict=True)}
+                pixels = {name: inputs.pop(name) for name in names if name in inputs}
+                inputs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels, return_dict=True)}
             which = inputs["mm_encoder_outputs"]["image"].placeholders
-        else:  # all placeholders are alike; the last is repeated where the paper's tiles need more than stock's packing
+        else:  # all placeholders are alike; the last is repeated where the paper's tiles need more than stock packing
             which = [torch.arange(count).clamp(max=whole - 1) for whole, count in zip(full, kept, strict=True)]
         prompt = shorten_prompt(input_ids, self.config.image_token_id, full, which, mask)
         positions = inputs.get("position_ids")
@@ -458,8 +452,6 @@ class VisPrunerMixin:
     def _cached_prompt(full: list[int], kept: list[int], prompt: ShortenedPrompt | None) -> CachedPrompt:
         dropped = 0 if prompt is None else prompt.dropped
         return CachedPrompt(tuple(full), tuple(kept), dropped, prompt is None or prompt.valid is None)
-
-    # --- generate
 
     @torch.no_grad()
     def generate(
@@ -516,10 +508,10 @@ class VisPrunerMixin:
         expected = () if prompt is None else (sum(prompt.full_counts), sum(prompt.kept_counts))
         if prompt is None or not prompt.uniform or placeholders not in expected:
             raise ValueError(
-                f"cannot continue from this cache of {past} tokens with a prompt of {placeholders} image placeholders: "
-                "pass the whole conversation so far, with the same images and no new one, and the past_key_values that "
-                "generate returned for it (rows that lost different numbers of visual tokens cannot be continued); "
-                "or start again without past_key_values"
+                f"cannot continue from this cache of {past} tokens and a prompt of {placeholders} image placeholders: "
+                "pass the whole conversation so far, with the same images and no new one, and the past_key_values "
+                "that generate returned for it (not possible when rows lost different numbers of visual tokens); or "
+                "start again without past_key_values"
             )
         for name in ("pixel_values", "image_sizes"):  # their tokens are in the cache already
             inputs.pop(name, None)
@@ -591,9 +583,9 @@ class VisPrunerMixin:
         last = int((input_ids == self.config.image_token_id).any(0).nonzero()[-1])
         if last >= past or past >= input_ids.shape[1] or cache.vispruner_prompt.dropped != prompt.dropped:
             raise ValueError(
-                f"the cache of {past} tokens does not fit this prompt, which has {input_ids.shape[1]} tokens after pruning "
-                f"and its last visual token at {last}: pass the cache that generate returned for this conversation, or "
-                "start again without past_key_values"
+                f"the cache of {past} tokens does not fit this prompt, which has {input_ids.shape[1]} tokens after "
+                f"pruning and its last visual token at {last}: pass the cache that generate returned for this "
+                "conversation, or start again without past_key_values"
             )
 
     def _infer_mask(self, inputs: dict[str, Any], config: Any) -> None:

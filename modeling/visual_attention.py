@@ -71,7 +71,7 @@ def make_tappable(attention_modules: list[nn.Module]) -> None:
 
 
 def _eager_attention_of(module: nn.Module) -> Callable:
-    """Return the eager attention function of the file that defines `module`'s class: the registry has no entry for it."""
+    """Return the eager attention function beside `module`'s class: the registry has no entry for it."""
     for cls in type(module).__mro__:
         function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if function is not None:
