@@ -1,0 +1,292 @@
+"""Load a built repo the way its users will, in a process that knows nothing but that folder, and report what happened.
+
+`verify` copies this file into an empty folder and runs it there. It imports transformers and never this package, whose
+import would register the very classes that the repo has to bring along itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    pipeline,
+)
+
+QUESTION = "What is in this picture?"
+NEW_TOKENS = 4
+
+
+class Refused(Exception):
+    """A check that did not hold; its message is the reason."""
+
+
+class Worker:
+    """Runs the checks in order and keeps what later ones need; only one model is in memory at a time."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self.class_name: str = settings["class_name"]
+        self.published_names: dict[str, str] = settings["published_names"]
+        self.model: Any = None
+        self.processor: Any = None
+
+    def checks(self, run_models: bool) -> Iterator[tuple[str, Callable[[], str]]]:
+        yield "AutoConfig", self.check_config
+        yield "AutoProcessor", self.check_processor
+        yield "auto classes", self.check_auto_classes
+        if not run_models:
+            return
+        yield "AutoModelForImageTextToText", self.check_image_text_model
+        yield "weights come from the files", self.check_weights
+        yield "KV length falls", self.check_kv_length
+        yield "keep-all equals stock", self.check_keep_all
+        yield "AutoModel", self.check_auto_model
+        yield "pipeline", self.check_pipeline
+
+    def check_config(self) -> str:
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=True)
+        self._require_own(type(config), "AutoConfig")
+        stored = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))["vispruner_config"]
+        if config.vispruner_config != stored:
+            raise Refused(f"vispruner_config is {stored} in config.json but {config.vispruner_config} once loaded")
+        return type(config).__name__
+
+    def check_processor(self) -> str:
+        self.processor = AutoProcessor.from_pretrained(self.folder, trust_remote_code=True)
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=True)
+        placeholders = int((self.inputs()["input_ids"] == config.image_token_id).sum())
+        if placeholders <= 1:
+            raise Refused(f"the processor writes {placeholders} image placeholders for one image")
+        return f"{type(self.processor).__name__}, {placeholders} placeholders for one image"
+
+    def check_auto_classes(self) -> str:
+        """Make the model on the meta device, which takes no weights."""
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=True)
+        for auto_class in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            with torch.device("meta"):
+                model = auto_class.from_config(config, trust_remote_code=True)
+            self._require_class(model, auto_class.__name__)
+        return f"three of them make {self.class_name}"
+
+    def check_image_text_model(self) -> str:
+        self.model = self._load(AutoModelForImageTextToText)
+        return self.class_name
+
+    def check_weights(self) -> str:
+        count = compare_weights(self.model.state_dict(), self.folder, self.published_names)
+        return f"{count} tensors hash as in the files"
+
+    def check_kv_length(self) -> str:
+        inputs = self.inputs()
+        config, detail = self.model.config, ""
+        placeholders = int((inputs["input_ids"] == config.image_token_id).sum())
+        stored = self._expected_kept(placeholders, inputs)
+        if stored is not None and stored >= placeholders:
+            # The stored budget prunes nothing here; show that the code prunes when it is told to.
+            patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+            self.model.set_vispruner_config(method="vispruner", visual_token_num=max(1, patches // 4))
+            detail = f" (the stored budget keeps all, shown with {max(1, patches // 4)})"
+        pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+        full, kept = self.model.visual_token_counts(**pixels)
+        expected = self._expected_kept(placeholders, inputs)
+        if sum(full) != placeholders or (expected is not None and sum(kept) != expected):
+            raise Refused(
+                f"visual_token_counts says {full} -> {kept}; the prompt has {placeholders} placeholders"
+                + ("" if expected is None else f", of which vispruner_config keeps {expected}")
+            )
+        if sum(kept) >= sum(full):
+            raise Refused(f"{sum(kept)} of {sum(full)} visual tokens are kept: nothing is pruned")
+        result = self.generate(inputs)
+        prompt = inputs["input_ids"].shape[1]
+        new = result.sequences.shape[1] - prompt
+        length, expected_length = result.past_key_values.get_seq_length(), prompt - sum(full) + sum(kept) + new - 1
+        if length != expected_length:
+            raise Refused(f"the KV cache holds {length} tokens, {expected_length} are right")
+        if not torch.equal(result.sequences[:, :prompt], inputs["input_ids"]):
+            raise Refused("the generated sequence does not start with the prompt")
+        return f"visual tokens {sum(full)} -> {sum(kept)}, KV cache {prompt + new - 1} -> {length}{detail}"
+
+    def _expected_kept(self, placeholders: int, inputs: dict[str, torch.Tensor]) -> int | None:
+        """Count the kept tokens from config.json alone; None where that takes the model's own packing."""
+        config = self.model.config
+        options = config.vispruner_config
+        if options["method"] == "none":
+            return placeholders
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        count, ratio = options["visual_token_num"], options["keep_ratio"]
+        budget = min(count, patches) if count is not None else max(1, int(patches * ratio + 0.5))
+        if "image_sizes" not in inputs:
+            return budget
+        if options["tile_mode"] == "paper":
+            return budget * inputs["pixel_values"].shape[1]
+        return placeholders if budget == patches else None
+
+    def check_keep_all(self) -> str:
+        inputs = self.inputs()
+        self.model.set_vispruner_config(method="none")
+        kept_all = self.logits(inputs)
+        patches = (self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size) ** 2
+        self.model.set_vispruner_config(method="vispruner", visual_token_num=patches, tile_mode="native")
+        full_budget = self.logits(inputs)
+        self.model = None
+        gc.collect()
+        stock, report = AutoModelForImageTextToText.from_pretrained(
+            self.folder, trust_remote_code=False, dtype="auto", output_loading_info=True
+        )
+        require_clean(report, "the stock class")
+        if type(stock).__name__ == self.class_name or not type(stock).__module__.startswith("transformers.models."):
+            raise Refused(f"without trust_remote_code {type(stock).__module__}.{type(stock).__name__} is loaded")
+        self.model = stock.eval()
+        expected = self.logits(inputs)
+        self.model = None
+        for what, found in (('method "none"', kept_all), (f"visual_token_num {patches}", full_budget)):
+            if found.shape != expected.shape or not torch.equal(found, expected):
+                raise Refused(f"the logits with {what} are not those of {type(stock).__name__}")
+        return f"logits {list(expected.shape)} are those of {type(stock).__name__}, bit for bit"
+
+    def check_auto_model(self) -> str:
+        self._load(AutoModel)
+        return self.class_name
+
+    def check_pipeline(self) -> str:
+        gc.collect()
+        pipe = pipeline("image-text-to-text", model=str(self.folder), trust_remote_code=True, dtype="auto")
+        self._require_class(pipe.model, "pipeline")
+        answer = pipe(text=self.prompt(), images=[sample_image()], max_new_tokens=NEW_TOKENS, return_full_text=False)
+        while isinstance(answer, list):
+            answer = answer[0]
+        if not isinstance(answer.get("generated_text"), str):
+            raise Refused(f"the pipeline answers {answer!r}")
+        return f"{self.class_name} answers"
+
+    def _load(self, auto_class: Any) -> Any:
+        model, report = auto_class.from_pretrained(
+            self.folder, trust_remote_code=True, dtype="auto", output_loading_info=True
+        )
+        require_clean(report, auto_class.__name__)
+        self._require_class(model, auto_class.__name__)
+        return model.eval()
+
+    def _require_class(self, model: Any, loaded_by: str) -> None:
+        self._require_own(type(model), loaded_by)
+        if type(model).__name__ != self.class_name:
+            raise Refused(f"{loaded_by} makes {type(model).__name__}, config.json names {self.class_name}")
+
+    def _require_own(self, loaded: type, loaded_by: str) -> None:
+        if not loaded.__module__.startswith("transformers_modules."):
+            raise Refused(f"{loaded_by} makes {loaded.__module__}.{loaded.__name__}, not the repo's own class")
+
+    def prompt(self) -> str:
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+        if getattr(self.processor, "chat_template", None):
+            return self.processor.apply_chat_template([message], add_generation_prompt=True)
+        return f"USER: {self.processor.image_token}\n{QUESTION} ASSISTANT:"
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        return dict(self.processor(images=sample_image(), text=self.prompt(), return_tensors="pt"))
+
+    def _cast(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**inputs, "pixel_values": inputs["pixel_values"].to(self.model.dtype)}
+
+    @torch.no_grad()
+    def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.model(**self._cast(inputs)).logits
+
+    def generate(self, inputs: dict[str, torch.Tensor]) -> Any:
+        return self.model.generate(
+            **self._cast(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, return_dict_in_generate=True
+        )
+
+
+def sample_image() -> Image.Image:
+    """Draw a picture that is not the same everywhere: 320 x 240, gradients and rings."""
+    image = Image.new("RGB", (320, 240))
+    image.putdata(
+        [
+            (x * 255 // 319, y * 255 // 239, ((x - 160) ** 2 + (y - 120) ** 2) // 24 % 256)
+            for y in range(240)
+            for x in range(320)
+        ]
+    )
+    return image
+
+
+def require_clean(report: dict[str, Any], loaded_by: str) -> None:
+    """Refuse a load that left parameters random or ignored tensors of the files."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        found = [str(key) for key in report.get(kind) or ()]
+        if found:
+            raise Refused(f"{loaded_by} reports {kind} {', '.join(sorted(found)[:8])} ({len(found)} in all)")
+
+
+def compare_weights(state: dict[str, torch.Tensor], folder: Path, published_names: dict[str, str]) -> int:
+    """Compare the hash of every loaded tensor with the one in the safetensors files; return how many there are."""
+    loaded = {published_names.get(name, name): tensor for name, tensor in state.items()}
+    compared: set[str] = set()
+    wrong = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                compared.add(name)
+                # Files may hold another dtype than config.json asks for; casting gives one result only.
+                if name not in loaded or tensor_hash(loaded[name]) != tensor_hash(
+                    file.get_tensor(name).to(loaded[name].dtype)
+                ):
+                    wrong.append(name)
+    if wrong:
+        raise Refused(f"{len(wrong)} loaded tensors are not those of the files: {', '.join(sorted(wrong)[:8])}")
+    stored = {loaded[name].data_ptr() for name in compared}
+    random = sorted(name for name in loaded if name not in compared and loaded[name].data_ptr() not in stored)
+    if random:
+        raise Refused(f"{len(random)} loaded tensors are in no file: {', '.join(random[:8])}")
+    return len(compared)
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """Hash dtype, shape and bytes of a tensor."""
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def main(folder: str, settings_file: str, results_file: str) -> None:
+    """Run the checks; the first failure ends the run, and the rest are reported as not run."""
+    settings = json.loads(Path(settings_file).read_text(encoding="utf-8"))
+    worker = Worker(Path(folder), settings)
+    results: list[tuple[str, str, str]] = []
+    failed = ""
+    for name, check in worker.checks(settings["run_models"]):
+        if failed:
+            results.append((name, "not run", f"{failed} failed"))
+            continue
+        try:
+            results.append((name, "pass", check()))
+        except Refused as reason:
+            failed = name
+            results.append((name, "fail", str(reason)))
+        except Exception as error:  # whatever the repo's code raises is this check's result
+            failed = name
+            traceback.print_exc()
+            results.append((name, "fail", f"{type(error).__name__}: {error}"))
+        Path(results_file).write_text(json.dumps(results), encoding="utf-8")
+    Path(results_file).write_text(json.dumps(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.modules["vispruner"] = None  # type: ignore[assignment]  # from here on `import vispruner` raises
+    main(*sys.argv[1:])
