@@ -1,0 +1,45 @@
+"""What a prefill costs: floating-point operations and KV-cache bytes, computed from a config and a sequence length.
+
+Counts a multiply-add as two operations, matrix products only, and attention over the full square (the causal half is not
+discounted), which is how `torch.utils.flop_counter` counts.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+
+def prefill_flops(config: PreTrainedConfig, sequence_length: int, visual_tokens: int) -> int:
+    """Return the operations that depend on how many visual tokens are kept: projector, language model, one row of logits.
+
+    config           a LLaVA-like config: a vision tower, a two-layer projector and a Llama-like text model
+    sequence_length  tokens the language model reads, visual ones included
+    visual_tokens    tokens that pass the projector
+    """
+    text = config.get_text_config()
+    width = text.hidden_size
+    queries, keys = text.num_attention_heads * _head_dim(text), text.num_key_value_heads * _head_dim(text)
+    attention_weights = width * queries + 2 * width * keys + queries * width
+    mlp_weights = 3 * width * text.intermediate_size
+    per_layer = 2 * sequence_length * (attention_weights + mlp_weights) + 4 * sequence_length**2 * queries
+    last_logits = 2 * width * text.vocab_size
+    return projector_flops(config, visual_tokens) + text.num_hidden_layers * per_layer + last_logits
+
+
+def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
+    """Return the operations of the two-layer projector for `visual_tokens` tokens."""
+    layers = config.vision_feature_layer
+    features = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    width = config.get_text_config().hidden_size
+    return 2 * visual_tokens * width * (features + width)
+
+
+def kv_cache_bytes(config: PreTrainedConfig, sequence_length: int, bytes_per_value: int = 2) -> int:
+    """Return the size of the keys and values of `sequence_length` tokens; two bytes a value is fp16 or bf16."""
+    text = config.get_text_config()
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * _head_dim(text)
+    return per_token * sequence_length * bytes_per_value
+
+
+def _head_dim(text: PreTrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
