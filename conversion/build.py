@@ -82,10 +82,11 @@ def build_repo(
     Raises BuildError, RepoConfigError, LayoutError or CheckpointError; `out` is then as it was before.
     """
     repo = config if isinstance(config, RepoConfig) else load_repo_config(config)
-    with atomic_directory(out, overwrite=overwrite) as staging:
+    destination = Path(out).expanduser()
+    with atomic_directory(destination, overwrite=overwrite) as staging:
         # --base only says where the bytes are; the YAML's revision is one of the YAML's base.
         folder = resolve_base(repo.base_model, repo.base_revision) if base is None else resolve_base(os.fspath(base))
-        _refuse_overlap(folder, Path(out).expanduser())
+        _refuse_overlap(folder, destination)
         base_config = _read_base_config(folder, repo.architecture)
         processor = _load_processor(folder, base_config)
         revision = (_snapshot_commit(folder) if base is None else None) or repo.base_revision
@@ -101,7 +102,7 @@ def build_repo(
         written = {name: header.shape for name, header in read_tensor_headers(staging).items()}
         if problems := layout_problems(expected, written):
             raise BuildError(f"the weights just written are not the model's: {'; '.join(problems)}")
-    return Path(out).expanduser()
+    return destination
 
 
 def resolve_base(name: str, revision: str | None = None) -> Path:

@@ -67,7 +67,7 @@ def published_names(names: Iterable[str]) -> dict[str, str]:
 
 def model_tensors(architecture: str, config: Mapping[str, Any]) -> ModelTensors:
     """Return the tensors of the model that config.json describes, without allocating them."""
-    classes = ARCHITECTURES[architecture]
+    classes: Any = ARCHITECTURES[architecture]
     # A copy: the config classes take what they are given apart.
     model_config = classes.config_class.from_dict(copy.deepcopy(dict(config)))
     with torch.device("meta"):

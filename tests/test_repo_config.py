@@ -1,0 +1,153 @@
+"""One repo's YAML: what is accepted, and that every refusal names the file, the field and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from vispruner.conversion.repo_config import (
+    HUB_CONFIGS,
+    RepoConfigError,
+    find_repo_config,
+    hub_config_names,
+    load_repo_config,
+)
+
+VALID: dict[str, Any] = {
+    "repo_id": "someone/llava-pruned",
+    "base_model": "llava-hf/llava-1.5-7b-hf",
+    "base_revision": "main",
+    "architecture": "llava",
+    "vispruner_config": {"visual_token_num": 128, "important_ratio": 0.5},
+    "card": {"license": "llama2", "language": "en"},
+}
+
+
+def write_yaml(folder: Path, **changes: Any) -> Path:
+    """Write the valid YAML with some fields changed; a field set to `...` is left out."""
+    content = {name: value for name, value in {**VALID, **changes}.items() if value is not ...}
+    path = folder / "repo.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def test_a_valid_file_loads_with_every_pruning_option_filled_in(tmp_path: Path) -> None:
+    repo = load_repo_config(write_yaml(tmp_path))
+    assert (repo.repo_id, repo.architecture, repo.base_revision) == ("someone/llava-pruned", "llava", "main")
+    assert repo.vispruner_config["method"] == "vispruner"
+    assert repo.vispruner_config["visual_token_num"] == 128
+    assert repo.vispruner_config["keep_ratio"] is None
+    assert repo.card == VALID["card"]
+
+
+@pytest.mark.parametrize("name", hub_config_names())
+def test_every_shipped_config_is_valid_and_named_like_its_repo(name: str) -> None:
+    repo = load_repo_config(name)
+    assert repo.repo_id.split("/")[1] == name
+    assert repo.card["license"]
+    assert repo.path == HUB_CONFIGS / f"{name}.yaml"
+
+
+def test_the_shipped_configs_cover_both_architectures_and_one_base_without_network() -> None:
+    repos = [load_repo_config(name) for name in hub_config_names()]
+    assert {repo.architecture for repo in repos} == {"llava", "llava_next"}
+    assert [repo.repo_id for repo in repos if repo.base_model.startswith("embedded/")] == [
+        "someone/tiny-llava-vispruner"
+    ]
+
+
+def test_the_schema_in_the_readme_is_valid_and_names_every_field(tmp_path: Path) -> None:
+    readme = (HUB_CONFIGS / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "example.yaml"
+    path.write_text(readme.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
+    repo = load_repo_config(path)
+    for name in (*VALID, *repo.vispruner_config):
+        assert f"`{name}`" in readme, name
+
+
+@pytest.mark.parametrize("prefix", ["./", ""])
+def test_a_file_is_found_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_yaml(tmp_path)
+    assert find_repo_config(f"{prefix}repo.yaml").resolve() == tmp_path / "repo.yaml"
+
+
+def test_an_unknown_stem_lists_the_known_ones() -> None:
+    with pytest.raises(RepoConfigError, match=r"tiny-llava-vispruner.*did you mean llava-1\.5-7b-vispruner"):
+        load_repo_config("llava-1.5-7b-vispruner-")
+
+
+@pytest.mark.parametrize("given", ["absent.yaml", "folder/absent"])
+def test_a_path_that_does_not_exist_is_said_to_be_none(given: str) -> None:
+    with pytest.raises(RepoConfigError, match=f"{given}: no such file"):
+        load_repo_config(given)
+
+
+REFUSED = [
+    ({"visual_tokens": 4}, "visual_tokens is not a field: the fields are repo_id"),
+    ({"base_modle": "a/b"}, "base_modle is not a field.*did you mean base_model"),
+    ({"repo_id": ...}, "repo_id is missing: add it"),
+    ({"architecture": ...}, "architecture is missing: add it"),
+    ({"vispruner_config": ...}, "vispruner_config is missing: add it"),
+    ({"base_revision": ...}, "base_revision is missing: give the commit"),
+    ({"base_revision": 1234567}, r"base_revision must be text, got 1234567 \(int\): put it in quotes"),
+    ({"repo_id": 7}, r"repo_id must be text, got 7 \(int\)"),
+    ({"repo_id": "llava-pruned"}, "repo_id must be owner/name"),
+    ({"repo_id": "some one/llava"}, "repo_id is not a valid Hub id"),
+    ({"architecture": "qwen2_vl"}, "architecture must be one of llava, llava_next, got 'qwen2_vl'"),
+    ({"vispruner_config": 128}, "vispruner_config must hold fields"),
+    ({"vispruner_config": {}}, "vispruner_config needs a budget"),
+    ({"vispruner_config": {"visual_token_num": 0}}, "vispruner_config.visual_token_num must be an integer >= 1, got 0"),
+    ({"vispruner_config": {"visual_token_num": -3}}, "visual_token_num must be an integer >= 1, got -3"),
+    ({"vispruner_config": {"visual_token_num": "64"}}, "visual_token_num must be an integer >= 1, got '64'"),
+    ({"vispruner_config": {"visual_token_num": 64, "keep_ratio": 0.5}}, "exactly one of them"),
+    ({"vispruner_config": {"visual_token_nums": 64}}, "unknown fields.*visual_token_nums"),
+    ({"vispruner_config": {"method": "best", "visual_token_num": 4}}, "method must be one of none, .*got 'best'"),
+    (
+        {"vispruner_config": {"visual_token_num": 4, "base_model_revision": "main"}},
+        "vispruner_config.base_model_revision is written by the build",
+    ),
+    ({"card": "llama2"}, "card must hold fields"),
+    ({"card": {"licence": "llama2"}}, "card.licence is not a field.*did you mean license"),
+    ({"card": {"license": None}}, "card.license must be text"),
+    ({"card": {"tags": ["a", 4]}}, r"card.tags must be text, got 4 \(int\)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED, ids=[reason[:40] for _, reason in REFUSED])
+def test_a_wrong_field_is_refused_by_file_and_name(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    path = write_yaml(tmp_path, **changes)
+    with pytest.raises(RepoConfigError, match=f"(?s)repo.yaml: .*{reason}"):
+        load_repo_config(path)
+
+
+@pytest.mark.parametrize("name", ["base_revision", "card"])
+def test_an_embedded_base_needs_neither_revision_nor_card(tmp_path: Path, name: str) -> None:
+    repo = load_repo_config(write_yaml(tmp_path, base_model="embedded/tiny-llava", **{name: ...}))
+    assert not getattr(repo, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("repo_id: [", "is not valid YAML"),
+        ("- repo_id", "must hold the fields repo_id"),
+        ("", "must hold the fields repo_id"),
+        ("repo_id: a/b\nrepo_id: c/d\n", "repo_id is given twice"),
+        ("repo_id: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+    ],
+)
+def test_what_is_not_a_mapping_of_fields_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RepoConfigError, match=f"(?s)broken.yaml: .*{reason}"):
+        load_repo_config(path)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "image.yaml"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(RepoConfigError, match="image.yaml: is not UTF-8 text"):
+        load_repo_config(path)
