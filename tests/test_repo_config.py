@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from vispruner.conversion.repo_config import (
     HUB_CONFIGS,
     RepoConfigError,
@@ -99,7 +100,10 @@ REFUSED = [
     ({"architecture": "qwen2_vl"}, "architecture must be one of llava, llava_next, got 'qwen2_vl'"),
     ({"vispruner_config": 128}, "vispruner_config must hold fields"),
     ({"vispruner_config": {}}, "vispruner_config needs a budget"),
-    ({"vispruner_config": {"visual_token_num": 0}}, "vispruner_config.visual_token_num must be an integer >= 1, got 0"),
+    (
+        {"vispruner_config": {"visual_token_num": 0}},
+        "vispruner_config.visual_token_num must be an integer >= 1, got 0",
+    ),
     ({"vispruner_config": {"visual_token_num": -3}}, "visual_token_num must be an integer >= 1, got -3"),
     ({"vispruner_config": {"visual_token_num": "64"}}, "visual_token_num must be an integer >= 1, got '64'"),
     ({"vispruner_config": {"visual_token_num": 64, "keep_ratio": 0.5}}, "exactly one of them"),
@@ -149,5 +153,5 @@ def test_what_is_not_a_mapping_of_fields_is_refused(tmp_path: Path, text: str, r
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.yaml"
     path.write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(RepoConfigError, match="image.yaml: is not UTF-8 text"):
+    with pytest.raises(RepoConfigError, match=r"image\.yaml: is not UTF-8 text"):
         load_repo_config(path)
