@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,13 +148,14 @@ def read_tensor_headers(folder: str | Path) -> dict[str, TensorHeader]:
         own = _safetensors_headers(path) if path.suffix == ".safetensors" else _bin_headers(path)
         if promised is not None and own.keys() != promised:
             absent, surplus = sorted(promised - own.keys()), sorted(own.keys() - promised)
-            told = [f"lacks {_shorten(absent)}"] * bool(absent) + [f"also holds {_shorten(surplus)}"] * bool(surplus)
+            told = [f"lacks {shorten(absent)}"] * bool(absent) + [f"also holds {shorten(surplus)}"] * bool(surplus)
             raise CheckpointError(f"{path} does not hold what its index says: it {' and '.join(told)}")
         headers.update(own)
     return headers
 
 
-def _shorten(names: list[str], limit: int = 5) -> str:
+def shorten(names: list[str], limit: int = 5) -> str:
+    """List the first names, and say how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -191,10 +192,12 @@ def _load_bin(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor]:
             zipped = file.read(2) == b"PK"
         tensors = torch.load(path, map_location=map_location, weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+        if any(sign in str(error) for sign in ("invalid load key", "truncated", "Invalid magic number")):
+            raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint") from None
+        reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
         raise CheckpointError(
             f"{path} is refused: its pickle holds something else than tensors, which could run code when loaded; "
-            f"nothing of it was executed. {reason.strip()}".rstrip()
+            f"nothing of it was executed. {reason}".rstrip()
         ) from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
@@ -404,3 +407,26 @@ def _explain_write_error(error: BaseException, final: Path, work: Path | None) -
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {final}; nothing was left behind"
     return f"cannot write {final}: {error.strerror or error}"
+
+
+def same_tensors(tensors: Iterable[tuple[str, torch.Tensor]], folder: str | Path) -> bool:
+    """Say whether a safetensors checkpoint holds exactly these tensors, bit for bit, reading one at a time."""
+    folder = Path(folder)
+    headers = read_tensor_headers(folder)
+    names = set()
+    with ExitStack() as stack:
+        files = {
+            file: stack.enter_context(_open_safetensors(folder / file)) for file in {h.file for h in headers.values()}
+        }
+        for name, tensor in tensors:
+            header = headers.get(name)
+            if header is None or header.shape != tuple(tensor.shape) or header.dtype != tensor.dtype:
+                return False
+            if not torch.equal(_bytes(files[header.file].get_tensor(name)), _bytes(tensor)):
+                return False
+            names.add(name)
+    return names == headers.keys()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
