@@ -366,7 +366,7 @@ class VisPrunerMixin:
     def _check_continuation(self, inputs: dict[str, Any]) -> None:
         """Refuse what stock would get wrong: images without pixels, and full-length masks on a shortened cache."""
         cache, input_ids = inputs.get("past_key_values"), inputs["input_ids"]
-        if input_ids.shape[1] > 1 and (cache is None or cache.get_seq_length() == 0):
+        if cache is None:  # generate, which always brings a cache, has checked its whole prompt
             self._require_whole_images(input_ids, [], [])
         prompt = getattr(cache, "vispruner_prompt", None)
         if prompt is None or prompt.dropped == 0:
@@ -485,6 +485,8 @@ class VisPrunerMixin:
             self._count_lengths_from_full_prompt(tensors, generation_config, prompt.dropped)
             if "streamer" in tensors:
                 tensors["streamer"] = _FullPromptStreamer(tensors["streamer"], input_ids.cpu())
+        if full and self._generation_option("prompt_lookup_num_tokens", tensors, generation_config):
+            self._never_look_up_placeholders(tensors, generation_config)
         cache = tensors.get("past_key_values")
         result = stock(tensors.pop("input_ids"), generation_config, **hooks, **tensors)
         if prompt is not None:
@@ -594,6 +596,11 @@ class VisPrunerMixin:
         ends = eos if isinstance(eos, list) else [eos]
         if pad is not None and pad not in ends and bool((inputs["input_ids"] == pad).any()):
             inputs["attention_mask"] = (inputs["input_ids"] != pad).long()
+
+    def _never_look_up_placeholders(self, kwargs: dict[str, Any], config: Any) -> None:
+        """A looked-up continuation with image placeholders in it would be refused for having no image."""
+        suppressed = self._generation_option("suppress_tokens", kwargs, config) or []
+        kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
 
     def _count_lengths_from_full_prompt(self, kwargs: dict[str, Any], config: Any, dropped: int) -> None:
         for name in ("max_length", "min_length"):
