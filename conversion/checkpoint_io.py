@@ -189,19 +189,22 @@ def _load_bin(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor]:
     """Unpickle tensors and nothing else; only the zip format of torch >= 1.6 can be memory-mapped."""
     try:
         with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"
-        tensors = torch.load(path, map_location=map_location, weights_only=True, mmap=zipped)
+            start = file.read(2)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if start != b"PK" and start[:1] != pickle.PROTO:
+        raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint")
+    try:
+        tensors = torch.load(path, map_location=map_location, weights_only=True, mmap=start == b"PK")
     except pickle.UnpicklingError as error:
-        if any(sign in str(error) for sign in ("invalid load key", "truncated", "Invalid magic number")):
+        if "truncated" in str(error):
             raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint") from None
         reason = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line), "")
         raise CheckpointError(
             f"{path} is refused: its pickle holds something else than tensors, which could run code when loaded; "
             f"nothing of it was executed. {reason}".rstrip()
         ) from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint: {error}") from error
     if not isinstance(tensors, dict) or not tensors:
         raise CheckpointError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")

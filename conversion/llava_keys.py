@@ -1,7 +1,7 @@
 """What original LLaVA checkpoints look like, as data: tensor names, config fields, prompt formats.
 
-`KEY_MAP` and `TOWER_KEY_MAP` are (pattern, replacement) pairs, matched against whole names, first match wins. The names
-on the right are the ones that every supported version of transformers reads without a mapping of its own.
+`KEY_MAP` and `TOWER_KEY_MAP` are (pattern, replacement) pairs, matched against whole names, the first match wins. The
+names on the right are the ones that every supported version of transformers reads without a mapping of its own.
 """
 
 from __future__ import annotations
