@@ -26,7 +26,7 @@ from vispruner.configuration_vispruner import merge_vispruner_config
 from . import verify_worker
 from .build import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, resolve_base
 from .checkpoint_io import checkpoint_shards, iter_checkpoint_tensors, read_json, read_tensor_headers
-from .published_layout import layout_problems, model_tensors, published_name, published_names
+from .published_layout import ModelTensors, layout_problems, model_tensors, published_name, published_names
 
 Status = Literal["pass", "fail", "not run"]
 
@@ -279,10 +279,15 @@ def _check_weights(folder: Path, config: Mapping[str, Any]) -> str:
     )
     if unused:
         raise VerifyError(f"{', '.join(unused)} is in no index: its tensors would be ignored")
-    expected = model_tensors(config["model_type"], config)
+    expected = _model_tensors(config)
     if problems := layout_problems(expected, {name: header.shape for name, header in headers.items()}):
         raise VerifyError("; ".join(problems))
     return f"{len(headers)} tensors, names and shapes are the model's"
+
+
+def _model_tensors(config: Mapping[str, Any]) -> ModelTensors:
+    """Return the model's tensors whatever its pruning options, which have a check of their own."""
+    return model_tensors(config["model_type"], {**config, "vispruner_config": {"method": "none"}})
 
 
 def _compare_with_base(folder: Path, base: str) -> str:
@@ -305,8 +310,7 @@ def _check_hashes(folder: Path) -> str:
     """Read every tensor once: all finite, no matrix stored under two names; the digest names these very weights."""
     seen: dict[str, str] = {}
     digest = hashlib.sha256()
-    config = read_json(folder / "config.json")
-    tied = model_tensors(config["model_type"], config).tied
+    tied = _model_tensors(read_json(folder / "config.json")).tied
     for name, tensor in iter_checkpoint_tensors(folder):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise VerifyError(f"{name} holds values that are not finite")
@@ -386,7 +390,7 @@ def _run_worker(folder: Path, settings: Mapping[str, Any], timeout: float) -> li
             )
             ended, errors = f"exit status {process.returncode}", process.stderr
         except subprocess.TimeoutExpired as error:
-            ended, errors = f"no end after {timeout:.0f} s", str(error.stderr or "")
+            ended, errors = f"no end after {timeout:g} s", str(error.stderr or "")
         results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else []
     checks = [Check(*result) for result in results]
     if ended != "exit status 0":

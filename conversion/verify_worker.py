@@ -145,7 +145,8 @@ class Worker:
         full_budget = self.logits(inputs)
         self.model = None
         gc.collect()
-        stock, report = AutoModelForImageTextToText.from_pretrained(
+        auto_class: Any = AutoModelForImageTextToText
+        stock, report = auto_class.from_pretrained(
             self.folder, trust_remote_code=False, dtype="auto", output_loading_info=True
         )
         require_clean(report, "the stock class")
@@ -165,7 +166,7 @@ class Worker:
 
     def check_pipeline(self) -> str:
         gc.collect()
-        pipe = pipeline("image-text-to-text", model=str(self.folder), trust_remote_code=True, dtype="auto")
+        pipe: Any = pipeline("image-text-to-text", model=str(self.folder), trust_remote_code=True, dtype="auto")
         self._require_class(pipe.model, "pipeline")
         answer = pipe(text=self.prompt(), images=[sample_image()], max_new_tokens=NEW_TOKENS, return_full_text=False)
         while isinstance(answer, list):
@@ -260,7 +261,7 @@ def compare_weights(state: dict[str, torch.Tensor], folder: Path, published_name
 def tensor_hash(tensor: torch.Tensor) -> str:
     """Hash dtype, shape and bytes of a tensor."""
     digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
