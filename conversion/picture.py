@@ -60,8 +60,8 @@ def show(
 ) -> Path:
     """Write the picture of the patches that the model in `repo` keeps of the file `image`.
 
-    repo              a built repo, or any stock checkpoint together with visual_token_num; a folder or a Hub id. Its own
-                      code is never run: the installed package reads it
+    repo              a built repo, or any stock checkpoint together with visual_token_num; a folder or a Hub id.
+                      Its own code is never run: the installed package reads it
     visual_token_num  overrides the budget that the repo stores
     """
     out = _png_path(out)
@@ -115,7 +115,7 @@ def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image
 def _important_patches(
     model: PreTrainedModel, saliency: torch.Tensor, image_sizes: torch.Tensor | None
 ) -> torch.BoolTensor | None:
-    """Return (tiles, N) True at the patches kept for their attention; None when the method does not tell them apart."""
+    """Return (tiles, N) True at the patches kept for their attention; None when the method makes no difference."""
     options = model.model.vispruner_options
     ratio = {"vispruner": options.important_ratio, "cls_attention": 1.0}.get(options.method)
     if ratio is None:

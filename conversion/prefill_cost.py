@@ -1,7 +1,7 @@
 """What a prefill costs: floating-point operations and KV-cache bytes, computed from a config and a sequence length.
 
-Counts a multiply-add as two operations, matrix products only, and attention over the full square (the causal half is not
-discounted), which is how `torch.utils.flop_counter` counts.
+Counts a multiply-add as two operations, matrix products only, and attention over the full square (the causal half is
+not discounted), which is how `torch.utils.flop_counter` counts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 
 def prefill_flops(config: PreTrainedConfig, sequence_length: int, visual_tokens: int) -> int:
-    """Return the operations that depend on how many visual tokens are kept: projector, language model, one row of logits.
+    """Return the operations of what reads visual tokens: the projector, the language model and one row of logits.
 
     config           a LLaVA-like config: a vision tower, a two-layer projector and a Llama-like text model
     sequence_length  tokens the language model reads, visual ones included

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    CLIPImageProcessor,
     CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
@@ -21,7 +20,6 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessor,
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
@@ -73,6 +71,8 @@ def write_tiny_llava(
         image_seq_length=(image_size // PATCH_SIZE) ** 2,
         pad_token_id=tokenizer.pad_token_id,
     )
+    from transformers import CLIPImageProcessor  # on import it warns when torchvision is missing
+
     image_processor = CLIPImageProcessor(**_image_size_settings(image_size))
     processor = LlavaProcessor(image_processor, tokenizer, **_processor_settings())
     return _save(LlavaForConditionalGeneration(config), processor, folder, seed)
@@ -94,6 +94,8 @@ def write_tiny_llava_next(
         image_grid_pinpoints=pinpoints,
         pad_token_id=tokenizer.pad_token_id,
     )
+    from transformers import LlavaNextImageProcessor  # on import it warns when torchvision is missing
+
     image_processor = LlavaNextImageProcessor(image_grid_pinpoints=pinpoints, **_image_size_settings(image_size))
     processor = LlavaNextProcessor(image_processor, tokenizer, **_processor_settings())
     return _save(LlavaNextForConditionalGeneration(config), processor, folder, seed)

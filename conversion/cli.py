@@ -1,0 +1,190 @@
+"""The command `vispruner`: demo, build, verify, convert, show.
+
+Exit status: 0 done, 1 a repo was refused by verify, 2 bad input (one line says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vispruner import __version__
+
+DESCRIPTION = "Prune the visual tokens of LLaVA-1.5 and LLaVA-NeXT, and publish the result as an ordinary Hub repo."
+
+EPILOG = """\
+first steps:
+  vispruner demo                                  the whole path on one photo, without network
+  vispruner build llava-1.5-7b-vispruner --out repo
+  vispruner verify repo
+  vispruner show photo.jpg --repo repo --out kept.png
+
+`vispruner COMMAND --help` explains a command. Nothing to publish? In Python, any stock checkpoint can be pruned as is:
+  model = vispruner.load("llava-hf/llava-1.5-7b-hf", visual_token_num=64)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = vars(_parser().parse_args(arguments))
+    command: Callable[..., int] = options.pop("command")
+    show_traceback = options.pop("traceback")
+    try:
+        return command(**options)
+    except KeyboardInterrupt:
+        print("vispruner: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"vispruner: error: {str(error).strip() or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vispruner", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"vispruner {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="print the Python traceback of an error too")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_build, _add_verify, _add_convert, _add_show):
+        add(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, summary: str, examples: str, run: Callable[..., int]) -> Any:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    examples = (
+        "  vispruner demo\n"
+        "  vispruner demo --image photo.jpg --visual-token-num 32 --out my-demo\n"
+        "  vispruner demo --base path/to/llava-1.5-7b-hf --question 'What is the cat doing?'\n"
+        "  vispruner demo --repo path/to/a/built/repo"
+    )
+    summary = "build a pruned repo, verify it, load it, answer a question, and show what fell"
+    parser = _add_command(commands, "demo", summary, examples, _demo)
+    parser.add_argument("--out", default="vispruner-demo", metavar="DIR", help="folder to write, default: %(default)s")
+    parser.add_argument("--image", metavar="PATH", help="photo to ask about (default: the one in the package)")
+    parser.add_argument("--question", default="What is in this picture?", metavar="TEXT", help="default: %(default)s")
+    parser.add_argument("--base", metavar="ID_OR_PATH", help="build from this checkpoint, not from the embedded one")
+    parser.add_argument("--repo", metavar="DIR", help="use this built repo and build none")
+    parser.add_argument("--visual-token-num", type=int, metavar="N", help="visual tokens to keep per image or tile")
+
+
+def _add_build(commands: Any) -> None:
+    examples = (
+        "  vispruner build tiny-llava-vispruner --out repo         a YAML in hub_configs/, by its stem\n"
+        "  vispruner build my-model.yaml --out repo                a YAML of your own\n"
+        "  vispruner build llava-1.5-7b-vispruner --out repo --base path/to/llava-1.5-7b-hf"
+    )
+    summary = "make a complete Hub repo folder from a YAML and a base checkpoint"
+    parser = _add_command(commands, "build", summary, examples, _build)
+    parser.add_argument("config", metavar="CONFIG", help="path of a YAML, or the stem of one in hub_configs/")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; appears only when complete")
+    parser.add_argument("--base", metavar="ID_OR_PATH", help="read the weights from here instead of base_model")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+
+
+def _add_verify(commands: Any) -> None:
+    examples = (
+        "  vispruner verify repo\n"
+        "  vispruner verify repo --base path/to/llava-1.5-7b-hf    compare every tensor with the base's too"
+    )
+    summary = "check a built repo in a fresh process; exit status 1 when it is refused"
+    parser = _add_command(commands, "verify", summary, examples, _verify)
+    parser.add_argument("folder", metavar="DIR", help="the built repo")
+    parser.add_argument("--base", metavar="ID_OR_PATH", help="compare the weights with those of this checkpoint")
+
+
+def _add_convert(commands: Any) -> None:
+    examples = (
+        "  vispruner convert path/to/llava-v1.5-7b llava-1.5-7b-hf --vision-tower openai/clip-vit-large-patch14-336\n"
+        "  vispruner convert path/to/llava-v1.6-vicuna-7b llava-1.6-hf --vision-tower path/to/clip"
+    )
+    summary = "turn an original LLaVA v1.5 or v1.6 checkpoint into a Hugging Face one"
+    parser = _add_command(commands, "convert", summary, examples, _convert)
+    parser.add_argument("source", metavar="SRC", help="the original checkpoint")
+    parser.add_argument("destination", metavar="DST", help="folder to write; appears only when complete")
+    parser.add_argument(
+        "--vision-tower",
+        metavar="ID_OR_PATH",
+        help="CLIP tower: gives config and preprocessor, and the weights if SRC has none",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+
+
+def _add_show(commands: Any) -> None:
+    examples = (
+        "  vispruner show photo.jpg --repo repo --out kept.png\n"
+        "  vispruner show photo.jpg --repo llava-hf/llava-1.5-7b-hf --visual-token-num 64 --out kept.png"
+    )
+    summary = "draw which patches of a photo are kept: important ones orange, diverse ones blue"
+    parser = _add_command(commands, "show", summary, examples, _show)
+    parser.add_argument("image", metavar="IMAGE", help="the photo")
+    parser.add_argument(
+        "--repo",
+        required=True,
+        metavar="DIR_OR_ID",
+        help="a built repo, or a stock checkpoint with --visual-token-num; its own code is never run",
+    )
+    parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
+    parser.add_argument("--visual-token-num", type=int, metavar="N", help="visual tokens to keep per image or tile")
+
+
+# Each command imports what it needs only when it runs, so that --help and mistyped options answer soon.
+
+
+def _demo(**options: Any) -> int:
+    from .demo import run_demo
+
+    run_demo(**options)
+    return 0
+
+
+def _build(config: str, out: str, base: str | None, overwrite: bool) -> int:
+    from .build import build_repo
+
+    folder = build_repo(config, out, base=base, overwrite=overwrite)
+    print(f"built {folder}; check it with: vispruner verify {folder}")
+    return 0
+
+
+def _verify(folder: str, base: str | None) -> int:
+    from .verify import verify_repo
+
+    found = verify_repo(folder, base=base)
+    print(found.table())
+    return 0 if found.passed else 1
+
+
+def _convert(source: str, destination: str, vision_tower: str | None, overwrite: bool) -> int:
+    from .convert import convert_llava
+
+    convert_llava(source, destination, vision_tower=vision_tower, overwrite=overwrite)
+    print(f"converted {source} to {destination}")
+    return 0
+
+
+def _show(image: str, repo: str, out: str, visual_token_num: int | None) -> int:
+    from .picture import show
+
+    print(f"wrote {show(image, repo, out, visual_token_num)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

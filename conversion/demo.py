@@ -1,0 +1,317 @@
+"""The whole path on one photograph: build a pruned repo, verify it, load it by the public API, and measure what fell.
+
+Every figure but the operations (`prefill_cost`) is read off the run: tokens and cache lengths from what `generate`
+returned, times from the model's own modules (the best of several runs, pruned and unpruned taking turns). The unpruned
+figures come from the same model with method="none".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import pipeline
+from transformers.utils import logging as transformers_logging
+
+import vispruner
+from vispruner import merge_vispruner_config
+
+from .build import build_repo, resolve_base
+from .checkpoint_io import read_json
+from .picture import kept_patches_picture, open_photo, save_png, view_kept_patches
+from .prefill_cost import kv_cache_bytes, prefill_flops
+from .repo_config import EMBEDDED_PREFIX, RepoConfig, load_repo_config
+from .verify import verify_repo
+
+SAMPLE_PHOTO = Path(__file__).parent / "assets" / "chelsea.jpg"
+DEMO_CONFIG = "tiny-llava-vispruner"
+QUESTION = "What is in this picture?"
+RESULTS = "demo.json"
+MADE_BY = "vispruner demo"
+
+STAGES = ("vision", "select", "project", "prefill", "decode")
+NEW_TOKENS = 16
+REPEATS = 5
+
+
+class DemoError(ValueError):
+    """The demo cannot start, or what it saw is not what pruning promises."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One photo and question answered once: counts, the operations of the prefill, seconds per stage, the answer."""
+
+    visual_tokens: int
+    prompt_tokens: int
+    kv_tokens: int
+    kv_bytes: int
+    prefill_flops: int
+    seconds: dict[str, float]
+    answer: str
+
+
+def run_demo(
+    out: str | os.PathLike[str] = "vispruner-demo",
+    image: str | os.PathLike[str] | None = None,
+    base: str | None = None,
+    question: str = QUESTION,
+    visual_token_num: int | None = None,
+    repo: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Run the demo, print its table, and write `demo.png`, `demo.json` and the built `repo/` into the folder `out`.
+
+    image             a photo; by default the one that ships with the package
+    base              build from this folder or Hub id instead of the embedded checkpoint
+    visual_token_num  visual tokens kept per image or tile; by default the repo's own
+    repo              use this built repo and build none
+    Returns what `demo.json` holds. Raises DemoError when the cache did not shrink by the dropped tokens.
+    """
+    if base is not None and repo is not None:
+        raise DemoError("give either --base (a repo is built from it) or --repo (one that is built already)")
+    photo_path = SAMPLE_PHOTO if image is None else Path(image)
+    photo = open_photo(photo_path)
+    config = None if repo is not None else _repo_config(base, visual_token_num)
+    folder = _claim_folder(Path(out).expanduser())
+    with _quiet_transformers():
+        repo = _verified_repo(folder / "repo", config, repo)
+        pipe = pipeline("image-text-to-text", model=str(repo), trust_remote_code=True)
+        if visual_token_num is not None:
+            pipe.model.set_vispruner_config(visual_token_num=visual_token_num)
+        options = pipe.model.config.vispruner_config
+        embedded = str(options["base_model_name_or_path"]).startswith(EMBEDDED_PREFIX)
+        print("Answering, pruned and unpruned ...", flush=True)
+        with _threads(1 if embedded else torch.get_num_threads()):
+            tiles = view_kept_patches(pipe.model, pipe.processor, photo)
+            unpruned, pruned = measure(pipe, photo, question)
+    require_pruning(unpruned, pruned)
+    caption = f"{photo_path.name}: {pruned.visual_tokens} of {unpruned.visual_tokens} visual tokens kept"
+    save_png(kept_patches_picture(tiles, caption), folder / "demo.png")
+    results = {
+        "made_by": MADE_BY,
+        "photo": photo_path.name,
+        "question": question,
+        "vispruner_config": options,
+        "unpruned": dataclasses.asdict(unpruned),
+        "pruned": dataclasses.asdict(pruned),
+    }
+    (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(report(unpruned, pruned))
+    print(f"\nThe kept patches are drawn in {folder / 'demo.png'}; the figures are in {folder / RESULTS}.")
+    if embedded:
+        print(
+            "The embedded model is tiny and its weights are random: both answers are meaningless, and its times say\n"
+            "little about a real model. The tokens, the cache and the operations are what pruning really changes."
+        )
+    return results
+
+
+def _repo_config(base: str | None, visual_token_num: int | None) -> RepoConfig:
+    config = load_repo_config(DEMO_CONFIG)
+    if visual_token_num is not None:
+        options = merge_vispruner_config(config.vispruner_config, {"visual_token_num": visual_token_num})
+        config = dataclasses.replace(config, vispruner_config=options)
+    if base is not None:
+        model_type = read_json(resolve_base(base) / "config.json").get("model_type")
+        vispruner.architecture_of(model_type)
+        config = dataclasses.replace(config, base_model=base, architecture=model_type)
+    return config
+
+
+def _claim_folder(folder: Path) -> Path:
+    """Make the demo's folder, or take over one that an earlier demo made; never touch another."""
+    results = folder / RESULTS
+    if folder.is_dir() and any(folder.iterdir()):
+        made_by = read_json(results).get("made_by") if results.is_file() else None
+        if made_by != MADE_BY:
+            raise DemoError(f"{folder} holds files that no demo wrote: give another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps({"made_by": MADE_BY}) + "\n", encoding="utf-8")
+    return folder
+
+
+def _verified_repo(target: Path, config: RepoConfig | None, repo: str | os.PathLike[str] | None) -> Path:
+    if config is not None:
+        print(f"Building {target} from {config.base_model} ...", flush=True)
+        repo = build_repo(config, target, overwrite=True, show_progress=False)
+    assert repo is not None
+    print(f"Verifying {repo} in a fresh process ...", flush=True)
+    found = verify_repo(repo)
+    if not found.passed:
+        raise DemoError(f"the repo is refused:\n{found.table()}")
+    print(found.table().splitlines()[-1])
+    return Path(repo)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Leave out the progress bars and the advice of libraries: the demo's own lines are the output."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Work that is too small to be shared is slower, and varies more, on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure(pipe: Any, photo: Image.Image, question: str) -> tuple[Measured, Measured]:
+    """Answer `question` with the pipeline's model, unpruned and as it is configured, and read all off the runs."""
+    model, method = pipe.model, pipe.model.config.vispruner_config["method"]
+    content = [{"type": "image", "image": photo}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    prompt = pipe.processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = pipe.processor(images=photo, text=prompt, return_tensors="pt").to(model.device, model.dtype)
+    timed: dict[str, list[dict[str, float]]] = {"none": [], method: []}
+    for _ in range(1 + REPEATS):
+        for name, runs in timed.items():
+            model.set_vispruner_config(method=name)
+            runs.append(_time_stages(model, inputs))
+    measured = []
+    for name, runs in timed.items():
+        model.set_vispruner_config(method=name)
+        seconds = {stage: min(run[stage] for run in runs[1:]) for stage in (*STAGES, "whole")}
+        measured.append(_count(pipe, messages, inputs, seconds))
+    return measured[0], measured[-1]
+
+
+def _count(pipe: Any, messages: list[dict[str, Any]], inputs: Any, seconds: dict[str, float]) -> Measured:
+    model = pipe.model
+    greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    answer = pipe(text=messages, generate_kwargs=greedy, return_full_text=False)
+    _, kept = model.visual_token_counts(inputs["pixel_values"], inputs.get("image_sizes"))
+    cache = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    kv_tokens = cache.get_seq_length()
+    value_size = torch.empty((), dtype=model.dtype).element_size()
+    return Measured(
+        visual_tokens=sum(kept),
+        prompt_tokens=inputs["input_ids"].shape[1],
+        kv_tokens=kv_tokens,
+        kv_bytes=kv_cache_bytes(model.config, kv_tokens, value_size),
+        prefill_flops=prefill_flops(model.config, kv_tokens, sum(kept)),
+        seconds=seconds,
+        answer=answer[0]["generated_text"].strip(),
+    )
+
+
+def require_pruning(unpruned: Measured, pruned: Measured) -> None:
+    """Raise DemoError unless the cache shrank by exactly the visual tokens that were dropped, and some were."""
+    dropped = unpruned.visual_tokens - pruned.visual_tokens
+    if dropped <= 0:
+        raise DemoError(
+            f"nothing was pruned: {pruned.visual_tokens} of {unpruned.visual_tokens} visual tokens were kept; "
+            "give a smaller --visual-token-num"
+        )
+    if unpruned.kv_tokens != unpruned.prompt_tokens:
+        raise DemoError(
+            f"the unpruned model should cache its whole prompt of {unpruned.prompt_tokens} tokens, "
+            f"but its cache holds {unpruned.kv_tokens}"
+        )
+    if unpruned.kv_tokens - pruned.kv_tokens != dropped:
+        raise DemoError(
+            f"{dropped} visual tokens were dropped, but the cache fell from {unpruned.kv_tokens} to "
+            f"{pruned.kv_tokens} tokens: pruning did not do what it says"
+        )
+
+
+def _time_stages(model: Any, inputs: Any) -> dict[str, float]:
+    """Return the seconds of every stage of one `generate`; "decode" is per token, "whole" is the call."""
+    _finish_device_work(model)
+    started = time.perf_counter()
+    with _stage_clock(model) as seconds:
+        model.generate(**inputs, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False)
+    _finish_device_work(model)
+    seconds["whole"] = time.perf_counter() - started
+    seconds["decode"] /= NEW_TOKENS - 1
+    return seconds
+
+
+@contextmanager
+def _stage_clock(model: Any) -> Iterator[dict[str, float]]:
+    """Add up the seconds that the model's modules take during one `generate`."""
+    seconds = dict.fromkeys(STAGES, 0.0)
+    base, started, prefilled = model.model, 0.0, False
+
+    def start(*_: Any) -> None:
+        nonlocal started
+        _finish_device_work(model)
+        started = time.perf_counter()
+
+    def stop(stage: str) -> None:
+        _finish_device_work(model)
+        seconds[stage] += time.perf_counter() - started
+
+    def stop_head(*_: Any) -> None:
+        nonlocal prefilled
+        stop("decode" if prefilled else "prefill")
+        prefilled = True
+
+    def timed_select(*args: Any, **kwargs: Any) -> Any:
+        start()
+        kept = select(*args, **kwargs)
+        stop("select")
+        return kept
+
+    select: Callable[..., Any] = base.select
+    ends = {
+        base.vision_tower: lambda *_: stop("vision"),
+        base.multi_modal_projector: lambda *_: stop("project"),
+        base.language_model: lambda *_: stop("decode" if prefilled else "prefill"),
+        model.lm_head: stop_head,
+    }
+    hooks = [module.register_forward_pre_hook(start) for module in ends]
+    hooks += [module.register_forward_hook(end) for module, end in ends.items()]
+    base.select = timed_select
+    try:
+        yield seconds
+    finally:
+        del base.select
+        for hook in hooks:
+            hook.remove()
+
+
+def _finish_device_work(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def report(unpruned: Measured, pruned: Measured) -> str:
+    """Return the table of both runs and both answers."""
+    rows: list[tuple[str, float, float, str]] = [
+        ("visual tokens", unpruned.visual_tokens, pruned.visual_tokens, ",.0f"),
+        ("KV cache, tokens", unpruned.kv_tokens, pruned.kv_tokens, ",.0f"),
+        ("KV cache, KiB", unpruned.kv_bytes / 2**10, pruned.kv_bytes / 2**10, ",.0f"),
+        ("prefill, GFLOPs", unpruned.prefill_flops / 1e9, pruned.prefill_flops / 1e9, ",.3f"),
+    ]
+    names = {"decode": "decode, ms per token", "whole": f"whole answer of {NEW_TOKENS} tokens, ms"}
+    for stage in (*STAGES, "whole"):
+        name = names.get(stage, f"{stage}, ms")
+        rows.append((name, 1e3 * unpruned.seconds[stage], 1e3 * pruned.seconds[stage], ",.2f"))
+    lines = [f"\n{'':<32}{'unpruned':>12}{'pruned':>12}{'ratio':>9}"]
+    for name, before, after, style in rows:
+        ratio = f"{after / before:.3f}" if before else "-"
+        lines.append(f"{name:<32}{before:>12{style}}{after:>12{style}}{ratio:>9}")
+    lines += [f"\nanswer, unpruned: {unpruned.answer}", f"answer, pruned:   {pruned.answer}"]
+    return "\n".join(lines)
