@@ -6,18 +6,19 @@ down to the number of features that the model's `get_image_features` returns. Kn
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LogitsProcessorList, StoppingCriteriaList
+from transformers import LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
 from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
+from .prompt_shortening import FullPromptStreamer, ShortenedPrompt, see_full_prompt, shorten_prompt, with_full_prompt
 from .token_selection import select_tokens
 from .visual_attention import encode_with_saliency, make_tappable
 
@@ -46,99 +47,6 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
     full_counts: list[int] | None = None
 
 
-@dataclass(frozen=True)
-class ShortenedPrompt:
-    """Where each column of a shortened prompt comes from.
-
-    index  (B, W) column of the full prompt
-    valid  (B, W) False where padding had to be added; None when nowhere
-    shift  (B, W) what renumbering adds to the position of each column
-    full_length   columns of the full prompt
-    """
-
-    index: torch.LongTensor
-    valid: torch.BoolTensor | None
-    shift: torch.LongTensor
-    full_length: int
-
-    @property
-    def length(self) -> int:
-        return self.index.shape[1]
-
-    @property
-    def dropped(self) -> int:
-        return self.full_length - self.length
-
-    def take(self, tensor: torch.Tensor, fill: int) -> torch.Tensor:
-        """Bring a (B, S) tensor to (B, W); added padding gets `fill`."""
-        taken = tensor.gather(1, self.index.to(tensor.device))
-        return taken if self.valid is None else taken.masked_fill(~self.valid.to(tensor.device), fill)
-
-    def attention_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        if mask is None:
-            return None if self.valid is None else self.valid.long()
-        return self.take(mask, 0)
-
-
-def shorten_prompt(
-    input_ids: torch.LongTensor,
-    image_token_id: int,
-    full_counts: Sequence[int],
-    kept: Sequence[torch.LongTensor],
-    attention_mask: torch.Tensor | None = None,
-) -> ShortenedPrompt:
-    """Choose the columns of a full prompt that stay.
-
-    input_ids    (B, S) with full_counts[j] placeholders for image j, images in reading order over the rows
-    kept         per image the placeholders that stay, as indices into its full_counts[j]
-    Rows that lose different numbers of placeholders are padded anew, on the side that was padded before.
-    Raises ValueError when the placeholders of one image are spread over two rows.
-    """
-    batch, width = input_ids.shape
-    ids = input_ids.flatten().cpu()
-    is_image = ids == image_token_id
-    text, images = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
-    chosen = []
-    for number, (columns, keep) in enumerate(zip(images.split(list(full_counts)), kept, strict=True)):
-        if columns[0] // width != columns[-1] // width:
-            raise ValueError(f"the placeholders of image {number} are spread over two rows of input_ids")
-        chosen.append(columns[keep.cpu()])
-    columns = torch.cat([text, *chosen]).sort().values
-    rows = columns // width
-    if rows.bincount(minlength=batch).unique().numel() > 1 and attention_mask is not None:
-        inside = _without_outer_padding(attention_mask).flatten().cpu()[columns]
-        columns, rows = columns[inside], rows[inside]
-    index, valid = _align_rows(rows, columns % width, batch, left=_padded_left(attention_mask))
-    full_rank = is_image.view(batch, width).cumsum(1).gather(1, index)
-    kept_rank = (is_image.view(batch, width).gather(1, index) & valid).cumsum(1)
-    device = input_ids.device
-    all_valid = bool(valid.all())
-    return ShortenedPrompt(
-        index.to(device), None if all_valid else valid.to(device), (kept_rank - full_rank).to(device), width
-    )
-
-
-def _without_outer_padding(attention_mask: torch.Tensor) -> torch.Tensor:
-    seen = attention_mask.bool().int()
-    return (seen.cumsum(1) > 0) & (seen.flip(1).cumsum(1).flip(1) > 0)
-
-
-def _padded_left(attention_mask: torch.Tensor | None) -> bool:
-    return attention_mask is None or bool(attention_mask[:, -1].all())
-
-
-def _align_rows(
-    rows: torch.LongTensor, columns: torch.LongTensor, batch: int, left: bool
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
-    lengths = rows.bincount(minlength=batch)
-    width = int(lengths.max())
-    offset = torch.arange(width).expand(batch, width)
-    valid = offset >= (width - lengths)[:, None] if left else offset < lengths[:, None]
-    index = torch.zeros(batch, width, dtype=torch.long)
-    index[valid] = columns
-    return index, valid
-
-
 def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str) -> None:
     """Read every key layout that the stock class or model_type `stock_name` reads.
 
@@ -162,8 +70,8 @@ class VisPrunerModelMixin:
             tower, strategy = self.config.vision_config.model_type, self.config.vision_feature_select_strategy
             if tower != "clip_vision_model":
                 raise ValueError(
-                    f"vision_config.model_type must be clip_vision_model, got {tower!r}: tokens are ranked by "
-                    'the attention of a [CLS] token, which this tower lacks (vispruner_config.method="none" loads it dense)'
+                    f"vision_config.model_type must be clip_vision_model, got {tower!r}: tokens are ranked by the "
+                    'attention of a [CLS] token, which it lacks (vispruner_config.method="none" loads it dense)'
                 )
             if strategy != "default":
                 raise ValueError(
@@ -223,20 +131,6 @@ class VisPrunerModelMixin:
         return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
 
 
-class _FullPromptStreamer:
-    """Hands the caller's full prompt to a streamer in place of the shortened one, then every new token."""
-
-    def __init__(self, streamer: Any, prompt: torch.LongTensor) -> None:
-        self.streamer, self.prompt = streamer, prompt
-
-    def put(self, value: torch.Tensor) -> None:
-        self.streamer.put(value if self.prompt is None else self.prompt)
-        self.prompt = None
-
-    def end(self) -> None:
-        self.streamer.end()
-
-
 @dataclass(frozen=True)
 class CachedPrompt:
     """What a KV cache was built from; attached to the cache, so that a later turn is shortened the same way."""
@@ -245,6 +139,11 @@ class CachedPrompt:
     kept_counts: tuple[int, ...]
     dropped: int
     uniform: bool
+
+    @classmethod
+    def of(cls, full: list[int], kept: list[int], prompt: ShortenedPrompt | None) -> "CachedPrompt":
+        dropped = 0 if prompt is None else prompt.dropped
+        return cls(tuple(full), tuple(kept), dropped, uniform=prompt is None or prompt.valid is None)
 
 
 class VisPrunerMixin:
@@ -316,34 +215,37 @@ class VisPrunerMixin:
     def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
         """Call `stock_forward(**inputs)` on a prompt as short as its image features; `inputs` are forward's own."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        cache = inputs.get("past_key_values")
-        if torch.compiler.is_compiling() or inputs.get("input_ids") is None:
+        if torch.compiler.is_compiling() or "input_ids" not in inputs:
             return stock_forward(**inputs)  # a short prompt is required here, and the stock check enforces it
         if "pixel_values" not in inputs and not inputs.get("mm_encoder_outputs"):
-            self._check_continuation(inputs)
+            self._check_text_only(inputs)
             return stock_forward(**inputs)
         full, kept = self._count_visual_tokens(inputs)
-        self._require_whole_images(inputs["input_ids"], full, kept)
-        original = self.model.vispruner_options.position_policy == "original"
+        original = self._keeps_original_positions
         if not self._is_full_prompt(inputs["input_ids"], full, kept):
-            if original and full != kept and "position_ids" not in inputs:
-                raise ValueError(
-                    'vispruner_config.position_policy "original" needs a full prompt: a short one does not say which '
-                    "positions its visual tokens had; pass the full prompt or position_ids"
-                )
-            self._keep_mask_for_gaps(inputs, original)
+            self._require_known_positions(inputs, full, kept)
+            if original and "position_ids" in inputs and "attention_mask" not in inputs:
+                self._mask_everything_seen(inputs)
             return stock_forward(**inputs)
         if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
-            raise ValueError(
-                "logits_to_keep must be an integer for a full prompt: its logits are shorter than its ids"
-            )
-        prompt = self._shorten(inputs, full, kept, original)
+            raise ValueError("logits_to_keep must be an integer for a full prompt: logits are shorter than its ids")
+        staying = self._encode_images(inputs) if original else _leading_placeholders(full, kept)
+        if original and "position_ids" not in inputs:
+            ids = inputs["input_ids"]
+            inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        prompt = self._shorten(inputs, full, staying)
         if original:
+            if "attention_mask" not in inputs:
+                self._mask_everything_seen(inputs)
             self._merge_features(inputs)
         outputs = stock_forward(**inputs)
-        if (cache := getattr(outputs, "past_key_values", cache)) is not None:
-            cache.vispruner_prompt = self._cached_prompt(full, kept, prompt)
+        if (cache := getattr(outputs, "past_key_values", None)) is not None:
+            cache.vispruner_prompt = CachedPrompt.of(full, kept, prompt)
         return outputs
+
+    @property
+    def _keeps_original_positions(self) -> bool:
+        return self.model.vispruner_options.position_policy == "original"
 
     def _merge_features(self, inputs: dict[str, Any]) -> None:
         """Put the features already encoded into the embedded prompt (transformers 5.17 takes them no other way)."""
@@ -355,19 +257,16 @@ class VisPrunerMixin:
         inputs["inputs_embeds"] = embeds.masked_scatter(mask, features)
 
     @staticmethod
-    def _keep_mask_for_gaps(inputs: dict[str, Any], original: bool) -> None:
+    def _mask_everything_seen(inputs: dict[str, Any]) -> None:
         """Without a 2-D mask and a cache, stock takes position ids with gaps for several packed sequences."""
-        if original and "position_ids" in inputs and "attention_mask" not in inputs:
-            cache = inputs.get("past_key_values")
-            past = 0 if cache is None else cache.get_seq_length()
-            batch, width = inputs["input_ids"].shape
-            inputs["attention_mask"] = inputs["input_ids"].new_ones(batch, past + width)
+        batch, width = inputs["input_ids"].shape
+        inputs["attention_mask"] = inputs["input_ids"].new_ones(batch, _cached_length(inputs) + width)
 
-    def _check_continuation(self, inputs: dict[str, Any]) -> None:
-        """Refuse what stock would get wrong: images without pixels, and full-length masks on a shortened cache."""
+    def _check_text_only(self, inputs: dict[str, Any]) -> None:
+        """Refuse what stock would get wrong: placeholders without an image, full-length masks on a shortened cache."""
         cache, input_ids = inputs.get("past_key_values"), inputs["input_ids"]
         if cache is None:  # generate, which always brings a cache, has checked its whole prompt
-            self._require_whole_images(input_ids, [], [])
+            self._is_full_prompt(input_ids, [], [])
         prompt = getattr(cache, "vispruner_prompt", None)
         if prompt is None or prompt.dropped == 0:
             return
@@ -375,12 +274,13 @@ class VisPrunerMixin:
         if mask is not None and mask.dim() == 2 and mask.shape[1] != past + input_ids.shape[1]:
             raise ValueError(
                 f"attention_mask has {mask.shape[1]} columns, but the cache holds {past} tokens of a pruned prompt "
-                f"and {input_ids.shape[1]} are new: leave out the columns of the {prompt.dropped} dropped visual tokens"
+                f"and {input_ids.shape[1]} are new: leave out the columns of the {prompt.dropped} dropped tokens"
             )
-        if self.model.vispruner_options.position_policy == "original" and "position_ids" not in inputs:
+        if self._keeps_original_positions and "position_ids" not in inputs:
             raise ValueError('vispruner_config.position_policy "original": pass position_ids to continue from a cache')
 
     def _count_visual_tokens(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full prompt and those that are kept."""
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if encoded is not None:
             kept = [len(feature) for feature in encoded.pooler_output]
@@ -390,54 +290,52 @@ class VisPrunerMixin:
             return [], []
         return self.model.visual_token_counts(inputs["pixel_values"], inputs.get("image_sizes"))
 
-    def _require_whole_images(self, input_ids: torch.LongTensor, full: list[int], kept: list[int]) -> None:
+    def _is_full_prompt(self, input_ids: torch.LongTensor, full: list[int], kept: list[int]) -> bool:
+        """True for the full number of placeholders, False for the kept number; any other raises ValueError."""
         placeholders = int((input_ids == self.config.image_token_id).sum())
-        if placeholders in (sum(full), sum(kept)):
-            return
+        if placeholders == sum(full):
+            return full != kept
+        if placeholders == sum(kept):
+            return False
+        found = f"the prompt has {placeholders} image placeholders (id {self.config.image_token_id})"
         if not full:
-            raise ValueError(
-                f"the prompt has {placeholders} image placeholders (id {self.config.image_token_id}) but there is no "
-                "image: pass pixel_values, or take <image> out of the prompt"
-            )
+            raise ValueError(f"{found} but there is no image: pass pixel_values, or take <image> out of the prompt")
         raise ValueError(
-            f"the prompt has {placeholders} image placeholders (id {self.config.image_token_id}) for {len(full)} "
-            f"image(s), which take {sum(full)} in a full prompt or {sum(kept)} in a shortened one: "
-            "put one <image> per image into the prompt and use the processor of this repo"
+            f"{found} for {len(full)} image(s), which take {sum(full)} in a full prompt or {sum(kept)} in a shortened "
+            "one: put one <image> per image into the prompt and use the processor of this repo"
         )
 
-    def _is_full_prompt(self, input_ids: torch.LongTensor, full: list[int], kept: list[int]) -> bool:
-        return full != kept and int((input_ids == self.config.image_token_id).sum()) == sum(full)
+    def _require_known_positions(self, inputs: dict[str, Any], full: list[int], kept: list[int]) -> None:
+        if self._keeps_original_positions and full != kept and "position_ids" not in inputs:
+            raise ValueError(
+                'vispruner_config.position_policy "original" needs a full prompt: a short one does not say which '
+                "positions its visual tokens had; pass the full prompt or position_ids"
+            )
 
-    def _shorten(self, inputs: dict[str, Any], full: list[int], kept: list[int], original: bool) -> ShortenedPrompt:
-        """Shorten every per-token entry of `inputs` in place; with original positions the images are encoded first."""
+    def _encode_images(self, inputs: dict[str, Any]) -> list[torch.LongTensor]:
+        """Replace the pixels in `inputs` by features; return per image the placeholders its kept tokens stand for."""
+        if "mm_encoder_outputs" not in inputs:
+            names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+            pixels = {name: inputs.pop(name) for name in names if name in inputs}
+            inputs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels, return_dict=True)}
+        return inputs["mm_encoder_outputs"]["image"].placeholders
+
+    def _shorten(self, inputs: dict[str, Any], full: list[int], staying: list[torch.LongTensor]) -> ShortenedPrompt:
+        """Shorten every per-token entry of `inputs`; `staying` says per image which of its placeholders stay."""
         input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if mask is not None and mask.shape != input_ids.shape:
             raise ValueError(
                 "attention_mask must be 2-D and as long as input_ids to shorten a full prompt, got "
                 f"{tuple(mask.shape)} for {tuple(input_ids.shape)}"
             )
-        if original:
-            if "mm_encoder_outputs" not in inputs:
-                names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-                pixels = {name: inputs.pop(name) for name in names if name in inputs}
-                inputs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels, return_dict=True)}
-            which = inputs["mm_encoder_outputs"]["image"].placeholders
-        else:  # all placeholders are alike; the last is repeated where the paper's tiles need more than stock packing
-            which = [torch.arange(count).clamp(max=whole - 1) for whole, count in zip(full, kept, strict=True)]
-        prompt = shorten_prompt(input_ids, self.config.image_token_id, full, which, mask)
-        positions = inputs.get("position_ids")
-        if original and positions is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        if positions is not None:
-            shift = 0 if original else prompt.shift.to(positions.device)
-            inputs["position_ids"] = prompt.take(positions.expand(input_ids.shape), 0) + shift
+        prompt = shorten_prompt(input_ids, self.config.image_token_id, full, staying, mask)
         inputs["input_ids"] = prompt.take(input_ids, self._padding_id())
         if "labels" in inputs:
             inputs["labels"] = prompt.take(inputs["labels"], -100)
-        mask = prompt.attention_mask(mask)
-        if mask is None and original:
-            mask = torch.ones_like(inputs["input_ids"])
-        if mask is not None:
+        if (positions := inputs.get("position_ids")) is not None:
+            shift = 0 if self._keeps_original_positions else prompt.shift.to(positions.device)
+            inputs["position_ids"] = prompt.take(positions.expand(input_ids.shape), 0) + shift
+        if (mask := prompt.attention_mask(mask)) is not None:
             inputs["attention_mask"] = mask
         return prompt
 
@@ -447,11 +345,6 @@ class VisPrunerMixin:
             if isinstance(value, int) and 0 <= value != self.config.image_token_id:
                 return value
         return 0 if self.config.image_token_id != 0 else 1
-
-    @staticmethod
-    def _cached_prompt(full: list[int], kept: list[int], prompt: ShortenedPrompt | None) -> CachedPrompt:
-        dropped = 0 if prompt is None else prompt.dropped
-        return CachedPrompt(tuple(full), tuple(kept), dropped, prompt is None or prompt.valid is None)
 
     @torch.no_grad()
     def generate(
@@ -464,51 +357,45 @@ class VisPrunerMixin:
         **kwargs: Any,
     ) -> ModelOutput | torch.LongTensor:
         """Stock `generate`; full prompts are shortened, and the result starts with the caller's own prompt."""
-        if kwargs.get("inputs_embeds") is None:
-            kwargs.pop("inputs_embeds", None)
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        stock = super().generate
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         hooks = {
             "logits_processor": logits_processor,
             "stopping_criteria": stopping_criteria,
             "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
         }
-        if input_ids is None or "inputs_embeds" in kwargs:
-            return stock(inputs, generation_config, **hooks, **kwargs)
-        kwargs.pop("input_ids", None)
-        tensors = {"input_ids": input_ids, **{name: value for name, value in kwargs.items() if value is not None}}
-        full, kept = self._images_of(tensors)
-        self._refuse_what_stock_gets_wrong(tensors, generation_config, kept)
-        prompt = self._shorten_for_generate(tensors, generation_config, full, kept)
+        if (inputs is None and "input_ids" not in kwargs) or "inputs_embeds" in kwargs:
+            return super().generate(inputs, generation_config, **hooks, **kwargs)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        arguments = {**kwargs, "input_ids": input_ids}
+        full, kept = self._images_of(arguments)
+        prompt = self._shorten_for_generate(arguments, generation_config, full, kept)
+        if kept:
+            self._refuse_what_stock_gets_wrong(arguments, generation_config, kept)
+            self._never_look_up_placeholders(arguments, generation_config)
         if prompt is not None:
-            hooks = {name: _see_full_prompt(hook, input_ids, prompt.length) for name, hook in hooks.items()}
-            self._count_lengths_from_full_prompt(tensors, generation_config, prompt.dropped)
-            if "streamer" in tensors:
-                tensors["streamer"] = _FullPromptStreamer(tensors["streamer"], input_ids.cpu())
-        if full and self._generation_option("prompt_lookup_num_tokens", tensors, generation_config):
-            self._never_look_up_placeholders(tensors, generation_config)
-        cache = tensors.get("past_key_values")
-        result = stock(tensors.pop("input_ids"), generation_config, **hooks, **tensors)
+            hooks = {name: see_full_prompt(hook, input_ids, prompt.length) for name, hook in hooks.items()}
+            self._count_lengths_from_full_prompt(arguments, generation_config, prompt.dropped)
+            if "streamer" in arguments:
+                arguments["streamer"] = FullPromptStreamer(arguments["streamer"], input_ids.cpu())
+        result = super().generate(arguments.pop("input_ids"), generation_config, **hooks, **arguments)
         if prompt is not None:
-            result = _with_full_prompt(result, input_ids, prompt.length)
-        if (cache := getattr(result, "past_key_values", cache)) is not None and full:
-            cache.vispruner_prompt = self._cached_prompt(full, kept, prompt)
+            result = with_full_prompt(result, input_ids, prompt.length)
+        cache = getattr(result, "past_key_values", arguments.get("past_key_values"))
+        if cache is not None and full:
+            cache.vispruner_prompt = CachedPrompt.of(full, kept, prompt)
         return result
 
-    def _images_of(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
+    def _images_of(self, arguments: dict[str, Any]) -> tuple[list[int], list[int]]:
         """Count the visual tokens of the prompt's images; on a later turn they are known from the cache."""
-        cache = inputs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
+        past = _cached_length(arguments)
         if past == 0:
-            full, kept = self._count_visual_tokens(inputs)
-            self._require_whole_images(inputs["input_ids"], full, kept)
-            return full, kept
-        prompt = getattr(cache, "vispruner_prompt", None)
-        placeholders = int((inputs["input_ids"] == self.config.image_token_id).sum())
-        if prompt is None and placeholders == 0 and inputs.get("pixel_values") is None:
+            return self._count_visual_tokens(arguments)
+        prompt = getattr(arguments["past_key_values"], "vispruner_prompt", None)
+        placeholders = int((arguments["input_ids"] == self.config.image_token_id).sum())
+        if prompt is None and placeholders == 0 and "pixel_values" not in arguments:
             return [], []
-        expected = () if prompt is None else (sum(prompt.full_counts), sum(prompt.kept_counts))
-        if prompt is None or not prompt.uniform or placeholders not in expected:
+        known = prompt is not None and prompt.uniform
+        if not known or placeholders not in (sum(prompt.full_counts), sum(prompt.kept_counts)):
             raise ValueError(
                 f"cannot continue from this cache of {past} tokens and a prompt of {placeholders} image placeholders: "
                 "pass the whole conversation so far, with the same images and no new one, and the past_key_values "
@@ -516,123 +403,90 @@ class VisPrunerMixin:
                 "start again without past_key_values"
             )
         for name in ("pixel_values", "image_sizes"):  # their tokens are in the cache already
-            inputs.pop(name, None)
+            arguments.pop(name, None)
         return list(prompt.full_counts), list(prompt.kept_counts)
 
-    def _refuse_what_stock_gets_wrong(self, inputs: dict[str, Any], config: Any, kept: list[int]) -> None:
-        if GENERATE_ENCODES_ONCE or not kept:
+    def _shorten_for_generate(
+        self, arguments: dict[str, Any], config: Any, full: list[int], kept: list[int]
+    ) -> ShortenedPrompt | None:
+        if not self._is_full_prompt(arguments["input_ids"], full, kept):
+            self._require_known_positions(arguments, full, kept)
+            return None
+        if "attention_mask" not in arguments:
+            self._infer_mask(arguments, config)
+        original, past = self._keeps_original_positions, _cached_length(arguments)
+        if original and "position_ids" not in arguments:
+            mask = arguments.get("attention_mask", torch.ones_like(arguments["input_ids"]))
+            arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        staying = _leading_placeholders(full, kept)  # for cached tokens too: their positions are in the cache
+        if original and past == 0:
+            pixels = {name: arguments[name] for name in ("pixel_values", "image_sizes") if name in arguments}
+            staying = self._encode_images(arguments)
+            if not GENERATE_ENCODES_ONCE:  # selection is deterministic: encoding again gives the same tokens
+                arguments.pop("mm_encoder_outputs")
+                arguments.update(pixels)
+        prompt = self._shorten(arguments, full, staying)
+        if past > 0:
+            self._check_cache_covers_images(arguments, past, prompt)
+        return prompt
+
+    def _check_cache_covers_images(self, arguments: dict[str, Any], past: int, prompt: ShortenedPrompt) -> None:
+        last = int((arguments["input_ids"] == self.config.image_token_id).any(0).nonzero()[-1])
+        dropped_before = arguments["past_key_values"].vispruner_prompt.dropped
+        if last >= past or past >= prompt.length or dropped_before != prompt.dropped:
+            raise ValueError(
+                f"the cache of {past} tokens does not fit this prompt, which has {prompt.length} tokens after pruning "
+                f"and its last visual token at {last}: pass the cache that generate returned for this "
+                "conversation, or start again without past_key_values"
+            )
+
+    def _infer_mask(self, arguments: dict[str, Any], config: Any) -> None:
+        """As stock does without a mask: padding is told by its id, unless that id also ends a sequence."""
+        pad, eos = (self._generation_option(name, arguments, config) for name in ("pad_token_id", "eos_token_id"))
+        ends = eos if isinstance(eos, list) else [eos]
+        if pad is not None and pad not in ends and bool((arguments["input_ids"] == pad).any()):
+            arguments["attention_mask"] = (arguments["input_ids"] != pad).long()
+
+    def _generation_option(self, name: str, arguments: dict[str, Any], config: Any) -> Any:
+        for value in (arguments.get(name), getattr(config, name, None), getattr(self.generation_config, name, None)):
+            if value is not None:
+                return value
+        return None
+
+    def _refuse_what_stock_gets_wrong(self, arguments: dict[str, Any], config: Any, kept: list[int]) -> None:
+        if GENERATE_ENCODES_ONCE:
             return
-        rows = (inputs["input_ids"] == self.config.image_token_id).sum(1).max()
-        copies = max(
-            self._generation_option(name, inputs, config) or 1 for name in ("num_beams", "num_return_sequences")
-        )
-        if copies > 1 and rows > max(kept) and len(kept) > 1:
+        names = ("num_beams", "num_return_sequences")
+        copies = max(self._generation_option(name, arguments, config) or 1 for name in names)
+        rows_with_images = int((arguments["input_ids"] == self.config.image_token_id).any(1).sum())
+        if copies > 1 and len(kept) > rows_with_images:
             raise ValueError(
                 "this version of transformers mixes up the images of a prompt with several of them when num_beams or "
                 "num_return_sequences is above 1: upgrade transformers (5.23 is right), or pass one image per prompt"
             )
-        if self._generation_option("prefill_chunk_size", inputs, config) is not None:
+        if self._generation_option("prefill_chunk_size", arguments, config) is not None:
             raise ValueError(
                 "this version of transformers cannot chunk the prefill of a prompt with images: upgrade transformers "
                 "(5.23 can), or leave out prefill_chunk_size"
             )
 
-    def _generation_option(self, name: str, kwargs: dict[str, Any], config: Any) -> Any:
-        for value in (kwargs.get(name), getattr(config, name, None), getattr(self.generation_config, name, None)):
-            if value is not None:
-                return value
-        return None
+    def _never_look_up_placeholders(self, arguments: dict[str, Any], config: Any) -> None:
+        """Prompt lookup would propose image placeholders as a continuation, and be refused for having no image."""
+        if self._generation_option("prompt_lookup_num_tokens", arguments, config):
+            suppressed = self._generation_option("suppress_tokens", arguments, config) or []
+            arguments["suppress_tokens"] = [*suppressed, self.config.image_token_id]
 
-    def _shorten_for_generate(
-        self, inputs: dict[str, Any], config: Any, full: list[int], kept: list[int]
-    ) -> ShortenedPrompt | None:
-        original = self.model.vispruner_options.position_policy == "original"
-        if not self._is_full_prompt(inputs["input_ids"], full, kept):
-            if original and full != kept and "position_ids" not in inputs:
-                raise ValueError(
-                    'vispruner_config.position_policy "original" needs a full prompt in generate, got a shortened one'
-                )
-            return None
-        if "attention_mask" not in inputs:
-            self._infer_mask(inputs, config)
-        if original and "position_ids" not in inputs:
-            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        cache = inputs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
-        if past and original:  # positions of cached tokens no longer matter, so neither does which placeholders go
-            prompt = self._shorten_cached(inputs, full, kept)
-        else:
-            pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-            prompt = self._shorten(inputs, full, kept, original)
-            if original and not GENERATE_ENCODES_ONCE:  # selection is deterministic, so encoding again gives the same
-                inputs.pop("mm_encoder_outputs")
-                inputs.update(pixels)
-        self._check_cache_covers_images(inputs["input_ids"], past, cache, prompt)
-        return prompt
-
-    def _shorten_cached(self, inputs: dict[str, Any], full: list[int], kept: list[int]) -> ShortenedPrompt:
-        positions = inputs.pop("position_ids")
-        prompt = self._shorten(inputs, full, kept, original=False)
-        inputs["position_ids"] = prompt.take(positions, 0)
-        return prompt
-
-    def _check_cache_covers_images(
-        self, input_ids: torch.LongTensor, past: int, cache: Any, prompt: ShortenedPrompt
-    ) -> None:
-        if past == 0:
-            return
-        last = int((input_ids == self.config.image_token_id).any(0).nonzero()[-1])
-        if last >= past or past >= input_ids.shape[1] or cache.vispruner_prompt.dropped != prompt.dropped:
-            raise ValueError(
-                f"the cache of {past} tokens does not fit this prompt, which has {input_ids.shape[1]} tokens after "
-                f"pruning and its last visual token at {last}: pass the cache that generate returned for this "
-                "conversation, or start again without past_key_values"
-            )
-
-    def _infer_mask(self, inputs: dict[str, Any], config: Any) -> None:
-        """As stock does without a mask: padding is told by its id, unless that id also ends a sequence."""
-        pad, eos = (self._generation_option(name, inputs, config) for name in ("pad_token_id", "eos_token_id"))
-        ends = eos if isinstance(eos, list) else [eos]
-        if pad is not None and pad not in ends and bool((inputs["input_ids"] == pad).any()):
-            inputs["attention_mask"] = (inputs["input_ids"] != pad).long()
-
-    def _never_look_up_placeholders(self, kwargs: dict[str, Any], config: Any) -> None:
-        """A looked-up continuation with image placeholders in it would be refused for having no image."""
-        suppressed = self._generation_option("suppress_tokens", kwargs, config) or []
-        kwargs["suppress_tokens"] = [*suppressed, self.config.image_token_id]
-
-    def _count_lengths_from_full_prompt(self, kwargs: dict[str, Any], config: Any, dropped: int) -> None:
+    def _count_lengths_from_full_prompt(self, arguments: dict[str, Any], config: Any, dropped: int) -> None:
         for name in ("max_length", "min_length"):
-            value = self._generation_option(name, kwargs, config)
-            if value:
-                kwargs[name] = max(value - dropped, 0)
+            if value := self._generation_option(name, arguments, config):
+                arguments[name] = max(value - dropped, 0)
 
 
-def _with_full_prompt(result: Any, prompt: torch.LongTensor, shortened_length: int) -> Any:
-    if isinstance(result, ModelOutput):
-        result.sequences = _with_full_prompt(result.sequences, prompt, shortened_length)
-        return result
-    copies = result.shape[0] // prompt.shape[0]
-    full = prompt.to(result.device).repeat_interleave(copies, dim=0)
-    return torch.cat([full, result[:, shortened_length:]], dim=1)
+def _cached_length(inputs: dict[str, Any]) -> int:
+    cache = inputs.get("past_key_values")
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _see_full_prompt(hook: Any, prompt: torch.LongTensor, shortened_length: int) -> Any:
-    """Let the caller's own logits processors, stopping criteria or prefix function see the caller's own prompt."""
-    if hook is None:
-        return None
-
-    def with_full_ids(function: Callable) -> Callable:
-        def call(ids: torch.LongTensor, *args: Any, **kwargs: Any) -> Any:
-            return function(_with_full_prompt(ids, prompt, shortened_length), *args, **kwargs)
-
-        return call
-
-    if isinstance(hook, (LogitsProcessorList, StoppingCriteriaList, list)):
-        return type(hook)(with_full_ids(function) for function in hook)
-
-    def prefix_function(row: int, ids: torch.LongTensor) -> list[int]:
-        return hook(row, torch.cat([prompt[row].to(ids.device), ids[shortened_length:]]))
-
-    return prefix_function
+def _leading_placeholders(full: list[int], kept: list[int]) -> list[torch.LongTensor]:
+    """Placeholders are all alike, so the first stay; the last repeats where paper tiles outnumber stock packing."""
+    return [torch.arange(count).clamp(max=whole - 1) for whole, count in zip(full, kept, strict=True)]

@@ -1,0 +1,145 @@
+"""Shorten a prompt's image placeholders, and show the caller the full prompt again: tensors in, tensors out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.utils import ModelOutput
+
+
+@dataclass(frozen=True)
+class ShortenedPrompt:
+    """Where each column of a shortened prompt comes from.
+
+    index  (B, W) column of the full prompt
+    valid  (B, W) False where padding had to be added; None when nowhere
+    shift  (B, W) what renumbering adds to the position of each column
+    full_length   columns of the full prompt
+    """
+
+    index: torch.LongTensor
+    valid: torch.BoolTensor | None
+    shift: torch.LongTensor
+    full_length: int
+
+    @property
+    def length(self) -> int:
+        return self.index.shape[1]
+
+    @property
+    def dropped(self) -> int:
+        return self.full_length - self.length
+
+    def take(self, tensor: torch.Tensor, fill: int) -> torch.Tensor:
+        """Bring a (B, S) tensor to (B, W); added padding gets `fill`."""
+        taken = tensor.gather(1, self.index.to(tensor.device))
+        return taken if self.valid is None else taken.masked_fill(~self.valid.to(tensor.device), fill)
+
+    def attention_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        if mask is None:
+            return None if self.valid is None else self.valid.long()
+        return self.take(mask, 0)
+
+
+def shorten_prompt(
+    input_ids: torch.LongTensor,
+    image_token_id: int,
+    full_counts: Sequence[int],
+    kept: Sequence[torch.LongTensor],
+    attention_mask: torch.Tensor | None = None,
+) -> ShortenedPrompt:
+    """Choose the columns of a full prompt that stay.
+
+    input_ids    (B, S) with full_counts[j] placeholders for image j, images in reading order over the rows
+    kept         per image the placeholders that stay, as indices into its full_counts[j]
+    Rows that lose different numbers of placeholders are padded anew, on the side that was padded before.
+    Raises ValueError when the placeholders of one image are spread over two rows.
+    """
+    batch, width = input_ids.shape
+    ids = input_ids.flatten().cpu()
+    is_image = ids == image_token_id
+    text, images = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
+    chosen = []
+    for number, (columns, keep) in enumerate(zip(images.split(list(full_counts)), kept, strict=True)):
+        if columns[0] // width != columns[-1] // width:
+            raise ValueError(f"the placeholders of image {number} are spread over two rows of input_ids")
+        chosen.append(columns[keep.cpu()])
+    columns = torch.cat([text, *chosen]).sort().values
+    rows = columns // width
+    if rows.bincount(minlength=batch).unique().numel() > 1 and attention_mask is not None:
+        inside = _without_outer_padding(attention_mask).flatten().cpu()[columns]
+        columns, rows = columns[inside], rows[inside]
+    index, valid = _align_rows(rows, columns % width, batch, left=_padded_left(attention_mask))
+    full_rank = is_image.view(batch, width).cumsum(1).gather(1, index)
+    kept_rank = (is_image.view(batch, width).gather(1, index) & valid).cumsum(1)
+    device = input_ids.device
+    all_valid = bool(valid.all())
+    return ShortenedPrompt(
+        index.to(device), None if all_valid else valid.to(device), (kept_rank - full_rank).to(device), width
+    )
+
+
+def _without_outer_padding(attention_mask: torch.Tensor) -> torch.Tensor:
+    seen = attention_mask.bool().int()
+    return (seen.cumsum(1) > 0) & (seen.flip(1).cumsum(1).flip(1) > 0)
+
+
+def _padded_left(attention_mask: torch.Tensor | None) -> bool:
+    return attention_mask is None or bool(attention_mask[:, -1].all())
+
+
+def _align_rows(
+    rows: torch.LongTensor, columns: torch.LongTensor, batch: int, left: bool
+) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    lengths = rows.bincount(minlength=batch)
+    width = int(lengths.max())
+    offset = torch.arange(width).expand(batch, width)
+    valid = offset >= (width - lengths)[:, None] if left else offset < lengths[:, None]
+    index = torch.zeros(batch, width, dtype=torch.long)
+    index[valid] = columns
+    return index, valid
+
+
+class FullPromptStreamer:
+    """Hands the caller's full prompt to a streamer in place of the shortened one, then every new token."""
+
+    def __init__(self, streamer: Any, prompt: torch.LongTensor) -> None:
+        self.streamer, self.prompt = streamer, prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        self.streamer.put(value if self.prompt is None else self.prompt)
+        self.prompt = None
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def with_full_prompt(result: Any, prompt: torch.LongTensor, shortened_length: int) -> Any:
+    if isinstance(result, ModelOutput):
+        result.sequences = with_full_prompt(result.sequences, prompt, shortened_length)
+        return result
+    copies = result.shape[0] // prompt.shape[0]
+    full = prompt.to(result.device).repeat_interleave(copies, dim=0)
+    return torch.cat([full, result[:, shortened_length:]], dim=1)
+
+
+def see_full_prompt(hook: Any, prompt: torch.LongTensor, shortened_length: int) -> Any:
+    """Let the caller's own logits processors, stopping criteria or prefix function see the caller's own prompt."""
+    if hook is None:
+        return None
+
+    def with_full_ids(function: Callable) -> Callable:
+        def call(ids: torch.LongTensor, *args: Any, **kwargs: Any) -> Any:
+            return function(with_full_prompt(ids, prompt, shortened_length), *args, **kwargs)
+
+        return call
+
+    if isinstance(hook, (LogitsProcessorList, StoppingCriteriaList, list)):
+        return type(hook)(with_full_ids(function) for function in hook)
+
+    def prefix_function(row: int, ids: torch.LongTensor) -> list[int]:
+        return hook(row, torch.cat([prompt[row].to(ids.device), ids[shortened_length:]]))
+
+    return prefix_function

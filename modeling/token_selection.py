@@ -1,0 +1,290 @@
+"""Selectors: pure functions that choose which visual tokens of an encoded image stay, and the registry naming them.
+
+Every selector is called as `select(features, saliency, visual_token_num, **options)` and returns the kept indices,
+ascending, exactly min(visual_token_num, N) per image. It knows no model and no config object, never changes its inputs
+and draws random numbers only from the seed or generator it is given. To add a method, write such a function below and
+put `@register_selector("its name")` on it: its further parameters are the options that `select_tokens` hands to it.
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Callable
+from typing import NamedTuple, TypeGuard
+
+import torch
+
+
+class Selector(NamedTuple):
+    function: Callable[..., torch.Tensor]
+    options: frozenset[str]
+
+
+SELECTORS: dict[str, Selector] = {}
+
+_INPUTS = ["features", "saliency", "visual_token_num"]
+
+
+def register_selector(name: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Name a selector, so that `vispruner_config.method` can ask for it."""
+
+    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        parameters = list(inspect.signature(function).parameters)
+        if parameters[:3] != _INPUTS:
+            raise TypeError(f"selector {name!r} must take {', '.join(_INPUTS)} first, got {', '.join(parameters)}")
+        if name in SELECTORS:
+            raise ValueError(f"a selector named {name!r} is registered already; choose another name")
+        SELECTORS[name] = Selector(function, frozenset(parameters[3:]))
+        return function
+
+    return register
+
+
+def select_tokens(
+    method: str, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, **options: object
+) -> torch.Tensor:
+    """Run the selector registered as `method`.
+
+    features  (B, N, C)  encoder features
+    saliency  (B, N)     attention each token receives, higher is more important
+    options              the selector gets those it names and the others are left out, so the caller may pass every
+                         option of vispruner_config whatever the method; one that no selector names is an error
+    returns   (B, T)     kept indices, ascending; T = min(visual_token_num, N)
+    """
+    if method not in SELECTORS:
+        raise ValueError(f"vispruner_config.method must be one of {sorted(SELECTORS)}, got {method!r}")
+    selector = SELECTORS[method]
+    unknown = [name for name in options if not any(name in known.options for known in SELECTORS.values())]
+    if unknown:
+        raise TypeError(f"no registered selector takes the option(s) {unknown}; check the spelling")
+    chosen = {name: value for name, value in options.items() if name in selector.options}
+    return selector.function(features, saliency, visual_token_num, **chosen)
+
+
+@register_selector("vispruner")
+def select_vispruner(
+    features: torch.Tensor,
+    saliency: torch.Tensor,
+    visual_token_num: int,
+    important_ratio: float = 0.5,
+    dedup_step: int = 8,
+) -> torch.Tensor:
+    """Keep the most attended tokens, then the least redundant of the rest (arXiv 2412.01818, sec. 4).
+
+    features         (B, N, C)  encoder features compared for similarity, in their own dtype
+    saliency         (B, N)     attention each token receives, higher is more important
+    important_ratio             fraction of the budget given to the most attended tokens, 0 to 1
+    dedup_step                  most tokens dropped per round of duplicate removal (8 in the paper)
+    returns          (B, T)     kept indices, ascending; T = min(visual_token_num, N)
+
+    Raises ValueError for a wrong shape, dtype or option, and for NaN saliency or features whose norm is not finite (on
+    CUDA, or while compiling, the latter two are asserted on the device instead, because a check would wait for it).
+    """
+    budget = _checked_budget(features, saliency, visual_token_num)
+    important_num = _important_num(budget, important_ratio)
+    _check_count("dedup_step", dedup_step)
+    batch, tokens = saliency.shape
+    if budget == tokens:
+        return torch.arange(tokens, device=saliency.device).repeat(batch, 1)
+    order = _most_attended_first(saliency)
+    kept = order[:, :important_num]
+    if important_num < budget:
+        residual = order[:, important_num:]  # (B, R), stays in attention order
+        diverse = _drop_duplicates(features.detach(), residual, budget - important_num, dedup_step)  # (B, T_div)
+        kept = torch.cat([kept, diverse], dim=-1)
+    return kept.sort(dim=-1).values
+
+
+def important_tokens(saliency: torch.Tensor, visual_token_num: int, important_ratio: float = 0.5) -> torch.Tensor:
+    """Return the tokens that `select_vispruner` keeps for their attention alone.
+
+    saliency  (B, N)
+    returns   (B, int(T * important_ratio))  most attended first; T = min(visual_token_num, N)
+    """
+    _check_saliency(saliency)
+    _check_visual_token_num(visual_token_num)
+    important_num = _important_num(min(visual_token_num, saliency.shape[1]), important_ratio)
+    return _most_attended_first(saliency)[:, :important_num]
+
+
+def _important_num(budget: int, important_ratio: float) -> int:
+    is_number = isinstance(important_ratio, int | float) and not isinstance(important_ratio, bool)
+    if not (is_number and 0 <= important_ratio <= 1):
+        raise ValueError(f"vispruner_config.important_ratio must be a number from 0 to 1, got {important_ratio!r}")
+    return int(budget * important_ratio)
+
+
+@register_selector("cls_attention")
+def select_cls_attention(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+    """Keep the most attended tokens: `select_vispruner` with important_ratio=1.
+
+    features  (B, N, C)  not looked at
+    saliency  (B, N)     attention each token receives, higher is more important
+    returns   (B, T)     kept indices, ascending; T = min(visual_token_num, N)
+    """
+    budget = _checked_budget(features, saliency, visual_token_num)
+    return _most_attended_first(saliency)[:, :budget].sort(dim=-1).values
+
+
+@register_selector("random")
+def select_random(
+    features: torch.Tensor,
+    saliency: torch.Tensor,
+    visual_token_num: int,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Keep tokens drawn without replacement, each image its own draw: the baseline that ignores the image.
+
+    features   (B, N, C)  not looked at
+    saliency   (B, N)     not looked at
+    seed                  every call with it draws the same tokens; exactly one of seed and generator must be given
+    generator             a CPU generator, advanced by one draw per image
+    returns    (B, T)     kept indices, ascending; T = min(visual_token_num, N)
+    """
+    budget = _checked_budget(features, saliency, visual_token_num)
+    if (seed is None) == (generator is None):
+        given = "neither" if seed is None else "both"
+        raise ValueError(f'method "random" needs exactly one of vispruner_config.seed and a generator, got {given}')
+    if generator is None:
+        if not _is_int(seed):
+            raise ValueError(f"vispruner_config.seed must be an integer, got {seed!r}")
+        generator = torch.Generator().manual_seed(seed)
+    elif generator.device.type != "cpu":
+        raise ValueError(f"generator must live on the CPU, so that every device draws alike; got {generator.device}")
+    batch, tokens = saliency.shape
+    kept = torch.empty(batch, budget, dtype=torch.int64)
+    for row in kept:
+        row.copy_(torch.randperm(tokens, generator=generator)[:budget])
+    return kept.sort(dim=-1).values.to(saliency.device)
+
+
+@register_selector("uniform_grid")
+def select_uniform_grid(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+    """Keep tokens evenly spaced over the image: the baseline that knows only where tokens lie.
+
+    The N tokens are taken as a square grid in raster order, or as a line where N is no square.
+
+    features  (B, N, C)  not looked at
+    saliency  (B, N)     not looked at
+    returns   (B, T)     kept indices, ascending, the same for every image; T = min(visual_token_num, N)
+    """
+    budget = _checked_budget(features, saliency, visual_token_num)
+    batch, tokens = saliency.shape
+    side = math.isqrt(tokens)
+    height, width = (side, side) if side * side == tokens else (1, tokens)
+    rows = min(height, max(math.ceil(budget / width), round(math.sqrt(budget))))
+    kept = []
+    for k, row in enumerate(_evenly_placed(rows, height)):
+        columns = (k + 1) * budget // rows - k * budget // rows
+        kept += [row * width + column for column in _evenly_placed(columns, width)]
+    return torch.tensor(kept, device=saliency.device).repeat(batch, 1)
+
+
+def _evenly_placed(count: int, length: int) -> list[int]:
+    return [(2 * k + 1) * length // (2 * count) for k in range(count)]
+
+
+def _most_attended_first(saliency: torch.Tensor) -> torch.Tensor:
+    return saliency.argsort(dim=-1, descending=True, stable=True)
+
+
+def _drop_duplicates(features: torch.Tensor, residual: torch.Tensor, keep: int, step: int) -> torch.Tensor:
+    """Drop the most duplicated tokens, at most `step` a round, until `keep` are left.
+
+    features (B, N, C), residual (B, R) -> (B, keep). How many are dropped in each round follows from R, keep and step
+    alone, so shapes are static; similarities do not change between rounds, so they are computed once.
+    """
+    cosine = _cosine_matrix(features, residual)  # (B, R, R)
+    batch, left = residual.shape
+    images = torch.arange(batch, device=residual.device)[:, None, None]
+    slots = torch.arange(left, device=residual.device).repeat(batch, 1)  # rows and columns of `cosine` still in
+    while left > keep:
+        drop = min(step, left - keep, (left + 1) // 2)
+        a, b = slots[:, 0::2], slots[:, 1::2]
+        duplication = cosine[images, a[:, :, None], b[:, None, :]].amax(dim=-1)  # (B, ceil(left / 2))
+        most_duplicated_first = duplication.argsort(dim=-1, descending=True, stable=True)
+        # The survivors' order counts: it decides how the next round splits them.
+        slots = torch.cat([a.gather(1, most_duplicated_first[:, drop:]), b], dim=-1)
+        left -= drop
+    return residual.gather(1, slots)
+
+
+def _cosine_matrix(features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Compare the named tokens with each other: (B, N, C), (B, R) -> (B, R, R) in the dtype of the features."""
+    norms = torch.linalg.vector_norm(features, dim=-1, keepdim=True)  # (B, N, 1)
+    _refuse_if(
+        ~norms.isfinite().all(),
+        f"features hold NaN, infinity or a norm too large for {features.dtype}: check pixel_values, "
+        "or load the model in bfloat16 or float32",
+    )
+    # A row too short to be normalised resembles nothing, rather than being NaN.
+    unit = (features / norms).masked_fill(norms < torch.finfo(features.dtype).tiny, 0)
+    unit = unit.gather(1, tokens[:, :, None].expand(-1, -1, features.shape[-1]))
+    with _without_autocast(features.device):
+        return unit @ unit.mT
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    # Autocast would round the similarities, and one swapped rank changes every later round.
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _checked_budget(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> int:
+    """Check what every selector is given, and return how many tokens it keeps per image."""
+    _check_saliency(saliency)
+    _check_visual_token_num(visual_token_num)
+    if features.ndim != 3 or not features.is_floating_point():
+        raise ValueError(
+            f"features must be a floating-point tensor (B, N, C), got {features.dtype} {tuple(features.shape)}"
+        )
+    if features.shape[:2] != saliency.shape:
+        raise ValueError(
+            "features (B, N, C) and saliency (B, N) must agree in B and N, "
+            f"got {tuple(features.shape)} and {tuple(saliency.shape)}"
+        )
+    if features.device != saliency.device:
+        raise ValueError(
+            f"features and saliency must be on one device, got {features.device} and {saliency.device}; move one"
+        )
+    return min(visual_token_num, saliency.shape[1])
+
+
+def _check_saliency(saliency: torch.Tensor) -> None:
+    if saliency.ndim != 2 or saliency.shape[1] == 0 or not saliency.is_floating_point():
+        raise ValueError(
+            "saliency must be a floating-point tensor (B, N) with at least one token, "
+            f"got {saliency.dtype} {tuple(saliency.shape)}"
+        )
+    _refuse_if(
+        saliency.isnan().any(),
+        "saliency holds NaN: the vision encoder's attention is not finite; check pixel_values, "
+        "or load the model in bfloat16 or float32",
+    )
+
+
+def _check_visual_token_num(visual_token_num: int) -> None:
+    _check_count("visual_token_num", visual_token_num, ' (use method="none" to disable pruning)')
+
+
+def _check_count(field: str, value: int, remedy: str = "") -> None:
+    if not _is_int(value):
+        raise ValueError(f"vispruner_config.{field} must be an integer >= 1, got {value!r}{remedy}")
+    if value < 1:
+        raise ValueError(f"vispruner_config.{field} must be >= 1, got {value}{remedy}")
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refuse_if(bad: torch.Tensor, message: str) -> None:
+    """Raise ValueError; where reading `bad` would wait for the device or break the graph, assert on the device."""
+    if bad.device.type == "meta":
+        return
+    if bad.device.type == "cuda" or torch.compiler.is_compiling():
+        torch._assert_async(~bad, message)
+    elif bad:
+        raise ValueError(message)
