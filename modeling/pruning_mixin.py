@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput, logging
 
 from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
 from .prompt_shortening import FullPromptStreamer, ShortenedPrompt, see_full_prompt, shorten_prompt, with_full_prompt
-from .token_selection import select_tokens
+from .token_selection import SELECTORS, select_tokens
 from .visual_attention import encode_with_saliency, make_tappable
 
 logger = logging.get_logger(__name__)
@@ -67,6 +67,9 @@ class VisPrunerModelMixin:
         """Check that this config can be pruned and make the tower tappable. Raises ValueError with the remedy."""
         options = self.vispruner_options
         if options.method != "none":
+            if options.method not in SELECTORS:
+                allowed = [*sorted(SELECTORS), "none"]
+                raise ValueError(f"vispruner_config.method must be one of {allowed}, got {options.method!r}")
             tower, strategy = self.config.vision_config.model_type, self.config.vision_feature_select_strategy
             if tower != "clip_vision_model":
                 raise ValueError(
