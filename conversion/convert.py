@@ -111,13 +111,13 @@ def convert_llava(
         return _copy_converted(folder, final, overwrite, show_progress)
     plan = plan_conversion(folder, config, vision_tower)
     _protect_inputs(final, [folder, plan.tower])
-    if not overwrite and _holds_result(final, plan):
+    if not overwrite and _holds_result(final, plan, show_progress):
         _say(f"{final} already holds this conversion, nothing to do")
         return final
     with atomic_directory(final, overwrite) as work:
         for name, content in plan.files.items():
             (work / name).write_bytes(content)
-        write_checkpoint(_with_progress(plan, show_progress), work, max_shard_size)
+        write_checkpoint(_with_progress(plan, "converting", show_progress), work, max_shard_size)
     return final
 
 
@@ -159,6 +159,8 @@ def plan_conversion(source: Path, config: dict[str, Any], vision_tower: str | Pa
     inside = any(name.startswith(keys.TOWER_PREFIX) for name in headers)
     tower = _tower_folder(config, vision_tower, weights=not inside)
     if not inside:
+        if config.get("unfreeze_mm_vision_tower"):
+            raise CheckpointError(f"{source} was trained together with its vision tower, but does not hold that tower")
         if not has_weights(tower):
             raise CheckpointError(f"neither {source} nor the vision tower {tower} holds vision weights")
         headers |= _renamed_headers(tower, keys.TOWER_KEY_MAP, keys.TOWER_IGNORED_KEYS)
@@ -340,7 +342,6 @@ def stock_config(
     }
     if kind == "llava_next":
         new["image_grid_pinpoints"] = grid_pinpoints(config["image_grid_pinpoints"])
-        new["use_image_newline_parameter"] = True
     return new
 
 
@@ -505,20 +506,18 @@ def _protect_inputs(final: Path, inputs: Iterable[Path | None]) -> None:
             raise CheckpointError(f"{final} holds the input {folder}; choose another destination")
 
 
-def _holds_result(final: Path, plan: Conversion) -> bool:
+def _holds_result(final: Path, plan: Conversion, show_progress: bool) -> bool:
     """Compare the destination with what would be written, the small files first."""
     try:
         if any((final / name).read_bytes() != content for name, content in plan.files.items()):
             return False
-        return same_tensors(plan.tensors(), final)
+        return same_tensors(_with_progress(plan, "comparing", show_progress), final)
     except (OSError, CheckpointError):
         return False
 
 
-def _with_progress(plan: Conversion, show: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    with tqdm(
-        total=plan.total_bytes, desc="converting", unit="B", unit_scale=True, disable=not show, mininterval=0.5
-    ) as bar:
+def _with_progress(plan: Conversion, what: str, show: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    with tqdm(total=plan.total_bytes, desc=what, unit="B", unit_scale=True, disable=not show) as bar:
         for name, tensor in plan.tensors():
             yield name, tensor
             bar.update(tensor.numel() * tensor.element_size())
