@@ -402,7 +402,9 @@ class TestSources:
             (tower / "config.json").write_text(full.to_json_string())
             edit_json(
                 tower / "preprocessor_config.json",  # as openai's own repos still have it
-                **{"size": 336, "crop_size": 336, "feature_extractor_type": "CLIPFeatureExtractor"},
+                size=336,
+                crop_size=336,
+                feature_extractor_type="CLIPFeatureExtractor",
                 **dict.fromkeys(("image_processor_type", "do_rescale", "rescale_factor", "do_convert_rgb")),
             )
         out = convert_llava(original(tmp_path / "src"), tmp_path / "out", tower)
