@@ -205,6 +205,8 @@ def _load_bin(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor]:
             f"nothing of it was executed. {reason}".rstrip()
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        if "memory" in str(error):
+            raise CheckpointError(f"not enough memory to read {path}: {error}") from error
         raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint: {error}") from error
     if not isinstance(tensors, dict) or not tensors:
         raise CheckpointError(f"{path} must hold a dict of tensors, got {type(tensors).__name__}")
