@@ -91,9 +91,9 @@ class VisPrunerOptions:
         """Return how many of `visual_tokens` tokens of one image or tile are kept."""
         if self.method == "none":
             return visual_tokens
-        if self.visual_token_num is not None:
-            return min(self.visual_token_num, visual_tokens)
-        return max(1, math.floor(visual_tokens * self.keep_ratio + 0.5))
+        if self.keep_ratio is not None:
+            return max(1, math.floor(visual_tokens * self.keep_ratio + 0.5))
+        return min(self.visual_token_num or visual_tokens, visual_tokens)
 
 
 FIELD_NAMES = tuple(field.name for field in fields(VisPrunerOptions))
@@ -138,10 +138,12 @@ def _is_number(value: Any) -> bool:
 class _VisPrunerConfigMixin:
     """Validates `vispruner_config` and merges a partial one given at load time over the stored one."""
 
+    vispruner_config: dict[str, Any] | None
+
     def __post_init__(self, **kwargs: Any) -> None:
         if self.vispruner_config is not None:
             self.vispruner_config = merge_vispruner_config(self.vispruner_config, None)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # the stock config comes next in the MRO
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -149,7 +151,7 @@ class _VisPrunerConfigMixin:
         if changes is not None:
             merged = merge_vispruner_config(config_dict.get("vispruner_config"), changes)
             config_dict = {**config_dict, "vispruner_config": merged}
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
 
 class VisPrunerLlavaConfig(_VisPrunerConfigMixin, LlavaConfig):

@@ -48,7 +48,7 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
             size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
         )
 
-    def stock_packing(self, image_size: torch.Tensor) -> torch.LongTensor:
+    def stock_packing(self, image_size: torch.Tensor) -> torch.Tensor:
         """Return the stock order of one image's tokens: tile * N + patch, newline = -1, padding left out."""
         rows, columns = self.tile_grid(image_size)
         tiles, patches = 1 + rows * columns, self.side**2
@@ -67,7 +67,7 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         packings = [self.stock_packing(size) for size in image_sizes]
         return [len(packing) for packing in packings], [self._kept_count(packing) for packing in packings]
 
-    def _kept_count(self, packing: torch.LongTensor) -> int:
+    def _kept_count(self, packing: torch.Tensor) -> int:
         options, patches = self.vispruner_options, self.side**2
         if options.method == "none":
             return len(packing)
@@ -122,7 +122,7 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
             full_counts=[len(packing) for packing in packings],
         )
 
-    def _paper_order(self, kept: torch.LongTensor, rows: int, columns: int) -> torch.LongTensor:
+    def _paper_order(self, kept: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """Order one image's kept patches (tiles, T): base tile first, the others by raster of the stitched grid."""
         side = self.side
         tile = torch.arange(rows * columns, device=kept.device)[:, None]
@@ -133,14 +133,14 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         return torch.cat([flat[0], flat[1:].flatten()[raster]])
 
     def _native_placeholders(
-        self, features: torch.Tensor, saliency: torch.Tensor, packings: list[torch.LongTensor], tiles: list[int]
-    ) -> list[torch.LongTensor]:
+        self, features: torch.Tensor, saliency: torch.Tensor, packings: list[torch.Tensor], tiles: list[int]
+    ) -> list[torch.Tensor]:
         """Select among the patches of each tile that survive unpadding; return which tokens of the packing stay."""
         patches, device = saliency.shape[1], features.device
-        survives = [torch.zeros(count * patches, dtype=torch.bool) for count in tiles]
-        for mask, packing in zip(survives, packings, strict=True):
+        masks = [torch.zeros(count * patches, dtype=torch.bool) for count in tiles]
+        for mask, packing in zip(masks, packings, strict=True):
             mask[packing[packing != NEWLINE]] = True
-        survives = torch.cat(survives).view(-1, patches).to(device)
+        survives = torch.cat(masks).view(-1, patches).to(device)
         keep = torch.zeros_like(survives)
         survivors = survives.sum(1)
         for count in survivors.unique().tolist():  # tiles with equally many survivors are selected from together
@@ -152,13 +152,12 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
             budget = min(self.vispruner_options.budget(patches), count)
             chosen = columns.gather(1, self.select(candidates, saliency[group].gather(1, columns), budget))
             keep[group[:, None], chosen] = True
-        keep = [image.flatten() for image in keep.split(tiles)]
         return [
-            ((packing == NEWLINE) | image[packing.clamp(min=0)]).nonzero()[:, 0]
-            for packing, image in zip((packing.to(device) for packing in packings), keep, strict=True)
+            ((packing == NEWLINE) | image.flatten()[packing.clamp(min=0)]).nonzero()[:, 0]
+            for packing, image in zip((packing.to(device) for packing in packings), keep.split(tiles), strict=True)
         ]
 
-    def _project(self, features: torch.Tensor, orders: list[torch.LongTensor], tiles: list[int]) -> list[torch.Tensor]:
+    def _project(self, features: torch.Tensor, orders: list[torch.Tensor], tiles: list[int]) -> list[torch.Tensor]:
         """Project the patches that `orders` name and put the newline embedding where they say so."""
         images = features.split(tiles)
         patches = [image.flatten(0, 1)[order[order != NEWLINE]] for image, order in zip(images, orders, strict=True)]
@@ -184,16 +183,16 @@ class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForCon
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,

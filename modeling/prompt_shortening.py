@@ -19,9 +19,9 @@ class ShortenedPrompt:
     full_length   columns of the full prompt
     """
 
-    index: torch.LongTensor
-    valid: torch.BoolTensor | None
-    shift: torch.LongTensor
+    index: torch.Tensor
+    valid: torch.Tensor | None
+    shift: torch.Tensor
     full_length: int
 
     @property
@@ -44,10 +44,10 @@ class ShortenedPrompt:
 
 
 def shorten_prompt(
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     image_token_id: int,
     full_counts: Sequence[int],
-    kept: Sequence[torch.LongTensor],
+    kept: Sequence[torch.Tensor],
     attention_mask: torch.Tensor | None = None,
 ) -> ShortenedPrompt:
     """Choose the columns of a full prompt that stay.
@@ -91,8 +91,8 @@ def _padded_left(attention_mask: torch.Tensor | None) -> bool:
 
 
 def _align_rows(
-    rows: torch.LongTensor, columns: torch.LongTensor, batch: int, left: bool
-) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    rows: torch.Tensor, columns: torch.Tensor, batch: int, left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     lengths = rows.bincount(minlength=batch)
     width = int(lengths.max())
     offset = torch.arange(width).expand(batch, width)
@@ -105,8 +105,9 @@ def _align_rows(
 class FullPromptStreamer:
     """Hands the caller's full prompt to a streamer in place of the shortened one, then every new token."""
 
-    def __init__(self, streamer: Any, prompt: torch.LongTensor) -> None:
-        self.streamer, self.prompt = streamer, prompt
+    def __init__(self, streamer: Any, prompt: torch.Tensor) -> None:
+        self.streamer = streamer
+        self.prompt: torch.Tensor | None = prompt
 
     def put(self, value: torch.Tensor) -> None:
         self.streamer.put(value if self.prompt is None else self.prompt)
@@ -116,7 +117,7 @@ class FullPromptStreamer:
         self.streamer.end()
 
 
-def with_full_prompt(result: Any, prompt: torch.LongTensor, shortened_length: int) -> Any:
+def with_full_prompt(result: Any, prompt: torch.Tensor, shortened_length: int) -> Any:
     if isinstance(result, ModelOutput):
         result.sequences = with_full_prompt(result.sequences, prompt, shortened_length)
         return result
@@ -125,13 +126,13 @@ def with_full_prompt(result: Any, prompt: torch.LongTensor, shortened_length: in
     return torch.cat([full, result[:, shortened_length:]], dim=1)
 
 
-def see_full_prompt(hook: Any, prompt: torch.LongTensor, shortened_length: int) -> Any:
+def see_full_prompt(hook: Any, prompt: torch.Tensor, shortened_length: int) -> Any:
     """Let the caller's own logits processors, stopping criteria or prefix function see the caller's own prompt."""
     if hook is None:
         return None
 
     def with_full_ids(function: Callable) -> Callable:
-        def call(ids: torch.LongTensor, *args: Any, **kwargs: Any) -> Any:
+        def call(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             return function(with_full_prompt(ids, prompt, shortened_length), *args, **kwargs)
 
         return call
@@ -139,7 +140,7 @@ def see_full_prompt(hook: Any, prompt: torch.LongTensor, shortened_length: int) 
     if isinstance(hook, (LogitsProcessorList, StoppingCriteriaList, list)):
         return type(hook)(with_full_ids(function) for function in hook)
 
-    def prefix_function(row: int, ids: torch.LongTensor) -> list[int]:
+    def prefix_function(row: int, ids: torch.Tensor) -> list[int]:
         return hook(row, torch.cat([prompt[row].to(ids.device), ids[shortened_length:]]))
 
     return prefix_function

@@ -6,13 +6,13 @@ down to the number of features that the model's `get_image_features` returns. Kn
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import GenerationMixin, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
@@ -41,9 +41,9 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
     full_counts    visual tokens a full prompt has for each image
     """
 
-    kept_indices: list[torch.LongTensor] | None = None
-    placeholders: list[torch.LongTensor] | None = None
-    saliency: torch.FloatTensor | None = None
+    kept_indices: list[torch.Tensor] | None = None
+    placeholders: list[torch.Tensor] | None = None
+    saliency: torch.Tensor | None = None
     full_counts: list[int] | None = None
 
 
@@ -62,6 +62,9 @@ def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str)
 
 class VisPrunerModelMixin:
     """For the base model (encoder, projector, language model): encode with saliency, then select."""
+
+    config: Any
+    vision_tower: Any
 
     def prepare_pruning(self) -> None:
         """Check that this config can be pruned and make the tower tappable. Raises ValueError with the remedy."""
@@ -93,7 +96,7 @@ class VisPrunerModelMixin:
         return VisPrunerOptions.from_dict(self.config.vispruner_config)
 
     @property
-    def vision_layers(self) -> nn.ModuleList:
+    def vision_layers(self) -> Sequence[Any]:
         return getattr(self.vision_tower, "vision_model", self.vision_tower).encoder.layers
 
     def encode_with_saliency(
@@ -106,7 +109,7 @@ class VisPrunerModelMixin:
             self.vision_tower, self.vision_layers, pixel_values, feature_layer, layer, **kwargs
         )
 
-    def select(self, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.LongTensor:
+    def select(self, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
         """Return the kept indices (B, T), ascending, by the configured method."""
         options = self.vispruner_options
         return select_tokens(
@@ -129,7 +132,7 @@ class VisPrunerModelMixin:
             )
         return options.budget(visual_tokens) == visual_tokens
 
-    def take_tokens(self, features: torch.Tensor, indices: torch.LongTensor) -> torch.Tensor:
+    def take_tokens(self, features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Gather (B, N, C) at (B, T) -> (B, T, C)."""
         return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
 
@@ -143,13 +146,17 @@ class CachedPrompt:
     dropped: int
     uniform: bool
 
+    @property
+    def possible_placeholders(self) -> tuple[int, int]:
+        return sum(self.full_counts), sum(self.kept_counts)
+
     @classmethod
     def of(cls, full: list[int], kept: list[int], prompt: ShortenedPrompt | None) -> "CachedPrompt":
         dropped = 0 if prompt is None else prompt.dropped
         return cls(tuple(full), tuple(kept), dropped, uniform=prompt is None or prompt.valid is None)
 
 
-class VisPrunerMixin:
+class VisPrunerMixin(GenerationMixin):
     """For the ForConditionalGeneration class: full prompts in, stock `forward` and `generate` on shortened ones.
 
     Modifications against stock:
@@ -273,7 +280,7 @@ class VisPrunerMixin:
         prompt = getattr(cache, "vispruner_prompt", None)
         if prompt is None or prompt.dropped == 0:
             return
-        past, mask = cache.get_seq_length(), inputs.get("attention_mask")
+        past, mask = _cached_length(inputs), inputs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and mask.shape[1] != past + input_ids.shape[1]:
             raise ValueError(
                 f"attention_mask has {mask.shape[1]} columns, but the cache holds {past} tokens of a pruned prompt "
@@ -293,7 +300,7 @@ class VisPrunerMixin:
             return [], []
         return self.model.visual_token_counts(inputs["pixel_values"], inputs.get("image_sizes"))
 
-    def _is_full_prompt(self, input_ids: torch.LongTensor, full: list[int], kept: list[int]) -> bool:
+    def _is_full_prompt(self, input_ids: torch.Tensor, full: list[int], kept: list[int]) -> bool:
         """True for the full number of placeholders, False for the kept number; any other raises ValueError."""
         placeholders = int((input_ids == self.config.image_token_id).sum())
         if placeholders == sum(full):
@@ -315,7 +322,7 @@ class VisPrunerMixin:
                 "positions its visual tokens had; pass the full prompt or position_ids"
             )
 
-    def _encode_images(self, inputs: dict[str, Any]) -> list[torch.LongTensor]:
+    def _encode_images(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """Replace the pixels in `inputs` by features; return per image the placeholders its kept tokens stand for."""
         if "mm_encoder_outputs" not in inputs:
             names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
@@ -323,7 +330,7 @@ class VisPrunerMixin:
             inputs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels, return_dict=True)}
         return inputs["mm_encoder_outputs"]["image"].placeholders
 
-    def _shorten(self, inputs: dict[str, Any], full: list[int], staying: list[torch.LongTensor]) -> ShortenedPrompt:
+    def _shorten(self, inputs: dict[str, Any], full: list[int], staying: list[torch.Tensor]) -> ShortenedPrompt:
         """Shorten every per-token entry of `inputs`; `staying` says per image which of its placeholders stay."""
         input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if mask is not None and mask.shape != input_ids.shape:
@@ -358,7 +365,7 @@ class VisPrunerMixin:
         stopping_criteria: Any = None,
         prefix_allowed_tokens_fn: Callable | None = None,
         **kwargs: Any,
-    ) -> ModelOutput | torch.LongTensor:
+    ) -> ModelOutput | torch.Tensor:
         """Stock `generate`; full prompts are shortened, and the result starts with the caller's own prompt."""
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         hooks = {
@@ -393,12 +400,11 @@ class VisPrunerMixin:
         past = _cached_length(arguments)
         if past == 0:
             return self._count_visual_tokens(arguments)
-        prompt = getattr(arguments["past_key_values"], "vispruner_prompt", None)
+        prompt: CachedPrompt | None = getattr(arguments["past_key_values"], "vispruner_prompt", None)
         placeholders = int((arguments["input_ids"] == self.config.image_token_id).sum())
         if prompt is None and placeholders == 0 and "pixel_values" not in arguments:
             return [], []
-        known = prompt is not None and prompt.uniform
-        if not known or placeholders not in (sum(prompt.full_counts), sum(prompt.kept_counts)):
+        if prompt is None or not prompt.uniform or placeholders not in prompt.possible_placeholders:
             raise ValueError(
                 f"cannot continue from this cache of {past} tokens and a prompt of {placeholders} image placeholders: "
                 "pass the whole conversation so far, with the same images and no new one, and the past_key_values "
@@ -423,11 +429,8 @@ class VisPrunerMixin:
             arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         staying = _leading_placeholders(full, kept)  # for cached tokens too: their positions are in the cache
         if original and past == 0:
-            pixels = {name: arguments[name] for name in ("pixel_values", "image_sizes") if name in arguments}
-            staying = self._encode_images(arguments)
-            if not GENERATE_ENCODES_ONCE:  # selection is deterministic: encoding again gives the same tokens
-                arguments.pop("mm_encoder_outputs")
-                arguments.update(pixels)
+            # Without mm_encoder_outputs stock encodes again; selection is deterministic, so the same tokens stay.
+            staying = self._encode_images(arguments if GENERATE_ENCODES_ONCE else dict(arguments))
         prompt = self._shorten(arguments, full, staying)
         if past > 0:
             self._check_cache_covers_images(arguments, past, prompt)
@@ -490,6 +493,6 @@ def _cached_length(inputs: dict[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _leading_placeholders(full: list[int], kept: list[int]) -> list[torch.LongTensor]:
+def _leading_placeholders(full: list[int], kept: list[int]) -> list[torch.Tensor]:
     """Placeholders are all alike, so the first stay; the last repeats where paper tiles outnumber stock packing."""
     return [torch.arange(count).clamp(max=whole - 1) for whole, count in zip(full, kept, strict=True)]

@@ -7,7 +7,7 @@ flash and custom kernels stay in use, fused q/k/v projections do not matter, and
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class _TappableConfig:
         return self._stock_config._attn_implementation if _open.tap is None else TAPPED_ATTENTION
 
 
-def make_tappable(attention_modules: list[nn.Module]) -> None:
+def make_tappable(attention_modules: list[Any]) -> None:
     """Prepare attention modules for `SaliencyTap`; their computation does not change. Once per model, at creation."""
     for module in attention_modules:
         if not hasattr(module, "config"):
@@ -80,7 +80,7 @@ def _eager_attention_of(module: nn.Module) -> Callable:
 
 
 def _tapped_attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -90,7 +90,7 @@ def _tapped_attention(
     tap = _open.tap
     _open.tap = None  # the user's attention function must see the user's own config
     try:
-        if tap.attention is module:
+        if tap is not None and tap.attention is module:
             tap.saliency = cls_saliency(query, key, kwargs.get("scaling"))
         function = ALL_ATTENTION_FUNCTIONS.get_interface(
             module.config._attn_implementation, module.config._eager_attention
@@ -119,7 +119,7 @@ def cls_saliency(query: torch.Tensor, key: torch.Tensor, scaling: float | None =
 
 def encode_with_saliency(
     vision_tower: nn.Module,
-    layers: nn.ModuleList,
+    layers: Sequence[Any],
     pixel_values: torch.Tensor,
     feature_layer: int | list[int],
     attention_layer: int | None = None,
