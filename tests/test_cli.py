@@ -1,0 +1,206 @@
+"""The command line: what it prints, what it writes, and with which status it ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import vispruner
+from vispruner.conversion import build, cli, convert, demo, picture, verify
+
+COMMANDS = ("demo", "build", "verify", "convert", "show")
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory: pytest.TempPathFactory, tiny_llava_repo: Path) -> Path:
+    """A repo built by the command line from the tiny base, 16 of 64 visual tokens kept."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = folder / "config.yaml"
+    config.write_text(
+        f"repo_id: someone/tiny\nbase_model: {tiny_llava_repo}\narchitecture: llava\n"
+        "vispruner_config: {visual_token_num: 16}\n"
+    )
+    assert cli.main(["build", str(config), "--out", str(folder / "repo")]) == 0
+    return folder / "repo"
+
+
+@pytest.fixture
+def photo_file(tmp_path: Path, photo: Image.Image) -> Path:
+    photo.save(tmp_path / "photo.jpg")
+    return tmp_path / "photo.jpg"
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr().err.strip().splitlines()
+    assert captured[-1].startswith("vispruner: error: ")
+    assert not any(line.startswith("Traceback") for line in captured)
+    return captured[-1]
+
+
+def raising(error: BaseException) -> Callable[..., Any]:
+    def run(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_teaches_with_examples(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "examples:" in shown or "first steps:" in shown
+    wanted = COMMANDS if arguments == ["--help"] else (f"vispruner {arguments[0]} ",)
+    assert all(word in shown for word in wanted)
+
+
+def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"vispruner {vispruner.__version__}"
+
+
+@pytest.mark.parametrize("arguments", [[], ["prune"], ["build", "tiny-llava-vispruner"], ["show", "photo.jpg"]])
+def test_a_mistyped_command_ends_with_status_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_build_writes_a_repo_that_names_our_class(repo: Path) -> None:
+    config = json.loads((repo / "config.json").read_text())
+    assert config["architectures"] == ["VisPrunerLlavaForConditionalGeneration"]
+    assert config["vispruner_config"]["visual_token_num"] == 16
+
+
+def test_build_names_the_shipped_configs_when_the_name_is_unknown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["build", "no-such-config", "--out", str(tmp_path / "repo")]) == 2
+    assert "tiny-llava-vispruner" in error_line(capsys)
+    assert not (tmp_path / "repo").exists()
+
+
+def test_build_leaves_a_folder_alone_until_told_to_overwrite(
+    repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "notes.txt").write_text("keep me")
+    arguments = ["build", "tiny-llava-vispruner", "--out", str(out)]
+    assert cli.main(arguments) == 2
+    assert str(out) in error_line(capsys)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert cli.main([*arguments, "--overwrite"]) == 0
+    assert (out / "config.json").is_file()
+
+
+def test_verify_prints_its_table_and_its_verdict_is_the_status(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for status, code in (("pass", 0), ("not run", 0), ("fail", 1)):
+        found = verify.Report(tmp_path, (verify.Check("config.json", status, "detail of the check"),))
+        monkeypatch.setattr(verify, "verify_repo", lambda folder, base=None, found=found: found)
+        assert cli.main(["verify", str(tmp_path)]) == code
+        assert "detail of the check" in capsys.readouterr().out
+
+
+def test_verify_of_a_folder_that_is_no_repo_ends_with_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", str(tmp_path)]) == 1
+    assert "config.json" in capsys.readouterr().out
+
+
+def test_convert_hands_its_arguments_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(convert, "convert_llava", lambda *args, **kwargs: calls.append((args, kwargs)))
+    assert cli.main(["convert", "SRC", "DST", "--vision-tower", "TOWER", "--overwrite"]) == 0
+    assert calls == [(("SRC", "DST"), {"vision_tower": "TOWER", "overwrite": True})]
+
+
+def test_convert_of_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", str(tmp_path / "missing"), str(tmp_path / "out")]) == 2
+    assert "missing" in error_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_show_reads_a_built_repo_without_running_its_code(repo: Path, photo_file: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(repo, tmp_path / "copy")
+    for code in copy.glob("*.py"):
+        code.write_text("raise SystemExit('the code of the repo was run')")
+    out = tmp_path / "kept.png"
+    assert cli.main(["show", str(photo_file), "--repo", str(copy), "--out", str(out)]) == 0
+    with Image.open(out) as drawn:
+        assert drawn.width > 300
+
+
+def test_show_of_a_stock_checkpoint_needs_a_budget(
+    tiny_llava_repo: Path, photo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["show", str(photo_file), "--repo", str(tiny_llava_repo), "--out", str(tmp_path / "kept.png")]
+    assert cli.main(arguments) == 2
+    assert "visual_token_num" in error_line(capsys)
+    assert cli.main([*arguments, "--visual-token-num", "8"]) == 0
+    assert (tmp_path / "kept.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [(b"not an image", "is not a readable image"), (None, "No such file or directory")]
+)
+def test_show_says_which_image_cannot_be_read(
+    content: bytes | None, complaint: str, repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "broken.jpg"
+    if content is not None:
+        image.write_bytes(content)
+    assert cli.main(["show", str(image), "--repo", str(repo), "--out", str(tmp_path / "kept.png")]) == 2
+    line = error_line(capsys)
+    assert "broken.jpg" in line
+    assert complaint in line
+    assert not (tmp_path / "kept.png").exists()
+
+
+@pytest.mark.parametrize("error", [ValueError("visual_token_num must be >= 1"), OSError("disk full")])
+def test_bad_input_is_one_line_and_status_2(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "run_demo", raising(error))
+    assert cli.main(["demo"]) == 2
+    assert error_line(capsys) == f"vispruner: error: {error}"
+
+
+def test_traceback_is_printed_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(build, "build_repo", raising(ValueError("no base")))
+    assert cli.main(["--traceback", "build", "x", "--out", "y"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_with_status_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(picture, "show", raising(KeyboardInterrupt()))
+    assert cli.main(["show", "a.jpg", "--repo", "b", "--out", "c.png"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run_demo", raising(TypeError("a bug")))
+    with pytest.raises(TypeError, match="a bug"):
+        cli.main(["demo"])
+
+
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "vispruner.conversion", "build", "no-such-config", "--out", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "vispruner: error: 'no-such-config'" in done.stderr

@@ -1,0 +1,172 @@
+"""The demo: the newcomer's whole path, with figures that are read off the run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+import vispruner
+from vispruner.conversion.demo import RESULTS, DemoError, Measured, report, require_pruning, run_demo
+from vispruner.conversion.prefill_cost import prefill_flops
+
+
+class Finished(NamedTuple):
+    """One demo with default options: its folder, what it returned, what it printed."""
+
+    out: Path
+    results: dict[str, Any]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    out = tmp_path_factory.mktemp("demo") / "vispruner-demo"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        results = run_demo(out)
+    return Finished(out, results, printed.getvalue())
+
+
+def measured(**changes: Any) -> Measured:
+    run = Measured(
+        visual_tokens=576,
+        prompt_tokens=600,
+        kv_tokens=600,
+        kv_bytes=2**20,
+        prefill_flops=10**9,
+        seconds=dict.fromkeys(("vision", "select", "project", "prefill", "decode", "whole"), 0.5),
+        answer="a cat",
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def test_visual_tokens_and_cache_fall_by_the_same_number(finished: Finished) -> None:
+    results = finished.results
+    unpruned, pruned = results["unpruned"], results["pruned"]
+    assert (unpruned["visual_tokens"], pruned["visual_tokens"]) == (576, 64)
+    assert unpruned["kv_tokens"] - pruned["kv_tokens"] == 576 - 64
+    assert unpruned["kv_tokens"] == unpruned["prompt_tokens"] == pruned["prompt_tokens"]
+
+
+def test_operations_are_those_of_the_measured_lengths(finished: Finished) -> None:
+    results = finished.results
+    config = vispruner.VisPrunerLlavaConfig.from_pretrained(finished.out / "repo")
+    for run in (results["unpruned"], results["pruned"]):
+        assert run["prefill_flops"] == prefill_flops(config, run["kv_tokens"], run["visual_tokens"])
+    assert results["pruned"]["prefill_flops"] < 0.1 * results["unpruned"]["prefill_flops"]
+
+
+def test_every_stage_took_time_and_only_pruning_selects(finished: Finished) -> None:
+    results = copy.deepcopy(finished.results)
+    assert results["unpruned"]["seconds"].pop("select") == 0
+    for run in (results["unpruned"], results["pruned"]):
+        stages = run["seconds"]
+        assert all(seconds > 0 for seconds in stages.values())
+        assert stages["vision"] + stages["project"] + stages["prefill"] < stages["whole"]
+
+
+def test_the_two_answers_differ_and_are_printed(finished: Finished) -> None:
+    _, results, printed = finished
+    assert results["unpruned"]["answer"] != results["pruned"]["answer"]
+    assert f"answer, unpruned: {results['unpruned']['answer']}" in printed
+    assert f"answer, pruned:   {results['pruned']['answer']}" in printed
+
+
+def test_it_says_that_the_embedded_model_is_random(finished: Finished) -> None:
+    assert "weights are random: both answers are meaningless" in finished.printed
+
+
+def test_it_leaves_a_verified_repo_a_picture_and_its_figures(finished: Finished) -> None:
+    out, results, printed = finished
+    assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png", "repo"]
+    assert "verified:" in printed
+    assert json.loads((out / RESULTS).read_text())["pruned"]["kv_tokens"] == results["pruned"]["kv_tokens"]
+    with Image.open(out / "demo.png") as picture:
+        assert picture.width > 300
+
+
+def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "thesis.tex").write_text("years of work")
+    with pytest.raises(DemoError, match="holds files that no demo wrote"):
+        run_demo(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["repo", "thesis.tex"]
+
+
+@pytest.mark.slow
+def test_a_built_repo_another_photo_and_another_budget(finished: Finished, tmp_path: Path, photo: Image.Image) -> None:
+    photo.rotate(90, expand=True).save(tmp_path / "turned.png")
+    repo = finished.out / "repo"
+    before = {path.name: path.stat().st_mtime_ns for path in repo.iterdir()}
+    results = run_demo(tmp_path / "out", image=tmp_path / "turned.png", repo=repo, visual_token_num=32)
+    assert results["pruned"]["visual_tokens"] == 32
+    assert {path.name: path.stat().st_mtime_ns for path in repo.iterdir()} == before
+    assert not (tmp_path / "out" / "repo").exists()
+
+
+@pytest.mark.slow
+def test_a_llava_next_base_and_a_second_run_in_the_same_folder(tmp_path: Path, tiny_llava_next_repo: Path) -> None:
+    for budget in (4, 2):
+        results = run_demo(tmp_path / "out", base=str(tiny_llava_next_repo), visual_token_num=budget)
+        assert results["pruned"]["visual_tokens"] == 5 * budget  # the photo is five tiles
+    assert results["unpruned"]["kv_tokens"] - results["pruned"]["kv_tokens"] == (
+        results["unpruned"]["visual_tokens"] - 5 * 2
+    )
+
+
+def test_a_base_and_a_repo_are_too_much(tmp_path: Path) -> None:
+    with pytest.raises(DemoError, match="give either --base"):
+        run_demo(tmp_path / "out", base="x", repo="y")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_budget_below_one_is_refused_before_anything_is_written(budget: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vispruner_config\.visual_token_num must be an integer >= 1"):
+        run_demo(tmp_path / "out", visual_token_num=budget)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_another_kind_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    base = tmp_path / "bert"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="model_type 'bert' is not supported"):
+        run_demo(tmp_path / "out", base=str(base))
+    assert not (tmp_path / "out").exists()
+
+
+def test_pruning_that_does_nothing_is_an_error() -> None:
+    with pytest.raises(DemoError, match="nothing was pruned: 576 of 576"):
+        require_pruning(measured(), measured())
+
+
+def test_a_cache_that_did_not_fall_is_an_error() -> None:
+    with pytest.raises(DemoError, match="512 visual tokens were dropped, but the cache fell from 600 to 600"):
+        require_pruning(measured(), measured(visual_tokens=64))
+    require_pruning(measured(), measured(visual_tokens=64, kv_tokens=88))
+
+
+def test_an_unpruned_run_that_caches_less_than_its_prompt_is_an_error() -> None:
+    with pytest.raises(DemoError, match="should cache its whole prompt of 600 tokens"):
+        require_pruning(measured(kv_tokens=590), measured(visual_tokens=64, kv_tokens=78))
+
+
+def test_report_gives_ratios_to_the_unpruned_model() -> None:
+    table = report(measured(), measured(visual_tokens=64, kv_tokens=88, prefill_flops=10**8))
+    ratios = {line[:32].strip(): line.split()[-1] for line in table.splitlines() if line[:1].isalpha()}
+    assert ratios["visual tokens"] == "0.111"
+    assert ratios["KV cache, tokens"] == "0.147"
+    assert ratios["prefill, GFLOPs"] == "0.100"
+
+
+def test_the_number_of_threads_is_restored(finished: Finished) -> None:
+    assert torch.get_num_threads() == 1  # conftest's

@@ -1,0 +1,159 @@
+"""The picture shows exactly the patches that the model keeps, where they lie in what the model sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+import vispruner
+from vispruner.conversion.picture import (
+    BACKGROUND,
+    DIVERSE_COLOUR,
+    GAP,
+    IMPORTANT_COLOUR,
+    TileView,
+    kept_patches_picture,
+    open_photo,
+    save_png,
+    view_kept_patches,
+)
+from vispruner.token_selection import select_vispruner
+
+
+def views(repo: Path, photo: Image.Image, **options: object) -> tuple[list[TileView], torch.nn.Module]:
+    model = vispruner.load(str(repo), **options).eval()
+    return view_kept_patches(model, AutoProcessor.from_pretrained(repo), photo), model
+
+
+def flat(mask: torch.Tensor) -> list[int]:
+    return mask.flatten().nonzero()[:, 0].tolist()
+
+
+def test_kept_and_important_patches_are_those_of_the_selection(tiny_llava_repo: Path, photo: Image.Image) -> None:
+    (tile,), model = views(tiny_llava_repo, photo, visual_token_num=20, important_ratio=0.5)
+    pixels = AutoProcessor.from_pretrained(tiny_llava_repo).image_processor(photo, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        output = model.get_image_features(pixel_values=pixels, return_dict=True)
+    order = output.saliency[0].argsort(descending=True, stable=True)
+    assert flat(tile.kept) == output.kept_indices[0].tolist()
+    assert flat(tile.important) == sorted(order[:10].tolist())
+    assert tile.kept.shape == (8, 8)
+
+
+def test_important_patches_are_among_the_kept_ones_in_every_tile_mode(
+    tiny_llava_next_repo: Path, photo: Image.Image
+) -> None:
+    for mode in ("paper", "native"):
+        tiles, _ = views(tiny_llava_next_repo, photo, visual_token_num=6, tile_mode=mode)
+        assert len(tiles) == 5
+        assert all(bool((tile.kept >= tile.important).all()) for tile in tiles)
+        assert [int(tile.important.sum()) for tile in tiles] == [3] * 5
+        assert [int(tile.kept.sum()) for tile in tiles] == [6] * 5
+
+
+def test_tiles_stand_as_in_the_image_with_the_base_tile_on_the_left(
+    tiny_llava_next_repo: Path, photo: Image.Image
+) -> None:
+    wide, _ = views(tiny_llava_next_repo, photo.resize((300, 100)), visual_token_num=4)
+    tall, _ = views(tiny_llava_next_repo, photo.resize((100, 300)), visual_token_num=4)
+    square, _ = views(tiny_llava_next_repo, photo.resize((200, 200)), visual_token_num=4)
+    assert [(tile.row, tile.column) for tile in wide] == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert [(tile.row, tile.column) for tile in tall] == [(0, 0), (0, 1), (1, 1), (2, 1)]
+    assert [(tile.row, tile.column) for tile in square] == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("method", ["uniform_grid", "random"])
+def test_a_method_without_important_tokens_marks_none(method: str, tiny_llava_repo: Path, photo: Image.Image) -> None:
+    (tile,), _ = views(tiny_llava_repo, photo, visual_token_num=9, method=method, seed=1)
+    assert tile.important is None
+    assert int(tile.kept.sum()) == 9
+
+
+def test_a_dense_model_keeps_every_patch(tiny_llava_repo: Path, photo: Image.Image) -> None:
+    (tile,), _ = views(tiny_llava_repo, photo, method="none")
+    assert bool(tile.kept.all())
+
+
+def test_the_tile_is_the_photo_as_the_processor_crops_it(tiny_llava_repo: Path, photo: Image.Image) -> None:
+    (tile,), _ = views(tiny_llava_repo, photo, visual_token_num=4)
+    side = min(photo.size)
+    left, top = (photo.width - side) // 2, (photo.height - side) // 2
+    expected = photo.crop((left, top, left + side, top + side)).resize((112, 112), Image.Resampling.BICUBIC)
+    difference = torch.tensor(list(tile.image.tobytes()), dtype=torch.float) - torch.tensor(
+        list(expected.tobytes()), dtype=torch.float
+    )
+    assert tile.image.size == (112, 112)
+    assert difference.abs().mean() < 3  # resize and crop swap places, so edges differ a little
+
+
+def test_kept_patches_keep_their_colour_and_dropped_ones_fade() -> None:
+    red = Image.new("RGB", (40, 40), (200, 0, 0))
+    kept = torch.tensor([[True, False], [False, True]])
+    important = torch.tensor([[True, False], [False, False]])
+    picture = kept_patches_picture([TileView(red, kept, important)])
+    side = (picture.width - 2 * GAP) // 2
+    centre = {
+        (row, column): picture.getpixel((GAP + column * side + side // 2, GAP + row * side + side // 2))
+        for row in (0, 1)
+        for column in (0, 1)
+    }
+    assert centre[0, 0] == centre[1, 1] == (200, 0, 0)
+    faded = centre[0, 1]
+    assert len(set(faded)) == 1, "a dropped patch has no colour"
+    assert faded[0] > 150, "and is nearly white"
+    assert picture.getpixel((GAP, GAP)) == IMPORTANT_COLOUR
+    assert picture.getpixel((GAP + side, GAP + side)) == DIVERSE_COLOUR
+
+
+def test_legend_and_caption_stand_below_the_tiles() -> None:
+    tile = TileView(Image.new("RGB", (28, 28)), torch.ones(2, 2, dtype=torch.bool), None)
+    plain, captioned = kept_patches_picture([tile]), kept_patches_picture([tile], caption="a caption")
+    assert captioned.height > plain.height
+    below = captioned.crop((0, plain.height, captioned.width, captioned.height))
+    assert below.getextrema() != tuple((value, value) for value in BACKGROUND)
+
+
+def test_photo_is_read_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
+    assert open_photo(tmp_path / "turned.jpg").size == (20, 30)
+
+
+def test_a_truncated_photo_is_refused_by_name(tmp_path: Path, photo: Image.Image) -> None:
+    photo.save(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(OSError, match=r"half\.png is not a readable image"):
+        open_photo(tmp_path / "half.png")
+
+
+def test_a_failed_write_leaves_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Image.Image, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_png(Image.new("RGB", (4, 4)), tmp_path / "kept.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["kept.jpg", "kept"])
+def test_only_png_is_written(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be written to a \.png file"):
+        save_png(Image.new("RGB", (4, 4)), tmp_path / name)
+
+
+def test_the_drawn_selection_is_the_public_one(tiny_llava_repo: Path, photo: Image.Image) -> None:
+    (tile,), model = views(tiny_llava_repo, photo, visual_token_num=12)
+    pixels = AutoProcessor.from_pretrained(tiny_llava_repo).image_processor(photo, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        tower = model.model.vision_tower
+        hidden = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        saliency = model.get_image_features(pixel_values=pixels, return_dict=True).saliency
+    assert flat(tile.kept) == select_vispruner(hidden, saliency, 12)[0].tolist()
