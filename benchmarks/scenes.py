@@ -48,7 +48,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A shape (with color and shape) or a digit (with digit); box is left, top, right, bottom in pixels, right open."""
+    """A shape (has color and shape) or a digit (has digit); box is left, top, right, bottom in pixels, end excluded."""
 
     kind: str
     box: Box
@@ -144,7 +144,7 @@ def compose(rng: np.random.Generator, split: str, *, shapes: int, digits: int) -
 
 
 def ask(objects: list[SceneObject], rng: np.random.Generator) -> list[Question]:
-    """Ask about the objects of a scene: at most two questions of each type, one for the digit; unambiguous ones only."""
+    """Ask about the objects of a scene: up to two questions of each type, one for the digit; none that is ambiguous."""
     shapes = [o for o in objects if o.kind == "shape"]
     by_color, by_shape = Counter(o.color for o in shapes), Counter(o.shape for o in shapes)
     questions: list[Question] = []
@@ -258,7 +258,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     """A dim uneven ground with thin strokes and bright specks, in any colour: clutter that nobody asks about."""
     coarse = rng.uniform(25, 105) + rng.normal(0, 14, (4, 4, 1)) + rng.normal(0, 10, (4, 4, 3))
     ramp = _ramp()
-    canvas = np.einsum("ai,bj,ijc->abc", ramp, ramp, coarse)
+    canvas = np.einsum("bj,ajc->abc", ramp, np.einsum("ai,ijc->ajc", ramp, coarse))
     for _ in range(int(rng.integers(4, 9))):
         start, angle, length = rng.uniform(0, IMAGE_SIZE, 2), rng.uniform(0, 2 * math.pi), rng.uniform(15, 60)
         steps = np.arange(0, length, 0.7)
