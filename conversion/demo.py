@@ -120,7 +120,7 @@ def _repo_config(base: str | None, visual_token_num: int | None) -> RepoConfig:
         options = merge_vispruner_config(config.vispruner_config, {"visual_token_num": visual_token_num})
         config = dataclasses.replace(config, vispruner_config=options)
     if base is not None:
-        model_type = read_json(resolve_base(base) / "config.json").get("model_type")
+        model_type = read_json(resolve_base(base) / "config.json").get("model_type", "")
         vispruner.architecture_of(model_type)
         config = dataclasses.replace(config, base_model=base, architecture=model_type)
     return config

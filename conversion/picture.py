@@ -38,8 +38,8 @@ class TileView:
     """
 
     image: Image.Image
-    kept: torch.BoolTensor
-    important: torch.BoolTensor | None
+    kept: torch.Tensor
+    important: torch.Tensor | None
     row: int = 0
     column: int = 0
 
@@ -114,7 +114,7 @@ def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image
 
 def _important_patches(
     model: PreTrainedModel, saliency: torch.Tensor, image_sizes: torch.Tensor | None
-) -> torch.BoolTensor | None:
+) -> torch.Tensor | None:
     """Return (tiles, N) True at the patches kept for their attention; None when the method makes no difference."""
     options = model.model.vispruner_options
     ratio = {"vispruner": options.important_ratio, "cls_attention": 1.0}.get(options.method)

@@ -1,0 +1,197 @@
+"""What is installed, and what README, CHANGELOG and LICENSE say about it, is true."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import vispruner
+from vispruner import SELECTORS, VisPrunerOptions, conversion
+from vispruner.configuration_vispruner import FIELD_NAMES
+from vispruner.conversion import cli
+from vispruner.conversion.build import build_repo
+from vispruner.conversion.repo_config import HUB_CONFIGS, hub_config_names
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = ("pip install . && vispruner demo", 'pip install -e ".[test]" && pytest')
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def table_after(header: str) -> list[list[str]]:
+    lines = README[README.index(header) :].splitlines()[2:]
+    rows = lines[: next((number for number, line in enumerate(lines) if not line.startswith("|")), len(lines))]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def file_tree() -> dict[str, str]:
+    """Return path -> remark of the README's tree."""
+    (tree,) = (block for block in code_blocks("") if block.startswith("modeling/"))
+    paths, folder = {}, ""
+    for line in tree.splitlines():
+        name, _, remark = line.strip().partition(" ")
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+            paths[name] = remark.strip()
+        else:
+            paths[folder + name] = remark.strip()
+    return paths
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_gives_each_command_alone_in_a_block(command: str) -> None:
+    assert f"{command}\n" in code_blocks("")
+
+
+def test_everything_in_the_readme_s_tree_exists() -> None:
+    assert [path for path in file_tree() if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["modeling", "conversion"])
+def test_every_module_is_in_the_readme_s_tree(folder: str) -> None:
+    modules = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
+    assert modules - set(file_tree()) == set()
+
+
+def test_every_folder_of_the_repository_is_in_the_readme_s_tree() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    folders = {path.split("/")[0] + "/" for path in listed if "/" in path and not path.startswith(".")}
+    assert folders - set(file_tree()) == set()
+
+
+def test_the_reading_order_covers_the_published_files() -> None:
+    order = re.findall(r"^\d\. `(modeling/\w+\.py)`: ", README, flags=re.MULTILINE)
+    published = {f"modeling/{path.name}" for path in (ROOT / "modeling").glob("*.py")} - {"modeling/__init__.py"}
+    assert sorted(order) == sorted(published)
+
+
+def test_the_readme_s_fields_and_defaults_are_the_config_s() -> None:
+    rows = {row[0].strip("`"): row[1].strip("`").strip('"') for row in table_after("| field | default |")}
+    defaults = VisPrunerOptions(method="none").to_dict() | {"method": "vispruner"}
+    assert tuple(rows) == FIELD_NAMES
+    assert rows == {name: "null" if value is None else str(value) for name, value in defaults.items()}
+
+
+def test_the_readme_s_methods_are_the_registered_ones() -> None:
+    assert {row[0].strip("`") for row in table_after("| method | keeps |")} == {*SELECTORS, "none"}
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        links = re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text(encoding="utf-8"))
+        assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_readme_s_commands_are_understood() -> None:
+    (block,) = (block for block in code_blocks("") if block.startswith("vispruner convert"))
+    parsed = [cli._parser().parse_args(line.split()[1:]).command.__name__ for line in block.splitlines()]
+    assert parsed == ["_convert", "_build", "_verify", "_show"]
+
+
+def run_python_block(block: str, folder: Path, names: dict[str, str]) -> dict[str, Any]:
+    for published, local in names.items():
+        assert published in block
+        block = block.replace(published, local)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        namespace: dict[str, Any] = {}
+        exec(compile(block, "README.md", "exec"), namespace)
+    finally:
+        os.chdir(before)
+    return namespace
+
+
+def test_the_readme_s_first_example_runs(tiny_llava_repo: Path, photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.jpg")
+    first, _ = code_blocks("python")
+    ran = run_python_block(first, tmp_path, {"llava-hf/llava-1.5-7b-hf": str(tiny_llava_repo)})
+    assert ran["model"].config.vispruner_config["visual_token_num"] == 64
+    assert bool((ran["output"][:, : ran["inputs"].input_ids.shape[1]] == ran["inputs"].input_ids).all())
+
+
+def test_the_readme_s_check_tells_pruned_from_dense(tiny_llava_repo: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"repo_id: someone/tiny\nbase_model: {tiny_llava_repo}\narchitecture: llava\n"
+        "vispruner_config: {visual_token_num: 16}\n"
+    )
+    repo = build_repo(config, tmp_path / "repo", show_progress=False)
+    _, second = code_blocks("python")
+    names = {"someone/llava-1.5-7b-vispruner": str(repo)}
+    run_python_block(second, tmp_path, names)
+    with pytest.raises(AssertionError, match="this is the dense model"):
+        run_python_block(second, tmp_path, {**names, ", trust_remote_code=True)\n": ")\n"})
+
+
+def test_the_package_brings_its_configs_and_its_photo() -> None:
+    assert "tiny-llava-vispruner" in hub_config_names()
+    assert Path(conversion.__file__).parent.parent / "hub_configs" == HUB_CONFIGS
+    assets = {path.name for path in (Path(conversion.__file__).parent / "assets").iterdir()}
+    assert {"chelsea.jpg", "README.md"} <= assets
+
+
+def test_the_sample_photo_is_small_and_its_licence_is_stated() -> None:
+    assets = ROOT / "conversion" / "assets"
+    assert (assets / "chelsea.jpg").stat().st_size < 150_000
+    assert "CC0" in (assets / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_version_is_one() -> None:
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    released = re.search(r"^## \[(\d.+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert declared is not None
+    assert released is not None
+    assert vispruner.__version__ == importlib.metadata.version("vispruner") == declared[1] == released[1]
+
+
+def test_the_licence_is_the_whole_apache_licence() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License\n                           Version 2.0, January 2004" in text
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert importlib.metadata.metadata("vispruner")["License-Expression"] == "Apache-2.0"
+
+
+def test_the_command_is_installed() -> None:
+    (script,) = (
+        point
+        for point in importlib.metadata.distribution("vispruner").entry_points
+        if point.group == "console_scripts"
+    )
+    assert script.name == "vispruner"
+    assert script.load() is cli.main
+
+
+def test_continuous_integration_runs_the_readme_s_commands() -> None:
+    for script in (ROOT / ".ci" / "run", ROOT / ".github" / "workflows" / "ci.yml"):
+        text = script.read_text(encoding="utf-8")
+        assert all(command in text for command in COMMANDS), script.name
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert (
+        shutil.which("bash") is None
+        or not subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=False).returncode
+    )
+
+
+def test_importing_the_package_needs_no_test_dependency() -> None:
+    blocked = ("pytest", "hypothesis", "skimage", "matplotlib", "peft", "scipy")
+    script = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({blocked!r}))\n"
+        "import vispruner, vispruner.conversion.cli, vispruner.conversion.demo, vispruner.conversion.convert\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
