@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from safetensors import SafetensorError
+
 from vispruner import __version__
 
 DESCRIPTION = "Prune the visual tokens of LLaVA-1.5 and LLaVA-NeXT, and publish the result as an ordinary Hub repo."
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vispruner: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         if show_traceback:
             traceback.print_exc()
         print(f"vispruner: error: {str(error).strip() or type(error).__name__}", file=sys.stderr)

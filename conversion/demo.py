@@ -122,7 +122,8 @@ def _repo_config(base: str | None, visual_token_num: int | None) -> RepoConfig:
     if base is not None:
         model_type = read_json(resolve_base(base) / "config.json").get("model_type", "")
         vispruner.architecture_of(model_type)
-        config = dataclasses.replace(config, base_model=base, architecture=model_type)
+        repo_id = f"someone/{Path(base).name}-vispruner"
+        config = dataclasses.replace(config, repo_id=repo_id, base_model=base, architecture=model_type, card={})
     return config
 
 

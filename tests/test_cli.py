@@ -170,6 +170,18 @@ def test_show_says_which_image_cannot_be_read(
     assert not (tmp_path / "kept.png").exists()
 
 
+def test_a_truncated_checkpoint_is_one_line(
+    tiny_llava_repo: Path, photo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(tiny_llava_repo, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    arguments = ["show", str(photo_file), "--repo", str(broken), "--out", str(tmp_path / "kept.png")]
+    assert cli.main([*arguments, "--visual-token-num", "8"]) == 2
+    error_line(capsys)
+    assert not (tmp_path / "kept.png").exists()
+
+
 @pytest.mark.parametrize("error", [ValueError("visual_token_num must be >= 1"), OSError("disk full")])
 def test_bad_input_is_one_line_and_status_2(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
