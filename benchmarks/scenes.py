@@ -48,7 +48,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A shape (has color and shape) or a digit (has digit); box is left, top, right, bottom in pixels, end excluded."""
+    """A shape (has color and shape) or a digit (has digit); box is left, top, right, bottom, ends excluded."""
 
     kind: str
     box: Box
@@ -144,7 +144,7 @@ def compose(rng: np.random.Generator, split: str, *, shapes: int, digits: int) -
 
 
 def ask(objects: list[SceneObject], rng: np.random.Generator) -> list[Question]:
-    """Ask about the objects of a scene: up to two questions of each type, one for the digit; none that is ambiguous."""
+    """Ask about the objects of a scene: up to two questions of each type, one for the digit; nothing ambiguous."""
     shapes = [o for o in objects if o.kind == "shape"]
     by_color, by_shape = Counter(o.color for o in shapes), Counter(o.shape for o in shapes)
     questions: list[Question] = []

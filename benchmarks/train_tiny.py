@@ -1,0 +1,858 @@
+"""Train the small LLaVA that the package embeds: a stock checkpoint that really answers questions about scenes.
+
+Three stages, each counted in steps and resumable:
+  vision    a CLIP tower learns to name, at every patch of an object (features of layer -2), the object's colour,
+            shape or digit and where its centre is. CLS has a loss of its own, a list of what is in the picture, which
+            is what makes its attention settle on objects as it does in CLIP.
+  features  the tower is frozen and the features of many scenes are computed once.
+  language  projector and language model learn to answer from those features. The questions of a picture share its
+            tokens in one sequence, under a block mask. In a third of the steps the model sees a random part of the
+            image tokens only, renumbered, so that short images are nothing new; no pruning method takes part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pickle
+import platform
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from scenes import (
+    COLORS,
+    EASY_VQA_SHAPES,
+    GRID,
+    IMAGE_SIZE,
+    NUMBERS,
+    PATCH_SIZE,
+    QUADRANTS,
+    SHAPES,
+    EasyVqaItem,
+    Question,
+    SceneObject,
+    ask,
+    compose,
+    easy_vqa_questions,
+    generate_scene,
+    prompt,
+    scene_rng,
+)
+
+from vispruner.conversion.tiny_llava import CHAT_TEMPLATE
+
+PATCHES = GRID * GRID
+COLOR_WORDS = (*COLORS, "black", "gray", "teal", "brown")  # the last four occur in easy-vqa only
+SHAPE_WORDS = (*SHAPES, "rectangle")
+DIGIT_WORDS = tuple("0123456789")
+BACKGROUND, SHAPE, DIGIT = range(3)
+UNTAGGED = -100  # what cross_entropy ignores
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP normalises with
+LANGUAGE_SEED = 1  # scenes cached for the language stage are others than those of the vision stage
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, but for the versions of the libraries and the processor."""
+
+    seed: int = 0
+    width: int = 128
+    vision_layers: int = 6
+    text_layers: int = 4
+    heads: int = 4
+    vision_steps: int = 3600
+    vision_batch: int = 32
+    vision_rate: float = 1e-3
+    easy_share: float = 0.125
+    dense_share: float = 0.6
+    cached_scenes: int = 12000
+    validation_scenes: int = 400
+    easy_limit: int | None = None
+    language_steps: int = 3600
+    language_batch: int = 16
+    language_rate: float = 1.5e-3
+    questions: int = 14
+    compressed_share: float = 1 / 3
+    fewest_tokens: int = 16
+    alignment: float = 0.2
+    bfloat16: bool = True
+
+
+@dataclass
+class Progress:
+    """How far a run is, written with the weights: finished stages, the step of the current one, seconds spent."""
+
+    done: list[str] = field(default_factory=list)
+    step: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+# What is trained: a stock LLaVA and its processor
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose merges make one token of every word (and answer) of the benchmark's questions."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    words = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+(?:-[A-Za-z]+)*| ?[0-9]| ?[^\sA-Za-z0-9]|\s"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096,  # never reached: merging ends when every word of the corpus is one token
+        min_frequency=1,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_corpus(), trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
+
+
+def _corpus() -> list[str]:
+    answers = (*COLOR_WORDS, *SHAPE_WORDS, *DIGIT_WORDS, *NUMBERS, *QUADRANTS, "yes", "no")
+    asked = [q.text for index in range(200) for q in generate_scene("train", 0, index).questions]
+    asked += [item.question.text for item in easy_vqa_questions("train", 2000)]
+    return [prompt(text) for text in dict.fromkeys(asked)] + [f" {answer}" for answer in answers]
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """A LLaVA-1.5 with fresh weights. Its tower's last layer stays as drawn: layer -2 never reads it."""
+    torch.manual_seed(recipe.seed)
+    vision = CLIPVisionConfig(
+        hidden_size=recipe.width,
+        intermediate_size=4 * recipe.width,
+        projection_dim=recipe.width,
+        num_hidden_layers=recipe.vision_layers,
+        num_attention_heads=recipe.heads,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=11 * recipe.width // 4,
+        num_hidden_layers=recipe.text_layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=2048,
+        initializer_range=0.06,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=PATCHES,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlavaForConditionalGeneration(config).float()
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """CLIP's processing at 96 x 96: the shorter edge is resized, the centre cropped."""
+    from transformers import CLIPImageProcessor  # on import it warns when torchvision is missing
+
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+    return LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    """hidden_states[-2] of the tower, CLS first (B, 1 + N, C), without running the layer after it."""
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    for layer in tower.encoder.layers[:-1]:
+        output = layer(hidden, None)
+        hidden = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def to_pixels(images: np.ndarray) -> Tensor:
+    """Normalise (B, 96, 96, 3) bytes as CLIP's image processor does."""
+    scaled = (torch.from_numpy(images).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    return scaled.permute(0, 3, 1, 2).contiguous()
+
+
+# Vision stage
+
+
+class VisionHeads(nn.Module):
+    """Linear readouts of the patches' and CLS's features, dropped after the vision stage."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.sizes = {"kind": 3, "color": len(COLOR_WORDS), "shape": len(SHAPE_WORDS), "digit": 10, "quadrant": 4}
+        self.patch = nn.Linear(width, sum(self.sizes.values()) + 2)
+        self.cls = nn.Linear(width, len(COLOR_WORDS) * len(SHAPE_WORDS) + 10)
+
+    def forward(self, features: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return the patches' logits by tag, the centres they point at (B, N, 2), and what CLS lists."""
+        features = self.norm(features.float())
+        *tags, center = self.patch(features[:, 1:]).split([*self.sizes.values(), 2], dim=-1)
+        return dict(zip(self.sizes, tags, strict=True)), center, self.cls(features[:, 0])
+
+
+def tag_patches(objects: Sequence[SceneObject]) -> dict[str, np.ndarray]:
+    """What each patch is part of: kind, color, shape, digit, quadrant (N,), center (N, 2); and CLS's list (L,)."""
+    tags = {name: np.full(PATCHES, UNTAGGED) for name in ("color", "shape", "digit", "quadrant")}
+    tags["kind"] = np.full(PATCHES, BACKGROUND)
+    center = np.zeros((PATCHES, 2), np.float32)
+    listed = np.zeros(len(COLOR_WORDS) * len(SHAPE_WORDS) + 10, np.float32)
+    for o in objects:
+        covered = covered_patches(o.box)
+        x, y = o.center
+        center[covered] = (x / IMAGE_SIZE, y / IMAGE_SIZE)
+        tags["quadrant"][covered] = 2 * (y > IMAGE_SIZE / 2) + (x > IMAGE_SIZE / 2)
+        tags["kind"][covered] = DIGIT if o.kind == "digit" else SHAPE
+        if o.digit is not None:
+            tags["digit"][covered] = o.digit
+            listed[len(COLOR_WORDS) * len(SHAPE_WORDS) + o.digit] = 1
+        if o.color is not None:
+            tags["color"][covered] = COLOR_WORDS.index(o.color)
+        if o.shape is not None:
+            tags["shape"][covered] = SHAPE_WORDS.index(o.shape)
+        if o.color is not None and o.shape is not None:
+            listed[COLOR_WORDS.index(o.color) * len(SHAPE_WORDS) + SHAPE_WORDS.index(o.shape)] = 1
+    return {**tags, "center": center, "listed": listed}
+
+
+def covered_patches(box: Sequence[int], least: int = 10) -> np.ndarray:
+    """The patches, in raster order, that share at least this many pixels with a box."""
+    edges = np.arange(GRID) * PATCH_SIZE
+    left, top, right, bottom = box
+    wide = np.clip(np.minimum(edges + PATCH_SIZE, right) - np.maximum(edges, left), 0, None)
+    high = np.clip(np.minimum(edges + PATCH_SIZE, bottom) - np.maximum(edges, top), 0, None)
+    return np.flatnonzero(np.outer(high, wide) >= least)
+
+
+@dataclass
+class EasyPicture:
+    """A picture of easy-vqa with its questions, and the one object in it as far as the questions tell."""
+
+    pixels: np.ndarray
+    objects: list[SceneObject]
+    questions: list[Question]
+
+
+def load_easy(split: str, limit: int | None) -> list[EasyPicture]:
+    """Read the pictures of a split of easy-vqa; the object's box is where the picture is not its corner's colour."""
+    items: dict[int, list[EasyVqaItem]] = defaultdict(list)
+    for item in easy_vqa_questions(split, limit):
+        items[item.image_id].append(item)
+    pictures = []
+    for group in items.values():
+        pixels = np.asarray(group[0].image)
+        rows, columns = np.nonzero(np.abs(pixels.astype(int) - pixels[0, 0]).sum(-1) > 40)
+        box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+        questions = [item.question for item in group]
+        named = {q.answer for q in questions}
+        for q in questions:
+            negated = " not " in q.text or " no " in q.text
+            if q.type == "exist" and (q.answer == "yes") != negated:
+                named |= set(q.text.rstrip("?").split())
+        color = next((c for c in COLOR_WORDS if c in named), None)
+        shape = next((s for s in EASY_VQA_SHAPES if s in named), None)
+        pictures.append(EasyPicture(pixels, [SceneObject("shape", box, color=color, shape=shape)], questions))
+    return pictures
+
+
+class VisionBatches(Dataset):
+    """The batch of every step of the vision stage: scenes as they are, crowded ones, and pictures of easy-vqa."""
+
+    def __init__(self, recipe: Recipe, easy: list[EasyPicture]) -> None:
+        self.recipe, self.easy = recipe, easy
+
+    def __len__(self) -> int:
+        return self.recipe.vision_steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        recipe = self.recipe
+        batch = [self._picture(step * recipe.vision_batch + i, step) for i in range(recipe.vision_batch)]
+        tags = [tag_patches(objects) for _, objects in batch]
+        tensors = {name: torch.from_numpy(np.stack([t[name] for t in tags])) for name in tags[0]}
+        return {"pixels": to_pixels(np.stack([pixels for pixels, _ in batch])), **tensors}
+
+    def _picture(self, index: int, step: int) -> tuple[np.ndarray, Sequence[SceneObject]]:
+        rng = scene_rng("train", self.recipe.seed, index)
+        kind = rng.random()
+        if kind < self.recipe.easy_share:
+            picture = self.easy[int(rng.integers(len(self.easy)))]
+            return picture.pixels, picture.objects
+        crowded = kind < self.recipe.easy_share + self.recipe.dense_share and step < 0.8 * self.recipe.vision_steps
+        if crowded:
+            return compose(rng, "train", shapes=5, digits=4)
+        return compose(rng, "train", shapes=int(rng.integers(1, 5)), digits=int(rng.random() < 0.8))
+
+
+def vision_loss(heads: VisionHeads, features: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Name and place the object at each of its patches, and list the picture's contents at CLS."""
+    logits, center, listed = heads(features)
+    weight = torch.tensor([0.3, 1.0, 1.0])
+    loss = F.cross_entropy(logits["kind"].flatten(0, 1), batch["kind"].flatten(), weight)
+    for name, factor in (("color", 1.0), ("shape", 1.0), ("digit", 1.5), ("quadrant", 0.5)):
+        if (batch[name] != UNTAGGED).any():
+            loss = loss + factor * F.cross_entropy(logits[name].flatten(0, 1), batch[name].flatten())
+    tagged = batch["kind"] != BACKGROUND
+    loss = loss + 5 * F.smooth_l1_loss(center[tagged], batch["center"][tagged], beta=0.05)
+    return loss + 8 * F.binary_cross_entropy_with_logits(listed, batch["listed"])
+
+
+@torch.no_grad()
+def vision_accuracy(model: LlavaForConditionalGeneration, heads: VisionHeads, recipe: Recipe) -> dict[str, float]:
+    """How many of the objects of validation scenes are named right by the mean of their patches."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    count = min(recipe.validation_scenes, 256)
+    scenes = [generate_scene("validation", recipe.seed, index) for index in range(count)]
+    for start in range(0, count, 64):
+        part = scenes[start : start + 64]
+        with autocast(recipe):
+            features = vision_features(model, to_pixels(np.stack([np.asarray(s.image) for s in part])))
+        logits, _, _ = heads(features)
+        for row, scene in enumerate(part):
+            for o in scene.objects:
+                covered = covered_patches(o.box)
+                guess = {name: values[row, covered].mean(0).argmax().item() for name, values in logits.items()}
+                if o.digit is not None:
+                    right["digit"].append(guess["digit"] == o.digit)
+                else:
+                    right["color"].append(COLOR_WORDS[guess["color"]] == o.color)
+                    right["shape"].append(SHAPE_WORDS[guess["shape"]] == o.shape)
+    return {name: float(np.mean(values)) for name, values in right.items()}
+
+
+# Language stage
+
+
+@dataclass
+class Pictures:
+    """Cached pictures: features (P, N, C) of layer -2, and per picture its objects and (easy-vqa) its questions."""
+
+    features: np.ndarray
+    objects: list[list[SceneObject]]
+    questions: list[list[Question] | None]
+
+
+@torch.no_grad()
+def cache_features(model: LlavaForConditionalGeneration, recipe: Recipe, split: str, scenes: int, file: Path) -> None:
+    """Compute the features of a split's scenes and easy-vqa pictures and write them beside each other to `file`."""
+    easy = load_easy(split, recipe.easy_limit)
+    features = np.empty((scenes + len(easy), PATCHES, recipe.width), np.float16)
+    objects: list[list[SceneObject]] = []
+    for start in tqdm(range(0, len(features), 64), desc=f"features of {split}"):
+        numbers = range(start, min(start + 64, len(features)))
+        part = [
+            _cached_scene(split, recipe, number) if number < scenes else easy[number - scenes].pixels
+            for number in numbers
+        ]
+        pixels = [picture if isinstance(picture, np.ndarray) else picture[0] for picture in part]
+        objects += [
+            easy[number - scenes].objects if isinstance(picture, np.ndarray) else picture[1]
+            for number, picture in zip(numbers, part, strict=True)
+        ]
+        with autocast(recipe):
+            features[numbers.start : numbers.stop] = vision_features(model, to_pixels(np.stack(pixels)))[:, 1:].float()
+    questions = [None] * scenes + [picture.questions for picture in easy]
+    partial = file.with_suffix(".part")
+    with partial.open("wb") as out:
+        pickle.dump(Pictures(features, objects, questions), out, protocol=5)
+    os.replace(partial, file)
+
+
+def _cached_scene(split: str, recipe: Recipe, index: int) -> tuple[np.ndarray, list[SceneObject]]:
+    scene = generate_scene(split, recipe.seed + (LANGUAGE_SEED if split == "train" else 0), index)
+    return np.asarray(scene.image), scene.objects
+
+
+class QuestionCoder:
+    """Turns questions into ids: what precedes the image, and per question what follows it up to the end token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer, self.known = tokenizer, {}
+        self.image = tokenizer.convert_tokens_to_ids("<image>")
+        ids = tokenizer(prompt("?")).input_ids
+        self.prefix = ids[: ids.index(self.image)]
+
+    def __call__(self, question: Question) -> list[int]:
+        key = (question.text, question.answer)
+        if key not in self.known:
+            ids = self.tokenizer(f"{prompt(question.text)} {question.answer}").input_ids
+            self.known[key] = [*ids[ids.index(self.image) + 1 :], self.tokenizer.eos_token_id]
+        return self.known[key]
+
+
+def pack(
+    coder: QuestionCoder, questions: Sequence[Sequence[Question]], image_tokens: int, length: int | None = None
+) -> dict[str, Tensor]:
+    """Lay out, per picture, prefix, image and all its questions in one sequence.
+
+    Every question sees the prefix and the image but no other question, and counts its positions from the image on.
+    Returns ids and positions (B, S), mask (B, 1, S, S), and for the last token before each answer: its place, the
+    answer's id and the question's number in the picture, -1 where padded (B, Q).
+    """
+    start = len(coder.prefix) + image_tokens
+    coded = [[coder(q) for q in row] for row in questions]
+    longest = max(start + sum(map(len, row)) for row in coded)
+    most = max(map(len, coded))
+    size = longest if length is None else length
+    ids = torch.full((len(coded), size), coder.tokenizer.pad_token_id)
+    positions, block = torch.zeros_like(ids), torch.full_like(ids, -1)
+    places, answers = (torch.full((len(coded), most), -1) for _ in range(2))
+    ids[:, :start] = torch.tensor(coder.prefix + [coder.image] * image_tokens)
+    positions[:, :start] = torch.arange(start)
+    block[:, :start] = 0
+    for row, blocks in enumerate(coded):
+        at = start
+        for number, tokens in enumerate(blocks):
+            end = at + len(tokens)
+            ids[row, at:end] = torch.tensor(tokens)
+            positions[row, at:end] = torch.arange(start, start + len(tokens))
+            block[row, at:end] = number + 1
+            places[row, number], answers[row, number] = end - 3, tokens[-2]
+            at = end
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    shared = (block[:, None, :] == 0) | (block[:, None, :] == block[:, :, None])
+    mask = (causal & shared | torch.eye(size, dtype=torch.bool))[:, None]
+    return {"ids": ids, "positions": positions, "mask": mask, "places": places, "answers": answers}
+
+
+def answerable(question: Question, kept: np.ndarray) -> bool:
+    """Whether every object that the answer rests on still has a patch among the kept ones."""
+    return all(np.isin(covered_patches(box), kept).any() for box in question.boxes)
+
+
+class LanguageBatches(Dataset):
+    """The batch of every step of the language stage, drawn from the cached pictures with fresh questions."""
+
+    def __init__(self, recipe: Recipe, pictures: Pictures, coder: QuestionCoder) -> None:
+        self.recipe, self.pictures, self.coder = recipe, pictures, coder
+
+    def __len__(self) -> int:
+        return self.recipe.language_steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        recipe = self.recipe
+        rng = np.random.default_rng([recipe.seed, 7, step])
+        kept = np.arange(PATCHES)
+        if rng.random() < recipe.compressed_share:
+            kept = np.sort(rng.permutation(PATCHES)[: int(rng.integers(recipe.fewest_tokens, PATCHES))])
+        scenes, total = recipe.cached_scenes, len(self.pictures.features)
+        of_easy = rng.random(recipe.language_batch) < recipe.easy_share
+        chosen = [int(rng.integers(scenes, total) if easy else rng.integers(scenes)) for easy in of_easy]
+        questions = []
+        for number in chosen:
+            known = self.pictures.questions[number]
+            asked = known if known is not None else _draw_questions(self.pictures.objects[number], rng)
+            asked = [asked[i] for i in rng.permutation(len(asked))]
+            questions.append([q for q in asked if answerable(q, kept)][: recipe.questions])
+        tags = [tag_patches(self.pictures.objects[number]) for number in chosen]
+        return {
+            "features": torch.from_numpy(self.pictures.features[chosen][:, kept]),
+            **{
+                n: torch.from_numpy(np.stack([t[n][kept] for t in tags]))
+                for n in ("color", "shape", "digit", "quadrant")
+            },
+            **pack(self.coder, questions, len(kept)),
+        }
+
+
+def _draw_questions(objects: list[SceneObject], rng: np.random.Generator) -> list[Question]:
+    return list(dict.fromkeys(ask(objects, rng) + ask(objects, rng)))
+
+
+def read_answers(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the projected image tokens (B, T, D) and the hidden states (B, S, D) of packed sequences."""
+    image = model.model.multi_modal_projector(batch["features"].float())
+    embedded = model.get_input_embeddings()(batch["ids"]).clone()
+    start = int((batch["ids"][0] == model.config.image_token_id).nonzero()[0])
+    embedded[:, start : start + image.shape[1]] = image.to(embedded.dtype)
+    output = model.model.language_model(
+        inputs_embeds=embedded, attention_mask=batch["mask"], position_ids=batch["positions"], use_cache=False
+    )
+    return image, output.last_hidden_state
+
+
+class Alignment(nn.Module):
+    """How well each projected patch of an object resembles the embeddings of the words that name it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        groups = {"color": COLOR_WORDS, "shape": SHAPE_WORDS, "digit": DIGIT_WORDS, "quadrant": QUADRANTS}
+        self.words = {name: torch.tensor([answer_id(tokenizer, w) for w in words]) for name, words in groups.items()}
+
+    def forward(self, model: LlavaForConditionalGeneration, image: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        loss = image.new_zeros((), dtype=torch.float32)
+        for name, ids in self.words.items():
+            if (batch[name] != UNTAGGED).any():
+                words = model.get_input_embeddings()(ids)
+                logits = image.float() @ words.float().T / image.shape[-1] ** 0.5 * 4
+                loss = loss + F.cross_entropy(logits.flatten(0, 1), batch[name].flatten())
+        return loss
+
+
+def answer_id(tokenizer: PreTrainedTokenizerFast, word: str) -> int:
+    ids = tokenizer(f" {word}", add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ValueError(f"the answer {word!r} must be one token, got {len(ids)}: extend the tokenizer's corpus")
+    return ids[0]
+
+
+def language_loss(
+    model: LlavaForConditionalGeneration, align: Alignment, batch: dict[str, Tensor], weight: float
+) -> Tensor:
+    """Cross-entropy of the answers and of the end tokens after them, and the alignment of the image with words."""
+    image, hidden = read_answers(model, batch)
+    rows, columns = (batch["places"] >= 0).nonzero(as_tuple=True)
+    places = batch["places"][rows, columns]
+    loss = F.cross_entropy(model.lm_head(hidden[rows, places]).float(), batch["answers"][rows, columns])
+    end = torch.full_like(places, model.config.text_config.eos_token_id)
+    loss = loss + 0.1 * F.cross_entropy(model.lm_head(hidden[rows, places + 1]).float(), end)
+    return loss + weight * align(model, image, batch)
+
+
+@torch.no_grad()
+def language_accuracy(
+    model: LlavaForConditionalGeneration,
+    coder: QuestionCoder,
+    pictures: Pictures,
+    recipe: Recipe,
+    image_tokens: int = PATCHES,
+) -> dict[str, float]:
+    """Share of right first tokens by question type, easy-vqa apart, on cached pictures or a random part of them."""
+    rng = np.random.default_rng(recipe.seed)
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, len(pictures.features), 32):
+        numbers = range(start, min(start + 32, len(pictures.features)))
+        kept = np.sort(rng.permutation(PATCHES)[:image_tokens])
+        questions = [pictures.questions[n] or ask(pictures.objects[n], rng) for n in numbers]
+        batch = pack(coder, questions, len(kept))
+        batch["features"] = torch.from_numpy(pictures.features[numbers.start : numbers.stop][:, kept])
+        with autocast(recipe):
+            _, hidden = read_answers(model, batch)
+            guess = model.lm_head(
+                hidden.gather(1, batch["places"].clamp(min=0)[..., None].expand(-1, -1, recipe.width))
+            )
+        hits = guess.argmax(-1) == batch["answers"]
+        for row, number in enumerate(numbers):
+            easy = pictures.questions[number] is not None
+            for column, question in enumerate(questions[row]):
+                right["easy-vqa" if easy else question.type].append(bool(hits[row, column]))
+    return summarise(right)
+
+
+def summarise(right: dict[str, list[bool]]) -> dict[str, float]:
+    """Accuracy by type; "overall" is over all questions about scenes but relation, as the aim is stated."""
+    accuracy = {name: round(float(np.mean(hits)), 4) for name, hits in sorted(right.items())}
+    counted = [hit for name, hits in right.items() if name not in ("relation", "easy-vqa") for hit in hits]
+    return {"overall": round(float(np.mean(counted)), 4), **accuracy} if counted else accuracy
+
+
+# Running the stages
+
+
+def autocast(recipe: Recipe) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16)
+
+
+def optimizer_for(modules: Iterable[nn.Module], rate: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices only, not norms, biases and embeddings."""
+    decayed, free = [], []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            (free if parameter.ndim < 2 or "embed" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Linear warm-up over the first twentieth, then a cosine down to zero."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1, steps - warm))))
+
+
+class Run:
+    """One training run in a work folder: its model, how far it is, and how to go on from there."""
+
+    def __init__(self, recipe: Recipe, work: Path, save_every: int) -> None:
+        self.recipe, self.work, self.save_every = recipe, work, save_every
+        self.tokenizer = build_tokenizer()
+        self.model = build_model(recipe, self.tokenizer)
+        self.heads = VisionHeads(recipe.width)
+        self.progress = Progress()
+        self.coder = QuestionCoder(self.tokenizer)
+        self.stored: dict[str, Any] | None = None
+
+    def resume(self) -> None:
+        stored = torch.load(self.work / "state.pt", weights_only=True)
+        if stored["recipe"] != asdict(self.recipe):
+            changed = [n for n, v in asdict(self.recipe).items() if stored["recipe"].get(n) != v]
+            raise ValueError(f"--resume needs the recipe the run was started with; changed: {', '.join(changed)}")
+        self.model.load_state_dict(stored["model"])
+        self.heads.load_state_dict(stored["heads"])
+        progress = stored["progress"]
+        self.progress = Progress(progress["done"], progress["step"], defaultdict(float, progress["seconds"]))
+        self.stored = stored
+
+    def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        state = {
+            "recipe": asdict(self.recipe),
+            "progress": {**vars(self.progress), "seconds": dict(self.progress.seconds)},
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": optimizer.state_dict() if optimizer else None,
+        }
+        torch.save(state, self.work / "state.part")
+        os.replace(self.work / "state.part", self.work / "state.pt")
+
+    def train(
+        self,
+        stage: str,
+        batches: Dataset,
+        modules: list[nn.Module],
+        rate: float,
+        loss_of: Callable[[dict[str, Tensor]], Tensor],
+        report: Callable[[], dict[str, float]],
+    ) -> None:
+        """Take the steps of a stage that are still to take, saving now and then."""
+        optimizer, steps = optimizer_for(modules, rate), len(batches)  # type: ignore[arg-type]
+        if self.stored and self.stored["optimizer"]:
+            optimizer.load_state_dict(self.stored["optimizer"])
+        self.stored = None
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        order = range(self.progress.step, steps)
+        loader = DataLoader(batches, batch_size=None, sampler=order, num_workers=1, prefetch_factor=4)
+        bar = tqdm(loader, desc=stage, initial=self.progress.step, total=steps, mininterval=5)
+        clock, mean = time.monotonic(), None
+        for step, batch in zip(order, bar, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * rate_at(step, steps)
+            with autocast(self.recipe):
+                loss = loss_of(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+            bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+            self.progress.step = step + 1
+            if (step + 1) % self.save_every == 0 or step + 1 == steps:
+                tqdm.write(f"{stage} {step + 1}: loss {mean:.3f}, {report()}")
+                self.progress.seconds[stage] += time.monotonic() - clock
+                clock = time.monotonic()
+                self.save(optimizer)
+        self._finish(stage)
+
+    def _finish(self, stage: str) -> None:
+        self.progress.done.append(stage)
+        self.progress.step = 0
+        self.save()
+
+    def vision(self) -> None:
+        recipe, model, heads = self.recipe, self.model, self.heads
+
+        def loss_of(batch: dict[str, Tensor]) -> Tensor:
+            return vision_loss(heads, vision_features(model, batch["pixels"]), batch)
+
+        batches = VisionBatches(recipe, load_easy("train", recipe.easy_limit))
+        modules = [model.model.vision_tower, heads]
+        self.train(
+            "vision", batches, modules, recipe.vision_rate, loss_of, lambda: vision_accuracy(model, heads, recipe)
+        )
+
+    def features(self) -> None:
+        clock = time.monotonic()
+        for split in ("validation", "train"):
+            scenes = self.recipe.cached_scenes if split == "train" else self.recipe.validation_scenes
+            cache_features(self.model, self.recipe, split, scenes, self.work / f"{split}.pickle")
+        self.progress.seconds["features"] += time.monotonic() - clock
+        self._finish("features")
+
+    def language(self) -> None:
+        recipe, model = self.recipe, self.model
+        align = Alignment(self.tokenizer)
+        train, validation = (self._cached(split) for split in ("train", "validation"))
+
+        def loss_of(batch: dict[str, Tensor]) -> Tensor:
+            return language_loss(model, align, batch, recipe.alignment)
+
+        modules = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
+        self.train(
+            "language",
+            LanguageBatches(recipe, train, self.coder),
+            modules,
+            recipe.language_rate,
+            loss_of,
+            lambda: language_accuracy(model, self.coder, validation, recipe),
+        )
+
+    def _cached(self, split: str) -> Pictures:
+        with (self.work / f"{split}.pickle").open("rb") as file:
+            return pickle.load(file)
+
+    def write(self, out: Path) -> None:
+        """Write the checkpoint as any LLaVA is stored, in place of one that is there."""
+        partial = out.with_name(out.name + ".part")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        build_processor(self.tokenizer).save_pretrained(partial)
+        if out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+
+
+@torch.no_grad()
+def generate_accuracy(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    asked: Sequence[tuple[Image.Image, Question, str]],
+    batch: int = 64,
+) -> dict[str, float]:
+    """Answer (picture, question, name to count it under) with the model's own generate(); shares of right answers."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for start in tqdm(range(0, len(asked), batch), desc="generate"):
+        part = asked[start : start + batch]
+        inputs = processor(
+            images=[image for image, _, _ in part],
+            text=[prompt(q.text) for _, q, _ in part],
+            padding=True,
+            return_tensors="pt",
+        ).to(model.dtype)
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for (_, question, name), text in zip(part, texts, strict=True):
+            right[name].append(text.strip() == question.answer)
+    return summarise(right)
+
+
+def evaluate(folder: Path, scenes: int, easy_limit: int | None) -> dict[str, dict[str, float]]:
+    """Measure a written checkpoint on validation and test pictures, through the processor and generate()."""
+    from transformers import AutoProcessor
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    results = {}
+    for split in ("validation", "test"):
+        pictures = [generate_scene(split, 0, index) for index in range(scenes)]
+        asked = [(scene.image, q, q.type) for scene in pictures for q in scene.questions]
+        asked += [(item.image, item.question, "easy-vqa") for item in easy_vqa_questions(split, easy_limit)]
+        results[split] = generate_accuracy(model, processor, asked)
+    return results
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "easy-vqa")
+    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Stopped runs go on where they last saved: python benchmarks/train_tiny.py --out FOLDER --resume",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint (replaced at the end)")
+    parser.add_argument("--work", type=Path, help="folder of the unfinished run (default: OUT with .work added)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the work folder")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads (default: %(default)s)")
+    parser.add_argument("--save-every", type=int, default=300, metavar="STEPS", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write recipe, times, versions and accuracies to this file")
+    parser.add_argument(
+        "--scenes", type=int, default=500, help="scenes of the final measurement (default: %(default)s)"
+    )
+    recipe = parser.add_argument_group("recipe", "defaults are the recipe of the embedded checkpoint")
+    for item in fields(Recipe):
+        flag = f"--{item.name.replace('_', '-')}"
+        if isinstance(item.default, bool):
+            recipe.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default)
+        else:
+            kind = int if item.default is None else type(item.default)
+            recipe.add_argument(flag, type=kind, default=item.default, metavar="N", help=f"default: {item.default}")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    recipe = Recipe(**{item.name: getattr(args, item.name) for item in fields(Recipe)})
+    work = args.work or args.out.with_name(args.out.name + ".work")
+    if work.exists() and not args.resume:
+        raise SystemExit(f"{work} holds an earlier run: give --resume to go on with it, or remove it")
+    work.mkdir(parents=True, exist_ok=True)
+    run = Run(recipe, work, args.save_every)
+    if args.resume and (work / "state.pt").exists():
+        run.resume()
+    for stage in ("vision", "features", "language"):
+        if stage not in run.progress.done:
+            getattr(run, stage)()
+    run.write(args.out)
+    report = {
+        "recipe": asdict(recipe),
+        "threads": args.threads,
+        "seconds": {name: round(value) for name, value in run.progress.seconds.items()},
+        "versions": versions(),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "accuracy": evaluate(args.out, args.scenes, recipe.easy_limit),
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if args.json:
+        args.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
