@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.clip.modeling_clip import CLIPAttention, eager_attention_forward
 
 import vispruner
+from vispruner import visual_attention
 from vispruner.visual_attention import SaliencyTap, cls_saliency, encode_with_saliency, make_tappable
 
 HEADS, LAYERS, N = 4, 4, 64  # of the tiny tower; N patches beside the [CLS] token
@@ -291,6 +293,20 @@ def test_an_open_tap_is_not_seen_by_other_threads(model: Any) -> None:
         thread.join()
     assert seen == [{"sdpa"}] and tap.saliency is None
     assert torch.equal(output[0], expected)
+
+
+def test_two_copies_of_the_code_live_side_by_side(model: Any, tiny_llava_repo: Path) -> None:
+    """Every Hub repo brings its own copy of the file; a model goes on pruning after another repo was loaded."""
+    before = saliency(model, images())
+    spec = importlib.util.spec_from_file_location("a_copy_of_visual_attention", visual_attention.__file__)
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    tower = LlavaForConditionalGeneration.from_pretrained(tiny_llava_repo).model.vision_tower
+    copied.make_tappable([layer.self_attn for layer in layers_of(tower)])
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(copied.encode_with_saliency(tower, layers_of(tower), images(), -2)[2], before)
+        assert torch.equal(saliency(model, images()), before)
 
 
 class FusedAttention(CLIPAttention):
