@@ -3,7 +3,8 @@
 Three stages, each counted in steps and resumable:
   vision    a CLIP tower learns to name, at every patch of an object (features of layer -2), the object's colour,
             shape or digit and where its centre is. CLS has a loss of its own, a list of what is in the picture, which
-            is what makes its attention settle on objects as it does in CLIP.
+            is what makes its attention settle on objects as it does in CLIP. At first it looks at half of the patches
+            of crowded scenes, which costs half, and at the end at whole ordinary ones.
   features  the tower is frozen and the features of many scenes are computed once.
   language  projector and language model learn to answer from those features. The questions of a picture share its
             tokens in one sequence, under a block mask. In a third of the steps the model sees a random part of the
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose half their speed on a busy machine
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -75,6 +78,9 @@ DIGIT_WORDS = tuple("0123456789")
 BACKGROUND, SHAPE, DIGIT = range(3)
 UNTAGGED = -100  # what cross_entropy ignores
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP normalises with
+# What may still be changed on --resume as long as the language stage has not begun.
+LANGUAGE_FIELDS = {"language_steps", "language_batch", "language_rate", "questions", "compressed_share"}
+LANGUAGE_FIELDS |= {"fewest_tokens", "alignment"}
 LANGUAGE_SEED = 1  # scenes cached for the language stage are others than those of the vision stage
 
 
@@ -92,6 +98,8 @@ class Recipe:
     vision_rate: float = 1e-3
     easy_share: float = 0.125
     dense_share: float = 0.6
+    vision_tokens: int = 72
+    sparse_share: float = 0.7
     cached_scenes: int = 12000
     validation_scenes: int = 400
     easy_limit: int | None = None
@@ -209,11 +217,18 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )
 
 
-def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
-    """hidden_states[-2] of the tower, CLS first (B, 1 + N, C), without running the layer after it."""
+def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
+    """hidden_states[-2] of the tower, CLS first (B, 1 + N, C), without running the layer after it.
+
+    With `kept` (B, K), patches in raster order, the tower looks at those only and returns (B, 1 + K, C).
+    """
     tower = model.model.vision_tower
     tower = getattr(tower, "vision_model", tower)
-    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    hidden = tower.embeddings(pixels)
+    if kept is not None:
+        patches = hidden[:, 1:].gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1]))
+        hidden = torch.cat([hidden[:, :1], patches], dim=1)
+    hidden = tower.pre_layrnorm(hidden)
     for layer in tower.encoder.layers[:-1]:
         output = layer(hidden, None)
         hidden = output[0] if isinstance(output, tuple) else output
@@ -323,6 +338,13 @@ class VisionBatches(Dataset):
         recipe = self.recipe
         batch = [self._picture(step * recipe.vision_batch + i, step) for i in range(recipe.vision_batch)]
         tags = [tag_patches(objects) for _, objects in batch]
+        if step < recipe.sparse_share * recipe.vision_steps:
+            rng = np.random.default_rng([recipe.seed, 3, step])
+            for t in tags:
+                # Rather patches of objects: most of a picture is background, which teaches little.
+                order = np.argsort(rng.random(PATCHES) - 0.5 * (t["kind"] != BACKGROUND))
+                kept = np.sort(order[: recipe.vision_tokens])
+                t |= {name: value[kept] for name, value in t.items() if name != "listed"} | {"kept": kept}
         tensors = {name: torch.from_numpy(np.stack([t[name] for t in tags])) for name in tags[0]}
         return {"pixels": to_pixels(np.stack([pixels for pixels, _ in batch])), **tensors}
 
@@ -639,12 +661,14 @@ class Run:
 
     def resume(self) -> None:
         stored = torch.load(self.work / "state.pt", weights_only=True)
-        if stored["recipe"] != asdict(self.recipe):
-            changed = [n for n, v in asdict(self.recipe).items() if stored["recipe"].get(n) != v]
-            raise ValueError(f"--resume needs the recipe the run was started with; changed: {', '.join(changed)}")
+        progress = stored["progress"]
+        begun = "language" in progress["done"] or ("features" in progress["done"] and progress["step"] > 0)
+        changed = [name for name, value in asdict(self.recipe).items() if stored["recipe"].get(name) != value]
+        changed = [name for name in changed if begun or name not in LANGUAGE_FIELDS]
+        if changed:
+            raise SystemExit(f"--resume needs the recipe the run was started with; changed: {', '.join(changed)}")
         self.model.load_state_dict(stored["model"])
         self.heads.load_state_dict(stored["heads"])
-        progress = stored["progress"]
         self.progress = Progress(progress["done"], progress["step"], defaultdict(float, progress["seconds"]))
         self.stored = stored
 
@@ -706,7 +730,7 @@ class Run:
         recipe, model, heads = self.recipe, self.model, self.heads
 
         def loss_of(batch: dict[str, Tensor]) -> Tensor:
-            return vision_loss(heads, vision_features(model, batch["pixels"]), batch)
+            return vision_loss(heads, vision_features(model, batch["pixels"], batch.get("kept")), batch)
 
         batches = VisionBatches(recipe, load_easy("train", recipe.easy_limit))
         modules = [model.model.vision_tower, heads]
