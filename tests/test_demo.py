@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor
 
 import vispruner
 from vispruner.conversion.demo import RESULTS, DemoError, Measured, report, require_pruning, run_demo
+from vispruner.conversion.picture import view_kept_patches
 from vispruner.conversion.prefill_cost import prefill_flops
 
 
@@ -91,6 +93,13 @@ def test_it_leaves_a_verified_repo_a_picture_and_its_figures(finished: Finished)
     assert json.loads((out / RESULTS).read_text())["pruned"]["kv_tokens"] == results["pruned"]["kv_tokens"]
     with Image.open(out / "demo.png") as picture:
         assert picture.width > 300
+
+
+def test_the_installed_code_works_beside_the_copy_that_a_repo_brought(finished: Finished, photo: Image.Image) -> None:
+    """The demo ran the repo's own code in this process; `vispruner.load` must not trip over it."""
+    model = vispruner.load(str(finished.out / "repo"))
+    (tile,) = view_kept_patches(model, AutoProcessor.from_pretrained(finished.out / "repo"), photo)
+    assert int(tile.kept.sum()) == 64
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
