@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -295,8 +296,11 @@ def test_an_open_tap_is_not_seen_by_other_threads(model: Any) -> None:
     assert torch.equal(output[0], expected)
 
 
-def test_two_copies_of_the_code_live_side_by_side(model: Any, tiny_llava_repo: Path) -> None:
+def test_two_copies_of_the_code_live_side_by_side(
+    model: Any, tiny_llava_repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every Hub repo brings its own copy of the file; a model goes on pruning after another repo was loaded."""
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
     before = saliency(model, images())
     spec = importlib.util.spec_from_file_location("a_copy_of_visual_attention", visual_attention.__file__)
     copied = importlib.util.module_from_spec(spec)
@@ -425,8 +429,11 @@ def test_gradients_reach_the_tower_with_and_without_checkpointing(model: Any, us
     # The last layer and what follows it do not feed the features.
     for index in range(LAYERS - 1):
         assert any(f"layers.{index}.self_attn.q_proj.weight" in name and grad.any() for name, grad in plain.items())
+    calls = []
+    layers_of(trained.model.vision_tower)[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
     trained.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     checkpointed = tower_gradients(trained, pixels)
+    assert len(calls) == 2  # forward, and again in backward: by then the tap is closed
     assert checkpointed.keys() == plain.keys()
     for name, grad in plain.items():
         torch.testing.assert_close(checkpointed[name], grad)
@@ -455,7 +462,8 @@ def test_a_copy_prunes_alike_and_is_independent(tiny_llava_repo: Path, clone: Ca
 
 
 def test_quantized_linears_are_tapped(tiny_llava_repo: Path) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
+    from torchao import quantization
+
     settings = {"attn_implementation": "eager"}
     stock = LlavaForConditionalGeneration.from_pretrained(tiny_llava_repo, **settings)
     model = vispruner.load(tiny_llava_repo, visual_token_num=KEPT)
@@ -470,7 +478,6 @@ def test_quantized_linears_are_tapped(tiny_llava_repo: Path) -> None:
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offloaded_towers_give_the_same(model: Any, tmp_path: Path, where: str) -> None:
-    accelerate = pytest.importorskip("accelerate")
     offloaded = copy.deepcopy(model)
     if where == "cpu":
         accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
