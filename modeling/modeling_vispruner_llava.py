@@ -43,18 +43,23 @@ class VisPrunerLlavaModel(VisPrunerModelMixin, LlavaModel):
     ) -> PrunedImageFeatures:
         """Encode (B, 3, height, width), select, project; `pooler_output` holds B tensors (T, D)."""
         if self.keeps_all(self._patches(pixel_values)):
-            return super().get_image_features(
+            outputs = super().get_image_features(
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
+                image_sizes=image_sizes,
                 **kwargs,
             )
+            everything = [torch.arange(len(image), device=image.device) for image in outputs.pooler_output]
+            return self.keep_everything(outputs, everything)
+        self.require_patches(vision_feature_select_strategy)
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         outputs, features, saliency = self.encode_with_saliency(pixel_values, layer, **kwargs)
         indices = self.select(features, saliency, self.vispruner_options.budget(features.shape[1]))
         tokens = self.multi_modal_projector(self.take_tokens(features, indices))
         return PrunedImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
             pooler_output=list(tokens),
             kept_indices=list(indices),
             placeholders=list(indices),

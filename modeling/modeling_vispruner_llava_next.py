@@ -65,17 +65,23 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         if image_sizes is None:
             raise ValueError("image_sizes is missing: pass the processor's image_sizes together with pixel_values")
         packings = [self.stock_packing(size) for size in image_sizes]
-        return [len(packing) for packing in packings], [self._kept_count(packing) for packing in packings]
+        kept = [
+            self._kept_count(packing, tiles) for packing, tiles in zip(packings, self._tiles(image_sizes), strict=True)
+        ]
+        return [len(packing) for packing in packings], kept
 
-    def _kept_count(self, packing: torch.Tensor) -> int:
+    def _tiles(self, image_sizes: torch.Tensor) -> list[int]:
+        """Return per image how many tiles it is cut into, the base tile included."""
+        return [1 + rows * columns for rows, columns in map(self.tile_grid, image_sizes)]
+
+    def _kept_count(self, packing: torch.Tensor, tiles: int) -> int:
         options, patches = self.vispruner_options, self.side**2
         if options.method == "none":
             return len(packing)
         budget = options.budget(patches)
-        tiles = packing[packing != NEWLINE] // patches
         if options.tile_mode == "paper":
-            return budget * (int(tiles.max()) + 1)
-        survivors = tiles.bincount()
+            return budget * tiles
+        survivors = (packing[packing != NEWLINE] // patches).bincount()
         return int(survivors.clamp(max=budget).sum()) + int((packing == NEWLINE).sum())
 
     @can_return_tuple
@@ -89,32 +95,33 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
     ) -> PrunedImageFeatures:
         """Encode (images, tiles, 3, h, w) or (all tiles, 3, h, w), select per tile, project, pack."""
         options, patches = self.vispruner_options, self.side**2
+        packings = [self.stock_packing(size) for size in image_sizes]
         if options.method == "none" or (self.keeps_all(patches) and options.tile_mode == "native"):
-            return super().get_image_features(
+            outputs = super().get_image_features(
                 pixel_values,
                 image_sizes,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 **kwargs,
             )
-        grids = [self.tile_grid(size) for size in image_sizes]
-        tiles = [1 + rows * columns for rows, columns in grids]
+            return self.keep_everything(outputs, packings)
+        self.require_patches(vision_feature_select_strategy)
+        tiles = self._tiles(image_sizes)
         if pixel_values.dim() == 5:
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         outputs, features, saliency = self.encode_with_saliency(pixel_values, layer, **kwargs)
-        packings = [self.stock_packing(size) for size in image_sizes]
+        packings = [packing.to(features.device) for packing in packings]
         if options.tile_mode == "paper":
-            placeholders = None
-            kept = self.select(features, saliency, options.budget(patches)).split(tiles)
+            placeholders, kept = None, self.select(features, saliency, options.budget(patches)).split(tiles)
+            grids = map(self.tile_grid, image_sizes)
             orders = [self._paper_order(image, *grid) for image, grid in zip(kept, grids, strict=True)]
         else:
             placeholders = self._native_placeholders(features, saliency, packings, tiles)
-            orders = [
-                packing.to(chosen.device)[chosen] for packing, chosen in zip(packings, placeholders, strict=True)
-            ]
+            orders = [packing[chosen] for packing, chosen in zip(packings, placeholders, strict=True)]
         return PrunedImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
             pooler_output=self._project(features, orders, tiles),
             kept_indices=orders,
             placeholders=placeholders,
@@ -136,11 +143,11 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         self, features: torch.Tensor, saliency: torch.Tensor, packings: list[torch.Tensor], tiles: list[int]
     ) -> list[torch.Tensor]:
         """Select among the patches of each tile that survive unpadding; return which tokens of the packing stay."""
-        patches, device = saliency.shape[1], features.device
-        masks = [torch.zeros(count * patches, dtype=torch.bool) for count in tiles]
+        patches = saliency.shape[1]
+        masks = [torch.zeros(count * patches, dtype=torch.bool, device=saliency.device) for count in tiles]
         for mask, packing in zip(masks, packings, strict=True):
             mask[packing[packing != NEWLINE]] = True
-        survives = torch.cat(masks).view(-1, patches).to(device)
+        survives = torch.cat(masks).view(-1, patches)
         keep = torch.zeros_like(survives)
         survivors = survives.sum(1)
         for count in survivors.unique().tolist():  # tiles with equally many survivors are selected from together
@@ -154,7 +161,7 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
             keep[group[:, None], chosen] = True
         return [
             ((packing == NEWLINE) | image.flatten()[packing.clamp(min=0)]).nonzero()[:, 0]
-            for packing, image in zip((packing.to(device) for packing in packings), keep.split(tiles), strict=True)
+            for packing, image in zip(packings, keep.split(tiles), strict=True)
         ]
 
     def _project(self, features: torch.Tensor, orders: list[torch.Tensor], tiles: list[int]) -> list[torch.Tensor]:

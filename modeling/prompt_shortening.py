@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
 
@@ -81,6 +80,12 @@ def shorten_prompt(
     )
 
 
+def holds_unbroken_images(input_ids: torch.Tensor, image_token_id: int, counts: Sequence[int]) -> bool:
+    """True when the placeholders, cut into `counts` one after the other, make each image one unbroken run."""
+    columns = (input_ids == image_token_id).flatten().nonzero()[:, 0].cpu()
+    return all(int(run[-1] - run[0]) == len(run) - 1 for run in columns.split(list(counts)))
+
+
 def _without_outer_padding(attention_mask: torch.Tensor) -> torch.Tensor:
     seen = attention_mask.bool().int()
     return (seen.cumsum(1) > 0) & (seen.flip(1).cumsum(1).flip(1) > 0)
@@ -102,6 +107,38 @@ def _align_rows(
     return index, valid
 
 
+@dataclass(frozen=True)
+class CachedPrompt:
+    """What a KV cache was built from; attached to the cache, so that a later turn is shortened the same way.
+
+    full_counts, kept_counts  visual tokens of each image in a full prompt, and in the cache
+    dropped          columns the prompt lost; uniform says that every row lost as many
+    position_policy  the one its tokens were numbered by
+    """
+
+    full_counts: tuple[int, ...]
+    kept_counts: tuple[int, ...]
+    dropped: int
+    uniform: bool
+    position_policy: str
+
+    @property
+    def possible_placeholders(self) -> tuple[int, int]:
+        return sum(self.full_counts), sum(self.kept_counts)
+
+    def after(self, earlier: "CachedPrompt | None") -> "CachedPrompt":
+        """Return what the cache holds when this prompt was appended to an earlier one."""
+        if earlier is None:
+            return self
+        return CachedPrompt(
+            earlier.full_counts + self.full_counts,
+            earlier.kept_counts + self.kept_counts,
+            earlier.dropped + self.dropped,
+            earlier.uniform and self.uniform,
+            self.position_policy,
+        )
+
+
 class FullPromptStreamer:
     """Hands the caller's full prompt to a streamer in place of the shortened one, then every new token."""
 
@@ -118,6 +155,8 @@ class FullPromptStreamer:
 
 
 def with_full_prompt(result: Any, prompt: torch.Tensor, shortened_length: int) -> Any:
+    """Put the caller's prompt (B, S) in front of the new tokens of `result`: ids (B * copies, W + new), or an output
+    of `generate`, whose other tensors (scores, attentions, hidden states) stay as short as the prompt that was run."""
     if isinstance(result, ModelOutput):
         result.sequences = with_full_prompt(result.sequences, prompt, shortened_length)
         return result
@@ -126,21 +165,27 @@ def with_full_prompt(result: Any, prompt: torch.Tensor, shortened_length: int) -
     return torch.cat([full, result[:, shortened_length:]], dim=1)
 
 
-def see_full_prompt(hook: Any, prompt: torch.Tensor, shortened_length: int) -> Any:
-    """Let the caller's own logits processors, stopping criteria or prefix function see the caller's own prompt."""
-    if hook is None:
-        return None
+class FullPromptHook:
+    """A logits processor or stopping criterion of the caller, which sees the caller's own prompt."""
 
-    def with_full_ids(function: Callable) -> Callable:
-        def call(ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return function(with_full_prompt(ids, prompt, shortened_length), *args, **kwargs)
+    def __init__(self, hook: Callable, prompt: torch.Tensor, shortened_length: int) -> None:
+        self.hook, self.prompt, self.shortened_length = hook, prompt, shortened_length
 
-        return call
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        ids = with_full_prompt(args[0], self.prompt, self.shortened_length)
+        return self.hook(ids, *args[1:], **kwargs)
 
-    if isinstance(hook, (LogitsProcessorList, StoppingCriteriaList, list)):
-        return type(hook)(with_full_ids(function) for function in hook)
 
-    def prefix_function(row: int, ids: torch.Tensor) -> list[int]:
-        return hook(row, torch.cat([prompt[row].to(ids.device), ids[shortened_length:]]))
+def see_full_prompt(hooks: dict[str, Any], prompt: torch.Tensor, shortened_length: int) -> dict[str, Any]:
+    """Let the caller's logits processors, stopping criteria and prefix function see the caller's own prompt."""
 
-    return prefix_function
+    def allowed_tokens(row: int, ids: torch.Tensor) -> list[int]:
+        return prefix_function(row, torch.cat([prompt[row].to(ids.device), ids[shortened_length:]]))
+
+    wrapped = dict(hooks)
+    for name in ("logits_processor", "stopping_criteria"):
+        if (given := hooks[name]) is not None:
+            wrapped[name] = type(given)(FullPromptHook(hook, prompt, shortened_length) for hook in given)
+    if (prefix_function := hooks["prefix_allowed_tokens_fn"]) is not None:
+        wrapped["prefix_allowed_tokens_fn"] = allowed_tokens
+    return wrapped

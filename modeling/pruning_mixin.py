@@ -18,14 +18,34 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
 from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
-from .prompt_shortening import FullPromptStreamer, ShortenedPrompt, see_full_prompt, shorten_prompt, with_full_prompt
+from .prompt_shortening import (
+    CachedPrompt,
+    FullPromptHook,
+    FullPromptStreamer,
+    ShortenedPrompt,
+    holds_unbroken_images,
+    see_full_prompt,
+    shorten_prompt,
+    with_full_prompt,
+)
 from .token_selection import SELECTORS, select_tokens
-from .visual_attention import encode_with_saliency, make_tappable
+from .visual_attention import encode_with_saliency, make_tappable, resolve_attention_layer
 
 logger = logging.get_logger(__name__)
 
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 # Without it (transformers 5.17) generate repeats raw pixel values per image for beams, and cannot chunk image prompts.
+MODEL_INPUTS = (
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "pixel_values",
+    "image_sizes",
+    "mm_encoder_outputs",
+    "streamer",
+)
 GENERATE_ENCODES_ONCE = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
 
 
@@ -79,12 +99,29 @@ class VisPrunerModelMixin:
                     f"vision_config.model_type must be clip_vision_model, got {tower!r}: tokens are ranked by the "
                     'attention of a [CLS] token, which it lacks (vispruner_config.method="none" loads it dense)'
                 )
-            if strategy != "default":
-                raise ValueError(
-                    f'vision_feature_select_strategy must be "default" (patches without [CLS]), got {strategy!r}'
-                )
+            self.require_patches(strategy)
+            self._check_layers_and_budget(options)
         if self.config.vision_config.model_type == "clip_vision_model":
             make_tappable([layer.self_attn for layer in self.vision_layers])
+
+    def _check_layers_and_budget(self, options: VisPrunerOptions) -> None:
+        feature_layer, vision = self.config.vision_feature_layer, self.config.vision_config
+        indices = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+        resolve_attention_layer(options.attention_layer, indices, len(self.vision_layers))
+        patches = (vision.image_size // vision.patch_size) ** 2
+        if options.budget(patches) == patches:
+            logger.warning_once(
+                f"vispruner_config keeps all {patches} visual tokens of an image or tile, so nothing is pruned; "
+                "lower visual_token_num or keep_ratio to prune"
+            )
+
+    @staticmethod
+    def require_patches(strategy: str | None) -> None:
+        """Raise ValueError unless features are patches without [CLS], the only ones that can be ranked."""
+        if strategy not in (None, "default"):
+            raise ValueError(
+                f'vision_feature_select_strategy must be "default" (patches without [CLS]), got {strategy!r}'
+            )
 
     @property
     def vispruner_options(self) -> VisPrunerOptions:
@@ -103,7 +140,6 @@ class VisPrunerModelMixin:
         self, pixel_values: torch.Tensor, feature_layer: int | list[int], **kwargs: Any
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
         """Run the vision tower on (B, 3, height, width); return its output, features (B, N, C) and saliency (B, N)."""
-        kwargs.pop("output_hidden_states", None)
         layer = self.vispruner_options.attention_layer
         return encode_with_saliency(
             self.vision_tower, self.vision_layers, pixel_values, feature_layer, layer, **kwargs
@@ -123,37 +159,18 @@ class VisPrunerModelMixin:
         )
 
     def keeps_all(self, visual_tokens: int) -> bool:
-        """True when the budget leaves nothing to drop from `visual_tokens` tokens; says so once."""
-        options = self.vispruner_options
-        if options.method != "none" and options.budget(visual_tokens) == visual_tokens:
-            logger.warning_once(
-                f"vispruner_config keeps all {visual_tokens} visual tokens of an image, so nothing is pruned; "
-                "lower visual_token_num or keep_ratio to prune"
-            )
-        return options.budget(visual_tokens) == visual_tokens
+        """True when the budget leaves nothing to drop from the `visual_tokens` tokens of an image or tile."""
+        return self.vispruner_options.budget(visual_tokens) == visual_tokens
+
+    def keep_everything(self, outputs: Any, kept_indices: list[torch.Tensor]) -> "PrunedImageFeatures":
+        """Describe a stock vision output, of which nothing was dropped, in the terms of a pruned one."""
+        counts = [len(image) for image in outputs.pooler_output]
+        placeholders = [torch.arange(count, device=outputs.pooler_output[0].device) for count in counts]
+        return PrunedImageFeatures(**outputs, kept_indices=kept_indices, placeholders=placeholders, full_counts=counts)
 
     def take_tokens(self, features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Gather (B, N, C) at (B, T) -> (B, T, C)."""
         return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
-
-
-@dataclass(frozen=True)
-class CachedPrompt:
-    """What a KV cache was built from; attached to the cache, so that a later turn is shortened the same way."""
-
-    full_counts: tuple[int, ...]
-    kept_counts: tuple[int, ...]
-    dropped: int
-    uniform: bool
-
-    @property
-    def possible_placeholders(self) -> tuple[int, int]:
-        return sum(self.full_counts), sum(self.kept_counts)
-
-    @classmethod
-    def of(cls, full: list[int], kept: list[int], prompt: ShortenedPrompt | None) -> "CachedPrompt":
-        dropped = 0 if prompt is None else prompt.dropped
-        return cls(tuple(full), tuple(kept), dropped, uniform=prompt is None or prompt.valid is None)
 
 
 class VisPrunerMixin(GenerationMixin):
@@ -184,13 +201,16 @@ class VisPrunerMixin(GenerationMixin):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
-        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        if missing and not kwargs.get("ignore_mismatched_sizes"):
+        missing = sorted(info["missing_keys"])
+        if not kwargs.get("ignore_mismatched_sizes"):
+            missing += sorted(str(key) for key in info["mismatched_keys"])
+        if missing:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks weights of {cls.__name__}, which would be random: "
                 f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} ({len(missing)} in all). "
                 "Check that the checkpoint is complete and of this architecture"
             )
+        vars(model.generation_config).pop("vispruner_config", None)  # stock offers it every keyword of this call
         return (model, info) if wants_info else model
 
     @classmethod
@@ -225,37 +245,64 @@ class VisPrunerMixin(GenerationMixin):
     def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
         """Call `stock_forward(**inputs)` on a prompt as short as its image features; `inputs` are forward's own."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        if self._is_stock(inputs):
+            return stock_forward(**inputs)
         if torch.compiler.is_compiling() or "input_ids" not in inputs:
+            if "pixel_values" in inputs:
+                self._require_known_positions(inputs)
             return stock_forward(**inputs)  # a short prompt is required here, and the stock check enforces it
         if "pixel_values" not in inputs and not inputs.get("mm_encoder_outputs"):
             self._check_text_only(inputs)
             return stock_forward(**inputs)
         full, kept = self._count_visual_tokens(inputs)
         original = self._keeps_original_positions
-        if not self._is_full_prompt(inputs["input_ids"], full, kept):
-            self._require_known_positions(inputs, full, kept)
-            if original and "position_ids" in inputs and "attention_mask" not in inputs:
-                self._mask_everything_seen(inputs)
-            return stock_forward(**inputs)
-        if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
-            raise ValueError("logits_to_keep must be an integer for a full prompt: logits are shorter than its ids")
-        staying = self._encode_images(inputs) if original else _leading_placeholders(full, kept)
-        if original and "position_ids" not in inputs:
-            ids = inputs["input_ids"]
-            inputs["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        prompt = self._shorten(inputs, full, staying)
-        if original:
-            if "attention_mask" not in inputs:
-                self._mask_everything_seen(inputs)
+        earlier = _cached_prompt(inputs)
+        prompt = None
+        if self._is_full_prompt(inputs["input_ids"], full, kept):
+            prompt = self._shorten_for_forward(inputs, full, kept)
+        elif full != kept:
+            self._require_known_positions(inputs)
+        if original and "position_ids" in inputs and "attention_mask" not in inputs:
+            self._mask_everything_seen(inputs)
+        if original and prompt is not None:
             self._merge_features(inputs)
         outputs = stock_forward(**inputs)
         if (cache := getattr(outputs, "past_key_values", None)) is not None:
-            cache.vispruner_prompt = CachedPrompt.of(full, kept, prompt)
+            cache.vispruner_prompt = self._remember(full, kept, prompt).after(earlier)
         return outputs
+
+    def _is_stock(self, inputs: dict[str, Any]) -> bool:
+        """True for the dense model, unless it is handed the cache of a pruned prompt."""
+        return self.model.vispruner_options.method == "none" and _cached_prompt(inputs) is None
+
+    def _shorten_for_forward(self, inputs: dict[str, Any], full: list[int], kept: list[int]) -> ShortenedPrompt:
+        if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
+            raise ValueError("logits_to_keep must be an integer for a full prompt: logits are shorter than its ids")
+        if not self._keeps_original_positions:
+            return self._shorten(inputs, full, _leading_placeholders(full, kept))
+        if "position_ids" not in inputs:
+            self._require_contiguous_cache(inputs)
+            ids = inputs["input_ids"]
+            positions = _cached_length(inputs) + torch.arange(ids.shape[1], device=ids.device)
+            inputs["position_ids"] = positions.expand_as(ids)
+        return self._shorten(inputs, full, self._encode_images(inputs))
+
+    def _remember(self, full: list[int], kept: list[int], prompt: ShortenedPrompt | None) -> CachedPrompt:
+        return CachedPrompt(
+            full_counts=tuple(full),
+            kept_counts=tuple(kept),
+            dropped=0 if prompt is None else prompt.dropped,
+            uniform=prompt is None or prompt.valid is None,
+            position_policy=self._position_policy,
+        )
+
+    @property
+    def _position_policy(self) -> str:
+        return self.model.vispruner_options.position_policy or "renumber"
 
     @property
     def _keeps_original_positions(self) -> bool:
-        return self.model.vispruner_options.position_policy == "original"
+        return self._position_policy == "original"
 
     def _merge_features(self, inputs: dict[str, Any]) -> None:
         """Put the features already encoded into the embedded prompt (transformers 5.17 takes them no other way)."""
@@ -277,7 +324,7 @@ class VisPrunerMixin(GenerationMixin):
         cache, input_ids = inputs.get("past_key_values"), inputs["input_ids"]
         if cache is None:  # generate, which always brings a cache, has checked its whole prompt
             self._is_full_prompt(input_ids, [], [])
-        prompt = getattr(cache, "vispruner_prompt", None)
+        prompt = _cached_prompt(inputs)
         if prompt is None or prompt.dropped == 0:
             return
         past, mask = _cached_length(inputs), inputs.get("attention_mask")
@@ -286,7 +333,13 @@ class VisPrunerMixin(GenerationMixin):
                 f"attention_mask has {mask.shape[1]} columns, but the cache holds {past} tokens of a pruned prompt "
                 f"and {input_ids.shape[1]} are new: leave out the columns of the {prompt.dropped} dropped tokens"
             )
-        if self._keeps_original_positions and "position_ids" not in inputs:
+        if "position_ids" not in inputs:
+            self._require_contiguous_cache(inputs)
+
+    def _require_contiguous_cache(self, inputs: dict[str, Any]) -> None:
+        """With original positions the next one cannot be told from the length of a cache that lost tokens."""
+        prompt = _cached_prompt(inputs)
+        if self._keeps_original_positions and prompt is not None and prompt.dropped != 0:
             raise ValueError('vispruner_config.position_policy "original": pass position_ids to continue from a cache')
 
     def _count_visual_tokens(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
@@ -303,10 +356,10 @@ class VisPrunerMixin(GenerationMixin):
     def _is_full_prompt(self, input_ids: torch.Tensor, full: list[int], kept: list[int]) -> bool:
         """True for the full number of placeholders, False for the kept number; any other raises ValueError."""
         placeholders = int((input_ids == self.config.image_token_id).sum())
-        if placeholders == sum(full):
-            return full != kept
-        if placeholders == sum(kept):
-            return False
+        if placeholders == sum(full) == sum(kept):  # by chance, with several images in the paper's tile mode
+            return full != kept and holds_unbroken_images(input_ids, self.config.image_token_id, full)
+        if placeholders in (sum(full), sum(kept)):
+            return placeholders == sum(full)
         found = f"the prompt has {placeholders} image placeholders (id {self.config.image_token_id})"
         if not full:
             raise ValueError(f"{found} but there is no image: pass pixel_values, or take <image> out of the prompt")
@@ -315,8 +368,8 @@ class VisPrunerMixin(GenerationMixin):
             "one: put one <image> per image into the prompt and use the processor of this repo"
         )
 
-    def _require_known_positions(self, inputs: dict[str, Any], full: list[int], kept: list[int]) -> None:
-        if self._keeps_original_positions and full != kept and "position_ids" not in inputs:
+    def _require_known_positions(self, inputs: dict[str, Any]) -> None:
+        if self._keeps_original_positions and "position_ids" not in inputs:
             raise ValueError(
                 'vispruner_config.position_policy "original" needs a full prompt: a short one does not say which '
                 "positions its visual tokens had; pass the full prompt or position_ids"
@@ -367,13 +420,14 @@ class VisPrunerMixin(GenerationMixin):
         **kwargs: Any,
     ) -> ModelOutput | torch.Tensor:
         """Stock `generate`; full prompts are shortened, and the result starts with the caller's own prompt."""
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        kwargs = {name: kwargs[name] for name in kwargs if kwargs[name] is not None or name not in MODEL_INPUTS}
         hooks = {
             "logits_processor": logits_processor,
             "stopping_criteria": stopping_criteria,
             "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
         }
-        if (inputs is None and "input_ids" not in kwargs) or "inputs_embeds" in kwargs:
+        has_ids = (inputs is not None or "input_ids" in kwargs) and "inputs_embeds" not in kwargs
+        if not has_ids or self._is_stock(kwargs):
             return super().generate(inputs, generation_config, **hooks, **kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         arguments = {**kwargs, "input_ids": input_ids}
@@ -383,8 +437,8 @@ class VisPrunerMixin(GenerationMixin):
             self._refuse_what_stock_gets_wrong(arguments, generation_config, kept)
             self._never_look_up_placeholders(arguments, generation_config)
         if prompt is not None:
-            hooks = {name: see_full_prompt(hook, input_ids, prompt.length) for name, hook in hooks.items()}
-            self._count_lengths_from_full_prompt(arguments, generation_config, prompt.dropped)
+            hooks = see_full_prompt(hooks, input_ids, prompt.length)
+            generation_config = self._count_lengths_from_full_prompt(arguments, generation_config, prompt.dropped)
             if "streamer" in arguments:
                 arguments["streamer"] = FullPromptStreamer(arguments["streamer"], input_ids.cpu())
         result = super().generate(arguments.pop("input_ids"), generation_config, **hooks, **arguments)
@@ -392,24 +446,35 @@ class VisPrunerMixin(GenerationMixin):
             result = with_full_prompt(result, input_ids, prompt.length)
         cache = getattr(result, "past_key_values", arguments.get("past_key_values"))
         if cache is not None and full:
-            cache.vispruner_prompt = CachedPrompt.of(full, kept, prompt)
+            cache.vispruner_prompt = self._remember(full, kept, prompt)
         return result
+
+    def _merge_criteria_processor_list(self, default_list: Any, custom_list: Any) -> Any:
+        """Stock lets a caller's hook replace its own of the same type, so show it the types behind the wrappers."""
+        wrappers = {id(hook.hook): hook for hook in custom_list if isinstance(hook, FullPromptHook)}
+        unwrapped = type(custom_list)(getattr(hook, "hook", hook) for hook in custom_list)
+        merged = super()._merge_criteria_processor_list(default_list, unwrapped)
+        return type(merged)(wrappers.get(id(hook), hook) for hook in merged)
 
     def _images_of(self, arguments: dict[str, Any]) -> tuple[list[int], list[int]]:
         """Count the visual tokens of the prompt's images; on a later turn they are known from the cache."""
         past = _cached_length(arguments)
-        if past == 0:
+        prompt = _cached_prompt(arguments)
+        is_image = arguments["input_ids"] == self.config.image_token_id
+        if prompt is None and not is_image[:, :past].any():  # no image is in the cache yet
             return self._count_visual_tokens(arguments)
-        prompt: CachedPrompt | None = getattr(arguments["past_key_values"], "vispruner_prompt", None)
-        placeholders = int((arguments["input_ids"] == self.config.image_token_id).sum())
-        if prompt is None and placeholders == 0 and "pixel_values" not in arguments:
-            return [], []
+        placeholders = int(is_image.sum())
         if prompt is None or not prompt.uniform or placeholders not in prompt.possible_placeholders:
             raise ValueError(
                 f"cannot continue from this cache of {past} tokens and a prompt of {placeholders} image placeholders: "
                 "pass the whole conversation so far, with the same images and no new one, and the past_key_values "
                 "that generate returned for it (not possible when rows lost different numbers of visual tokens); or "
                 "start again without past_key_values"
+            )
+        if prompt.position_policy != self._position_policy:
+            raise ValueError(
+                f'this cache was filled with vispruner_config.position_policy "{prompt.position_policy}": set that '
+                "policy again, or start again without past_key_values"
             )
         for name in ("pixel_values", "image_sizes"):  # their tokens are in the cache already
             arguments.pop(name, None)
@@ -419,27 +484,30 @@ class VisPrunerMixin(GenerationMixin):
         self, arguments: dict[str, Any], config: Any, full: list[int], kept: list[int]
     ) -> ShortenedPrompt | None:
         if not self._is_full_prompt(arguments["input_ids"], full, kept):
-            self._require_known_positions(arguments, full, kept)
+            if full != kept:
+                self._require_known_positions(arguments)
             return None
         if "attention_mask" not in arguments:
             self._infer_mask(arguments, config)
-        original, past = self._keeps_original_positions, _cached_length(arguments)
+        original, cached = self._keeps_original_positions, _cached_prompt(arguments)
         if original and "position_ids" not in arguments:
             mask = arguments.get("attention_mask", torch.ones_like(arguments["input_ids"]))
             arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         staying = _leading_placeholders(full, kept)  # for cached tokens too: their positions are in the cache
-        if original and past == 0:
+        if original and cached is None:
             # Without mm_encoder_outputs stock encodes again; selection is deterministic, so the same tokens stay.
             staying = self._encode_images(arguments if GENERATE_ENCODES_ONCE else dict(arguments))
         prompt = self._shorten(arguments, full, staying)
-        if past > 0:
-            self._check_cache_covers_images(arguments, past, prompt)
+        if cached is not None:
+            self._check_cache_covers_images(arguments, cached, prompt)
         return prompt
 
-    def _check_cache_covers_images(self, arguments: dict[str, Any], past: int, prompt: ShortenedPrompt) -> None:
+    def _check_cache_covers_images(
+        self, arguments: dict[str, Any], cached: CachedPrompt, prompt: ShortenedPrompt
+    ) -> None:
+        past = _cached_length(arguments)
         last = int((arguments["input_ids"] == self.config.image_token_id).any(0).nonzero()[-1])
-        dropped_before = arguments["past_key_values"].vispruner_prompt.dropped
-        if last >= past or past >= prompt.length or dropped_before != prompt.dropped:
+        if last >= past or past >= prompt.length or cached.dropped != prompt.dropped:
             raise ValueError(
                 f"the cache of {past} tokens does not fit this prompt, which has {prompt.length} tokens after pruning "
                 f"and its last visual token at {last}: pass the cache that generate returned for this "
@@ -449,15 +517,15 @@ class VisPrunerMixin(GenerationMixin):
     def _infer_mask(self, arguments: dict[str, Any], config: Any) -> None:
         """As stock does without a mask: padding is told by its id, unless that id also ends a sequence."""
         pad, eos = (self._generation_option(name, arguments, config) for name in ("pad_token_id", "eos_token_id"))
-        ends = eos if isinstance(eos, list) else [eos]
+        ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         if pad is not None and pad not in ends and bool((arguments["input_ids"] == pad).any()):
             arguments["attention_mask"] = (arguments["input_ids"] != pad).long()
 
     def _generation_option(self, name: str, arguments: dict[str, Any], config: Any) -> Any:
-        for value in (arguments.get(name), getattr(config, name, None), getattr(self.generation_config, name, None)):
-            if value is not None:
-                return value
-        return None
+        if name in arguments:
+            return arguments[name]
+        value = getattr(config, name, None)
+        return getattr(self.generation_config, name, None) if value is None else value
 
     def _refuse_what_stock_gets_wrong(self, arguments: dict[str, Any], config: Any, kept: list[int]) -> None:
         if GENERATE_ENCODES_ONCE:
@@ -482,10 +550,27 @@ class VisPrunerMixin(GenerationMixin):
             suppressed = self._generation_option("suppress_tokens", arguments, config) or []
             arguments["suppress_tokens"] = [*suppressed, self.config.image_token_id]
 
-    def _count_lengths_from_full_prompt(self, arguments: dict[str, Any], config: Any, dropped: int) -> None:
-        for name in ("max_length", "min_length"):
-            if value := self._generation_option(name, arguments, config):
+    def _count_lengths_from_full_prompt(self, arguments: dict[str, Any], config: Any, dropped: int) -> Any:
+        """Take the dropped tokens off the lengths that count the prompt, where they were given; return the config."""
+        config = copy.deepcopy(config)
+        for name, counts_new_only in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            value = self._generation_option(name, arguments, config)
+            if not value or self._generation_option(counts_new_only, arguments, config) is not None:
+                continue
+            if config is not None and name not in arguments:
+                setattr(config, name, max(value - dropped, 0))
+            else:
                 arguments[name] = max(value - dropped, 0)
+        return config
+
+
+def _cached_prompt(inputs: dict[str, Any]) -> CachedPrompt | None:
+    """Return what the given cache was built from; forget it when the cache was emptied since."""
+    cache = inputs.get("past_key_values")
+    prompt: CachedPrompt | None = getattr(cache, "vispruner_prompt", None)
+    if cache is not None and prompt is not None and _cached_length(inputs) == 0:
+        cache.vispruner_prompt = prompt = None
+    return prompt
 
 
 def _cached_length(inputs: dict[str, Any]) -> int:

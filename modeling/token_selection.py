@@ -221,11 +221,11 @@ def _cosine_matrix(features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor
     # A row too short to be normalised resembles nothing, rather than being NaN.
     unit = (features / norms).masked_fill(norms < torch.finfo(features.dtype).tiny, 0)
     unit = unit.gather(1, tokens[:, :, None].expand(-1, -1, features.shape[-1]))
-    with _without_autocast(features.device):
+    with without_autocast(features.device):
         return unit @ unit.mT
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     # Autocast would round the similarities, and one swapped rank changes every later round.
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()

@@ -15,7 +15,10 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-TAPPED_ATTENTION = "vispruner_tapped_attention"
+from .token_selection import without_autocast
+
+# The registry is one for the whole process, which may hold this file several times: installed, and once per repo.
+TAPPED_ATTENTION = f"vispruner_tapped_attention:{__name__}"
 
 
 class _OpenTap(threading.local):
@@ -31,8 +34,8 @@ _open = _OpenTap()
 class SaliencyTap:
     """Record the saliency (B, N) of the visual tokens in one attention module while the `with` block runs."""
 
-    def __init__(self, attention: nn.Module) -> None:
-        self.attention = attention
+    def __init__(self, attention: Any) -> None:
+        self.place: int = attention.config.place
         self.saliency: torch.Tensor | None = None
 
     def __enter__(self) -> "SaliencyTap":
@@ -47,9 +50,10 @@ class SaliencyTap:
 class _TappableConfig:
     """Stands in for an attention module's config: the same in everything but the attention function under a tap."""
 
-    def __init__(self, config: Any, eager_attention: Callable) -> None:
+    def __init__(self, config: Any, eager_attention: Callable, place: int) -> None:
         self._stock_config = config
-        self._eager_attention = eager_attention
+        self.eager_attention = eager_attention
+        self.place = place  # a number, because compiled layers that share one graph cannot tell modules apart
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_stock_config":  # copy and pickle look these up before __init__
@@ -63,11 +67,11 @@ class _TappableConfig:
 
 def make_tappable(attention_modules: list[Any]) -> None:
     """Prepare attention modules for `SaliencyTap`; their computation does not change. Once per model, at creation."""
-    for module in attention_modules:
+    for place, module in enumerate(attention_modules):
         if not hasattr(module, "config"):
             raise ValueError(f"{type(module).__name__} has no config that names its attention function; cannot tap it")
         if not isinstance(module.config, _TappableConfig):
-            module.config = _TappableConfig(module.config, _eager_attention_of(module))
+            module.config = _TappableConfig(module.config, _eager_attention_of(module), place)
 
 
 def _eager_attention_of(module: nn.Module) -> Callable:
@@ -90,10 +94,10 @@ def _tapped_attention(
     tap = _open.tap
     _open.tap = None  # the user's attention function must see the user's own config
     try:
-        if tap is not None and tap.attention is module:
+        if tap is not None and tap.place == module.config.place:
             tap.saliency = cls_saliency(query, key, kwargs.get("scaling"))
         function = ALL_ATTENTION_FUNCTIONS.get_interface(
-            module.config._attn_implementation, module.config._eager_attention
+            module.config._attn_implementation, module.config.eager_attention
         )
         return function(module, query, key, value, attention_mask, **kwargs)
     finally:
@@ -112,9 +116,23 @@ def cls_saliency(query: torch.Tensor, key: torch.Tensor, scaling: float | None =
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         logits = torch.matmul(query[:, :, :1].to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
     return logits.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
+
+
+def resolve_attention_layer(attention_layer: int | None, feature_layers: Sequence[int], layers: int) -> int:
+    """Return the encoder layer to read attention from; None means the one that produces the (deepest) features."""
+    if attention_layer is None:
+        attention_layer = max(index % (layers + 1) for index in feature_layers) - 1
+        if attention_layer < 0:
+            raise ValueError("vision_feature_layer 0 is the embedding, which no attention layer produces")
+    if not -layers <= attention_layer < layers:
+        raise ValueError(
+            f"vispruner_config.attention_layer must be an encoder layer index in [{-layers}, {layers - 1}], "
+            f"got {attention_layer}"
+        )
+    return attention_layer
 
 
 def encode_with_saliency(
@@ -133,15 +151,11 @@ def encode_with_saliency(
     returns          output, features (B, N, C), saliency (B, N)
     """
     indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
-    if attention_layer is None:
-        attention_layer = max(index % (len(layers) + 1) for index in indices) - 1
-    if not -len(layers) <= attention_layer < len(layers):
-        raise ValueError(
-            f"vispruner_config.attention_layer must be an encoder layer index in [{-len(layers)}, {len(layers) - 1}], "
-            f"got {attention_layer}"
-        )
+    attention_layer = resolve_attention_layer(attention_layer, indices, len(layers))
+    # Where transformers can, only the hidden states asked for are kept.
+    wanted = True if kwargs.pop("output_hidden_states", None) else feature_layer
     with SaliencyTap(layers[attention_layer].self_attn) as tap:
-        outputs = vision_tower(pixel_values, return_dict=True, output_hidden_states=feature_layer, **kwargs)
+        outputs = vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted, **kwargs)
     if tap.saliency is None:
         raise RuntimeError(
             f"no attention was recorded in layer {attention_layer} of {type(vision_tower).__name__}: it did not call "
