@@ -15,10 +15,12 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES, Case, all_cases
 from PIL import Image
 
 from vispruner import conversion
@@ -52,3 +54,20 @@ def photo() -> Image.Image:
     """The photograph that ships with the package."""
     with Image.open(Path(conversion.__file__).parent / "assets" / "chelsea.jpg") as image:
         return image.convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def cases(
+    tiny_llava_repo: Path, tiny_llava_next_repo: Path, tmp_path_factory: pytest.TempPathFactory, photo: Image.Image
+) -> dict[str, Case]:
+    """Every pruned architecture with its stock model and processor."""
+    return all_cases(tiny_llava_repo, tiny_llava_next_repo, tmp_path_factory.mktemp("mistral"), photo)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Iterator[Case]:
+    """One of them; what a test changes in its vispruner_config is undone."""
+    case = cases[request.param]
+    before = dict(case.model.config.vispruner_config)
+    yield case
+    case.model.config.vispruner_config = before
