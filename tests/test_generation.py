@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import contextmanager
+
 import pytest
 import torch
 from cases import NEW, NONE, ONE, TWO, answers, generate
@@ -9,6 +12,8 @@ from transformers import (
     AutoModelForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
+    RepetitionPenaltyLogitsProcessor,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -195,3 +200,55 @@ class TestGenerationModes:
     def test_inputs_embeds_none_is_ignored(self, case):
         inputs = case.inputs(ONE, case.pictures[:1])
         assert torch.equal(generate(case.model, inputs, inputs_embeds=None), generate(case.model, inputs))
+
+    def test_options_that_are_none_mean_what_they_mean_to_stock(self, case):
+        """None switches an option off; it does not mean that it was not given."""
+        inputs = case.inputs(ONE, case.pictures[:1])
+        never_ending = answers(case.model, inputs, eos_token_id=None)[0]
+        ends = [int(never_ending[2])]
+        assert answers(case.model, inputs, eos_token_id=ends).shape[1] <= 3
+        case.model.generation_config.eos_token_id, before = ends, case.model.generation_config.eos_token_id
+        try:
+            assert torch.equal(answers(case.model, inputs, eos_token_id=None)[0], never_ending)
+        finally:
+            case.model.generation_config.eos_token_id = before
+
+    def test_end_tokens_may_be_a_tensor(self, case):
+        inputs = dict(case.inputs([ONE, TWO, NONE], case.pictures))
+        expected = answers(case.model, inputs, eos_token_id=[2, 3])
+        del inputs["attention_mask"]
+        assert torch.equal(answers(case.model, inputs, eos_token_id=torch.tensor([2, 3])), expected)
+
+    def test_a_callers_hook_replaces_stocks_own_of_the_same_type(self, case):
+        inputs = case.inputs(ONE, case.pictures[:1])
+        prompt = inputs["input_ids"].shape[1]
+        criteria = StoppingCriteriaList([MaxLengthCriteria(prompt + 6)])
+        result = answers(case.model, inputs, max_new_tokens=3, stopping_criteria=criteria, eos_token_id=None)
+        assert result.shape[1] == 6
+        once = answers(case.model, inputs, repetition_penalty=0.7, eos_token_id=None)
+        processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(0.7)])
+        both = answers(case.model, inputs, repetition_penalty=0.7, logits_processor=processors, eos_token_id=None)
+        assert torch.equal(once, both)
+
+    def test_a_generation_config_alone_brings_no_warning_and_stays_as_it_was(self, case, caplog):
+        inputs = case.inputs(ONE, case.pictures[:1])
+        prompt = inputs["input_ids"].shape[1]
+        config = self.config(case, max_length=prompt + 4, do_sample=False)
+        before = config.to_dict()
+        for model in (case.model, case.stock):
+            caplog.clear()
+            with self.heard(caplog):
+                assert model.generate(**inputs, generation_config=config).shape[1] <= prompt + 4
+            assert not caplog.records
+        assert config.to_dict() == before
+
+    @staticmethod
+    @contextmanager
+    def heard(caplog):
+        """Let caplog hear transformers, whose logger does not pass its records on."""
+        logger = logging.getLogger("transformers")
+        logger.addHandler(caplog.handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(caplog.handler)

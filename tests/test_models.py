@@ -109,6 +109,81 @@ class TestPruning:
         assert torch.equal(first, answers(case.model, inputs))
 
 
+class TestImageShapes:
+    @pytest.mark.parametrize("size", [(2000, 60), (60, 2000), (5000, 20), (57, 56), (112, 112)])
+    def test_any_aspect_ratio_equals_the_hand_built_reference(self, case, size):
+        """The grid of a very long image may lose whole tiles to unpadding."""
+        inputs = case.inputs(ONE, [case.photo.resize(size)])
+        expected, logits = case.reference(inputs)
+        result = generate(case.model, inputs, return_dict_in_generate=True, output_logits=True, eos_token_id=None)
+        assert result.sequences[0, inputs["input_ids"].shape[1] :].tolist() == expected.tolist()
+        torch.testing.assert_close(result.logits[0][0], logits, **TOLERANCE)
+
+    def test_images_of_different_tile_counts_in_one_batch(self, case):
+        pictures = [case.photo.resize(size) for size in ((400, 100), (90, 90), (60, 200))]
+        batch = answers(case.model, case.inputs([TWO, ONE], pictures), eos_token_id=None)
+        for row, (text, chosen) in enumerate([(TWO, pictures[:2]), (ONE, pictures[2:])]):
+            assert torch.equal(batch[row], answers(case.model, case.inputs(text, chosen), eos_token_id=None)[0])
+
+    def test_short_and_full_prompts_of_equal_length_are_told_apart(self, cases):
+        """In the paper's tile mode two images may need as many tokens together, but each a different number."""
+        case = cases["next-paper"]
+        before = dict(case.model.config.vispruner_config)
+        case.model.set_vispruner_config(visual_token_num=10)
+        try:
+            inputs = dict(case.inputs(TWO, [case.photo.resize((40, 56)), case.photo.resize((300, 56))]))
+            full, kept = case.counts(inputs)
+            assert full != kept and sum(full) == sum(kept)
+            image, ids = case.model.config.image_token_id, inputs["input_ids"][0].tolist()
+            first = ids.index(image)
+            between = ids[first + full[0] : ids.index(image, first + full[0])]
+            second = first + full[0] + len(between)
+            short = [*ids[:first], *[image] * kept[0], *between, *[image] * kept[1], *ids[second + full[1] :]]
+            with torch.no_grad():
+                expected = case.model(**inputs).logits[0, -1]
+                inputs["input_ids"] = torch.tensor([short])
+                assert torch.equal(case.model(**inputs).logits[0, -1], expected)
+        finally:
+            case.model.config.vispruner_config = before
+
+
+class TestImageFeatures:
+    def pixels(self, case):
+        inputs = case.inputs(ONE, case.pictures[:1])
+        return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+
+    @packed_as_stock
+    @pytest.mark.parametrize("change", [{"method": "none"}, {"keep_ratio": 1.0}])
+    def test_keeping_all_describes_itself_as_pruning_does(self, case, change):
+        case.model.set_vispruner_config(**change)
+        features = case.model.get_image_features(**self.pixels(case))
+        (full,), _ = case.model.visual_token_counts(**self.pixels(case))
+        assert features.full_counts == [full]
+        assert [len(image) for image in features.pooler_output] == [len(features.kept_indices[0])] == [full]
+        assert torch.equal(features.placeholders[0], torch.arange(full))
+
+    def test_hidden_states_are_there_when_asked_for(self, case):
+        features = case.model.get_image_features(**self.pixels(case), output_hidden_states=True)
+        stock = case.stock.get_image_features(**self.pixels(case), output_hidden_states=True)
+        assert len(features.hidden_states) == len(stock.hidden_states)
+        assert all(torch.equal(*pair) for pair in zip(features.hidden_states, stock.hidden_states, strict=True))
+        assert case.model.get_image_features(**self.pixels(case)).hidden_states is None
+
+    def test_a_tuple_is_returned_when_asked_for(self, case):
+        features = case.model.get_image_features(**self.pixels(case), return_dict=False)
+        assert isinstance(features, tuple)
+
+    def test_features_with_cls_cannot_be_asked_for(self, case):
+        with pytest.raises(ValueError, match="vision_feature_select_strategy"):
+            case.model.get_image_features(**self.pixels(case), vision_feature_select_strategy="full")
+
+    def test_an_attention_layer_that_does_not_exist_is_refused_at_once(self, case):
+        before = dict(case.model.config.vispruner_config)
+        with pytest.raises(ValueError, match="attention_layer"):
+            case.model.set_vispruner_config(attention_layer=99)
+        assert case.model.config.vispruner_config == before
+
+
 class TestPrompts:
     def test_the_result_starts_with_the_callers_prompt(self, case):
         inputs = case.inputs([ONE, NONE], case.pictures[:1])
@@ -298,6 +373,21 @@ class TestOriginalPositions:
         for call in (original.model, original.model.generate):
             with pytest.raises(ValueError, match="needs a full prompt"):
                 call(**short)
+
+    def test_an_image_on_a_cache_of_text_goes_on_counting(self, original):
+        text, image = original.inputs(NONE), dict(original.inputs(ONE, original.pictures[:1]))
+        whole = {**image, "input_ids": torch.cat([text["input_ids"], image["input_ids"]], dim=1)}
+        del image["attention_mask"], whole["attention_mask"]
+        with torch.no_grad():
+            expected = original.model(**whole).logits[0, -1]
+            cache = original.model(**text, use_cache=True).past_key_values
+            logits = original.model(**image, past_key_values=cache, use_cache=True).logits[0, -1]
+        torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+    def test_a_compiled_forward_refuses_a_short_prompt_too(self, original):
+        short = original.shortened(original.inputs(ONE, original.pictures[:1]))
+        with pytest.raises(Exception, match="needs a full prompt"):
+            torch.compile(original.model.forward, backend="eager")(**short)
 
     def test_a_continuation_by_forward_needs_positions(self, original):
         inputs = original.inputs(ONE, original.pictures[:1])
