@@ -4,23 +4,27 @@ This file is the installed package's front door and is never published; the file
 """
 
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_import_files
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-from .configuration_vispruner import (
-    FIELD_NAMES,
-    VisPrunerLlavaConfig,
-    VisPrunerLlavaNextConfig,
-    VisPrunerOptions,
-    merge_vispruner_config,
-)
-from .modeling_vispruner_llava import VisPrunerLlavaForConditionalGeneration
-from .modeling_vispruner_llava_next import VisPrunerLlavaNextForConditionalGeneration
-from .token_selection import SELECTORS, register_selector, select_tokens, select_vispruner
+    from .configuration_vispruner import (
+        VisPrunerLlavaConfig,
+        VisPrunerLlavaNextConfig,
+        VisPrunerOptions,
+        merge_vispruner_config,
+    )
+    from .modeling_vispruner_llava import VisPrunerLlavaForConditionalGeneration
+    from .modeling_vispruner_llava_next import VisPrunerLlavaNextForConditionalGeneration
+    from .token_selection import SELECTORS, register_selector, select_tokens, select_vispruner
+
+    ARCHITECTURES: dict[str, "Architecture"]
 
 try:
     __version__ = version("vispruner")
@@ -46,31 +50,60 @@ __all__ = [
 ]
 
 
+# Importing torch and transformers takes seconds, which `vispruner --help` need not: names are fetched when asked for.
+_HOMES = {
+    "configuration_vispruner": (
+        "VisPrunerLlavaConfig",
+        "VisPrunerLlavaNextConfig",
+        "VisPrunerOptions",
+        "merge_vispruner_config",
+    ),
+    "modeling_vispruner_llava": ("VisPrunerLlavaForConditionalGeneration",),
+    "modeling_vispruner_llava_next": ("VisPrunerLlavaNextForConditionalGeneration",),
+    "token_selection": ("SELECTORS", "register_selector", "select_tokens", "select_vispruner"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ARCHITECTURES":
+        return _architectures()
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The two classes that one `model_type` is loaded with."""
 
     config_class: type
-    model_class: type[PreTrainedModel]
+    model_class: Any
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "llava": Architecture(VisPrunerLlavaConfig, VisPrunerLlavaForConditionalGeneration),
-    "llava_next": Architecture(VisPrunerLlavaNextConfig, VisPrunerLlavaNextForConditionalGeneration),
-}
+@cache
+def _architectures() -> dict[str, Architecture]:
+    from . import modeling_vispruner_llava as llava
+    from . import modeling_vispruner_llava_next as llava_next
+
+    classes = (llava.VisPrunerLlavaForConditionalGeneration, llava_next.VisPrunerLlavaNextForConditionalGeneration)
+    return {model.config_class.model_type: Architecture(model.config_class, model) for model in classes}
 
 
 def architecture_of(model_type: str) -> Architecture:
     """Return the classes for a `model_type`; ValueError lists the supported ones."""
-    if model_type not in ARCHITECTURES:
-        raise ValueError(f"model_type {model_type!r} is not supported; the supported ones are {sorted(ARCHITECTURES)}")
-    return ARCHITECTURES[model_type]
+    known = _architectures()
+    if model_type not in known:
+        raise ValueError(f"model_type {model_type!r} is not supported; the supported ones are {sorted(known)}")
+    return known[model_type]
 
 
 def code_files(architecture: str) -> list[Path]:
     """Return the files that a Hub repo of this architecture carries: its modeling file and what that imports."""
-    entry = Path(__file__).parent / f"modeling_vispruner_{architecture}.py"
+    from transformers.dynamic_module_utils import get_relative_import_files
+
     architecture_of(architecture)
+    entry = Path(__file__).parent / f"modeling_vispruner_{architecture}.py"
     return sorted({entry, *(Path(file) for file in get_relative_import_files(entry))})
 
 
@@ -79,20 +112,21 @@ def auto_map(architecture: str) -> dict[str, str]:
     return architecture_of(architecture).model_class.vispruner_auto_map()
 
 
-def load(base: str, **options: Any) -> PreTrainedModel:
+def load(base: str | PathLike[str], **options: Any) -> "PreTrainedModel":
     """Load a stock (or pruned) checkpoint as a pruned model, without building a repo first.
 
     Keywords that are fields of `vispruner_config` (visual_token_num=64, keep_ratio=0.1, ...) go there; all others
     (dtype, device_map, revision, token ...) go to `from_pretrained`. Raises ValueError for an unsupported model_type.
     """
+    from transformers import AutoConfig
+
+    from .configuration_vispruner import FIELD_NAMES
+
     vispruner_config = {name: options.pop(name) for name in FIELD_NAMES if name in options}
     if "vispruner_config" in options:
         vispruner_config = {**(options.pop("vispruner_config") or {}), **vispruner_config}
-    hub_options = {
-        name: options[name]
-        for name in ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
-        if name in options
-    }
+    where = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
+    hub_options = {name: options[name] for name in where if name in options}
     base_config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options)
     model_class = architecture_of(base_config.model_type).model_class
     return model_class.from_pretrained(base, vispruner_config=vispruner_config, **options)
