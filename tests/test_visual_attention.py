@@ -302,7 +302,7 @@ def test_two_copies_of_the_code_live_side_by_side(
     """Every Hub repo brings its own copy of the file; a model goes on pruning after another repo was loaded."""
     monkeypatch.setattr(AttentionInterface, "_global_mapping", dict(AttentionInterface._global_mapping))
     before = saliency(model, images())
-    spec = importlib.util.spec_from_file_location("a_copy_of_visual_attention", visual_attention.__file__)
+    spec = importlib.util.spec_from_file_location("vispruner.copied_attention", visual_attention.__file__)
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     tower = LlavaForConditionalGeneration.from_pretrained(tiny_llava_repo).model.vision_tower
@@ -369,6 +369,17 @@ def test_get_image_features_compiles_in_one_graph(model: Any, backend: str) -> N
         torch.stack(list(found.pooler_output)), torch.stack(list(expected.pooler_output)), rtol=0, atol=1e-4
     )
     assert not torch.equal(torch.stack(compiled(images(seed=9)).kept_indices), torch.stack(found.kept_indices))
+
+
+def test_layers_compiled_one_by_one_are_told_apart(model: Any, stock: Any) -> None:
+    """Equal layers share one graph, and still only one of them is the layer that attention is read from."""
+    compiled = copy.deepcopy(model)
+    torch._dynamo.reset()
+    for layer in layers_of(compiled.model.vision_tower):
+        layer.compile(backend="eager")
+    for layer in (1, 2):
+        compiled.set_vispruner_config(attention_layer=layer)
+        torch.testing.assert_close(saliency(compiled, images()), eager_saliency(stock, images(), layer), **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
