@@ -83,13 +83,10 @@ def view_kept_patches(model: PreTrainedModel, processor: Any, photo: Image.Image
     patch = model.config.vision_config.patch_size
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     kept = torch.zeros(len(pixels), rows * columns, dtype=torch.bool)
-    chosen = getattr(output, "kept_indices", None)
-    if chosen is None:  # nothing was pruned
-        kept[:] = True
-        important = None
-    else:
-        chosen = chosen[0].cpu()
-        kept.view(-1)[chosen[chosen >= 0]] = True
+    chosen = output.kept_indices[0].cpu()
+    kept.view(-1)[chosen[chosen >= 0]] = True
+    important = None
+    if output.saliency is not None:  # something was dropped
         important = _important_patches(model, output.saliency.cpu(), inputs.get("image_sizes"))
     places = _tile_places(model, inputs.get("image_sizes"), len(pixels))
     views = [image_from_pixels(tile, processor.image_processor) for tile in pixels.float().cpu()]

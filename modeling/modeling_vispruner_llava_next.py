@@ -169,12 +169,13 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         images = features.split(tiles)
         patches = [image.flatten(0, 1)[order[order != NEWLINE]] for image, order in zip(images, orders, strict=True)]
         projected = self.multi_modal_projector(torch.cat(patches)).split([len(patch) for patch in patches])
-        packed = []
-        for order, tokens in zip(orders, projected, strict=True):
-            newline = self.image_newline.to(tokens.device, tokens.dtype)
-            image = newline.expand(len(order), -1)
-            packed.append(image.masked_scatter((order != NEWLINE)[:, None], tokens))
-        return packed
+        if self.vispruner_options.tile_mode == "paper":
+            return list(projected)
+        newline = self.image_newline.to(features.device, projected[0].dtype)
+        return [
+            newline.expand(len(order), -1).masked_scatter((order != NEWLINE)[:, None], tokens)
+            for order, tokens in zip(orders, projected, strict=True)
+        ]
 
 
 class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForConditionalGeneration, GenerationMixin):

@@ -221,10 +221,10 @@ class VisPrunerMixin(GenerationMixin):
         models = dict.fromkeys(AUTO_MODEL_CLASSES, f"{module}.{cls.__name__}")
         return {"AutoConfig": f"{config_module}.{cls.config_class.__name__}", **models}
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Stock `save_pretrained` (and `push_to_hub`); the folder carries its code, so that it never loads dense."""
         self.config.auto_map = self.vispruner_auto_map()
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_vispruner_config(self, **changes: Any) -> None:
         """Change fields of `vispruner_config`, e.g. visual_token_num=64; takes effect at the next call."""

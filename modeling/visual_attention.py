@@ -152,8 +152,9 @@ def encode_with_saliency(
     """
     indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     attention_layer = resolve_attention_layer(attention_layer, indices, len(layers))
-    # Where transformers can, only the hidden states asked for are kept.
-    wanted = True if kwargs.pop("output_hidden_states", None) else feature_layer
+    # An index keeps only that hidden state, where transformers can; a list means another thing to 5.17.
+    every = bool(kwargs.pop("output_hidden_states", None)) or len(indices) > 1
+    wanted = True if every else indices[0]
     with SaliencyTap(layers[attention_layer].self_attn) as tap:
         outputs = vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted, **kwargs)
     if tap.saliency is None:
