@@ -8,7 +8,8 @@ from transformers import Cache, GenerationMixin, LlavaForConditionalGeneration, 
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerLlavaConfig
-from .pruning_mixin import PrunedImageFeatures, VisPrunerMixin, VisPrunerModelMixin, inherit_checkpoint_conversion
+from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, inherit_checkpoint_conversion
+from .pruning_mixin import VisPrunerMixin
 
 
 class VisPrunerLlavaModel(VisPrunerModelMixin, LlavaModel):

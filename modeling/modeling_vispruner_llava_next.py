@@ -13,7 +13,8 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerLlavaNextConfig
-from .pruning_mixin import PrunedImageFeatures, VisPrunerMixin, VisPrunerModelMixin, inherit_checkpoint_conversion
+from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, inherit_checkpoint_conversion
+from .pruning_mixin import VisPrunerMixin
 
 NEWLINE = -1
 

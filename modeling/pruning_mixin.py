@@ -6,18 +6,14 @@ down to the number of features that the model's `get_image_features` returns. Kn
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationMixin, LlavaForConditionalGeneration
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
-from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
+from .configuration_vispruner import merge_vispruner_config
 from .prompt_shortening import (
     CachedPrompt,
     FullPromptHook,
@@ -28,13 +24,9 @@ from .prompt_shortening import (
     shorten_prompt,
     with_full_prompt,
 )
-from .token_selection import SELECTORS, select_tokens
-from .visual_attention import encode_with_saliency, make_tappable, resolve_attention_layer
-
-logger = logging.get_logger(__name__)
 
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-# Without it (transformers 5.17) generate repeats raw pixel values per image for beams, and cannot chunk image prompts.
+# Arguments of generate for which None says "not given"; for any other, such as top_k, it is a value.
 MODEL_INPUTS = (
     "input_ids",
     "inputs_embeds",
@@ -46,131 +38,8 @@ MODEL_INPUTS = (
     "mm_encoder_outputs",
     "streamer",
 )
+# Without it (transformers 5.17) generate repeats raw pixel values per image for beams, and cannot chunk image prompts.
 GENERATE_ENCODES_ONCE = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
-
-
-@dataclass
-class PrunedImageFeatures(BaseModelOutputWithPooling):
-    """Vision output whose `pooler_output` holds only the kept visual tokens, projected.
-
-    pooler_output  list per image of (tokens, D)
-    kept_indices   list per image of (tokens,) int64: tile * N + patch in the order of pooler_output, newline = -1
-    placeholders   list per image of (tokens,) int64: the placeholder of a full prompt that each token stands for;
-                   None where there is none (LLaVA-NeXT, tile_mode "paper")
-    saliency       (tiles, N) of all images together
-    full_counts    visual tokens a full prompt has for each image
-    """
-
-    kept_indices: list[torch.Tensor] | None = None
-    placeholders: list[torch.Tensor] | None = None
-    saliency: torch.Tensor | None = None
-    full_counts: list[int] | None = None
-
-
-def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str) -> None:
-    """Read every key layout that the stock class or model_type `stock_name` reads.
-
-    transformers converts no keys for a class outside itself: a checkpoint with older names would leave weights random.
-    """
-    mapping = get_checkpoint_conversion_mapping(stock_name)
-    if mapping is None:
-        raise RuntimeError(
-            f"transformers has no checkpoint conversion named {stock_name!r}; this version is unsupported"
-        )
-    register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)
-
-
-class VisPrunerModelMixin:
-    """For the base model (encoder, projector, language model): encode with saliency, then select."""
-
-    config: Any
-    vision_tower: Any
-
-    def prepare_pruning(self) -> None:
-        """Check that this config can be pruned and make the tower tappable. Raises ValueError with the remedy."""
-        options = self.vispruner_options
-        if options.method != "none":
-            if options.method not in SELECTORS:
-                allowed = [*sorted(SELECTORS), "none"]
-                raise ValueError(f"vispruner_config.method must be one of {allowed}, got {options.method!r}")
-            tower, strategy = self.config.vision_config.model_type, self.config.vision_feature_select_strategy
-            if tower != "clip_vision_model":
-                raise ValueError(
-                    f"vision_config.model_type must be clip_vision_model, got {tower!r}: tokens are ranked by the "
-                    'attention of a [CLS] token, which it lacks (vispruner_config.method="none" loads it dense)'
-                )
-            self.require_patches(strategy)
-            self._check_layers_and_budget(options)
-        if self.config.vision_config.model_type == "clip_vision_model":
-            make_tappable([layer.self_attn for layer in self.vision_layers])
-
-    def _check_layers_and_budget(self, options: VisPrunerOptions) -> None:
-        feature_layer, vision = self.config.vision_feature_layer, self.config.vision_config
-        indices = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-        resolve_attention_layer(options.attention_layer, indices, len(self.vision_layers))
-        patches = (vision.image_size // vision.patch_size) ** 2
-        if options.budget(patches) == patches:
-            logger.warning_once(
-                f"vispruner_config keeps all {patches} visual tokens of an image or tile, so nothing is pruned; "
-                "lower visual_token_num or keep_ratio to prune"
-            )
-
-    @staticmethod
-    def require_patches(strategy: str | None) -> None:
-        """Raise ValueError unless features are patches without [CLS], the only ones that can be ranked."""
-        if strategy not in (None, "default"):
-            raise ValueError(
-                f'vision_feature_select_strategy must be "default" (patches without [CLS]), got {strategy!r}'
-            )
-
-    @property
-    def vispruner_options(self) -> VisPrunerOptions:
-        if getattr(self.config, "vispruner_config", None) is None:
-            raise ValueError(
-                "config.vispruner_config is missing: pass vispruner_config={'visual_token_num': 128} to "
-                "from_pretrained, or {'method': 'none'} for the dense model"
-            )
-        return VisPrunerOptions.from_dict(self.config.vispruner_config)
-
-    @property
-    def vision_layers(self) -> Sequence[Any]:
-        return getattr(self.vision_tower, "vision_model", self.vision_tower).encoder.layers
-
-    def encode_with_saliency(
-        self, pixel_values: torch.Tensor, feature_layer: int | list[int], **kwargs: Any
-    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """Run the vision tower on (B, 3, height, width); return its output, features (B, N, C) and saliency (B, N)."""
-        layer = self.vispruner_options.attention_layer
-        return encode_with_saliency(
-            self.vision_tower, self.vision_layers, pixel_values, feature_layer, layer, **kwargs
-        )
-
-    def select(self, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
-        """Return the kept indices (B, T), ascending, by the configured method."""
-        options = self.vispruner_options
-        return select_tokens(
-            options.method,
-            features.detach(),
-            saliency,
-            visual_token_num,
-            important_ratio=options.important_ratio,
-            dedup_step=options.dedup_step,
-            seed=options.seed,
-        )
-
-    def keeps_all(self, visual_tokens: int) -> bool:
-        """True when the budget leaves nothing to drop from the `visual_tokens` tokens of an image or tile."""
-        return self.vispruner_options.budget(visual_tokens) == visual_tokens
-
-    def keep_everything(self, outputs: Any, kept_indices: list[torch.Tensor]) -> "PrunedImageFeatures":
-        """Describe a stock vision output, of which nothing was dropped, in the terms of a pruned one."""
-        counts = [len(image) for image in outputs.pooler_output]
-        placeholders = [torch.arange(count, device=outputs.pooler_output[0].device) for count in counts]
-        return PrunedImageFeatures(**outputs, kept_indices=kept_indices, placeholders=placeholders, full_counts=counts)
-
-    def take_tokens(self, features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Gather (B, N, C) at (B, T) -> (B, T, C)."""
-        return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
 
 
 class VisPrunerMixin(GenerationMixin):
@@ -452,8 +321,8 @@ class VisPrunerMixin(GenerationMixin):
     def _merge_criteria_processor_list(self, default_list: Any, custom_list: Any) -> Any:
         """Stock lets a caller's hook replace its own of the same type, so show it the types behind the wrappers."""
         wrappers = {id(hook.hook): hook for hook in custom_list if isinstance(hook, FullPromptHook)}
-        unwrapped = type(custom_list)(getattr(hook, "hook", hook) for hook in custom_list)
-        merged = super()._merge_criteria_processor_list(default_list, unwrapped)
+        unwrapped = [hook.hook if isinstance(hook, FullPromptHook) else hook for hook in custom_list]
+        merged = super()._merge_criteria_processor_list(default_list, type(custom_list)(unwrapped))
         return type(merged)(wrappers.get(id(hook), hook) for hook in merged)
 
     def _images_of(self, arguments: dict[str, Any]) -> tuple[list[int], list[int]]:
