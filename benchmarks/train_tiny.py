@@ -1,6 +1,6 @@
 """Train the small LLaVA that the package embeds: a stock checkpoint that really answers questions about scenes.
 
-Three stages, each counted in steps and resumable:
+Four stages, each counted in steps and resumable:
   vision    a CLIP tower learns to name, at every patch of an object (features of layer -2), the object's colour,
             shape or digit and where its centre is. CLS has a loss of its own, a list of what is in the picture, which
             is what makes its attention settle on objects as it does in CLIP. At first it looks at half of the patches
@@ -9,6 +9,7 @@ Three stages, each counted in steps and resumable:
   language  projector and language model learn to answer from those features. The questions of a picture share its
             tokens in one sequence, under a block mask. In a third of the steps the model sees a random part of the
             image tokens only, renumbered, so that short images are nothing new; no pruning method takes part.
+  finish    the same once more, shorter and gentler, with a larger share of easy-vqa's pictures.
 """
 
 from __future__ import annotations
@@ -78,9 +79,7 @@ DIGIT_WORDS = tuple("0123456789")
 BACKGROUND, SHAPE, DIGIT = range(3)
 UNTAGGED = -100  # what cross_entropy ignores
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP normalises with
-# What may still be changed on --resume as long as the language stage has not begun.
-LANGUAGE_FIELDS = {"language_steps", "language_batch", "language_rate", "questions", "compressed_share"}
-LANGUAGE_FIELDS |= {"fewest_tokens", "alignment"}
+STAGES = ("vision", "features", "language", "finish")
 LANGUAGE_SEED = 1  # scenes cached for the language stage are others than those of the vision stage
 
 
@@ -110,7 +109,13 @@ class Recipe:
     compressed_share: float = 1 / 3
     fewest_tokens: int = 16
     alignment: float = 0.2
+    finish_steps: int = 1200
+    finish_rate: float = 7e-4
+    finish_easy_share: float = 0.35
     bfloat16: bool = True
+
+
+LANGUAGE_FIELDS = ("questions", "compressed_share", "fewest_tokens", "alignment")
 
 
 @dataclass
@@ -120,6 +125,14 @@ class Progress:
     done: list[str] = field(default_factory=list)
     step: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def used(self, name: str) -> bool:
+        """Whether a field of the recipe has had its effect already, so that --resume cannot change it any more."""
+        stage = "language" if name in LANGUAGE_FIELDS else name.split("_")[0]
+        if stage not in ("language", "finish"):
+            return True
+        begun = len(self.done) + (self.step > 0)
+        return STAGES.index(stage) < begun
 
 
 # What is trained: a stock LLaVA and its processor
@@ -237,7 +250,7 @@ def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor, kept: 
 
 def to_pixels(images: np.ndarray) -> Tensor:
     """Normalise (B, 96, 96, 3) bytes as CLIP's image processor does."""
-    scaled = (torch.from_numpy(images).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    scaled = (torch.tensor(images).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     return scaled.permute(0, 3, 1, 2).contiguous()
 
 
@@ -430,7 +443,7 @@ def cache_features(model: LlavaForConditionalGeneration, recipe: Recipe, split: 
     questions = [None] * scenes + [picture.questions for picture in easy]
     partial = file.with_suffix(".part")
     with partial.open("wb") as out:
-        pickle.dump(Pictures(features, objects, questions), out, protocol=5)
+        pickle.dump((features, objects, questions), out, protocol=5)
     os.replace(partial, file)
 
 
@@ -497,22 +510,25 @@ def answerable(question: Question, kept: np.ndarray) -> bool:
 
 
 class LanguageBatches(Dataset):
-    """The batch of every step of the language stage, drawn from the cached pictures with fresh questions."""
+    """The batch of every step of the last two stages, drawn from the cached pictures with fresh questions."""
 
-    def __init__(self, recipe: Recipe, pictures: Pictures, coder: QuestionCoder) -> None:
+    def __init__(self, recipe: Recipe, pictures: Pictures, coder: QuestionCoder, *, finish: bool = False) -> None:
         self.recipe, self.pictures, self.coder = recipe, pictures, coder
+        self.steps = recipe.finish_steps if finish else recipe.language_steps
+        self.easy_share = recipe.finish_easy_share if finish else recipe.easy_share
+        self.stream = 8 if finish else 7
 
     def __len__(self) -> int:
-        return self.recipe.language_steps
+        return self.steps
 
     def __getitem__(self, step: int) -> dict[str, Tensor]:
         recipe = self.recipe
-        rng = np.random.default_rng([recipe.seed, 7, step])
+        rng = np.random.default_rng([recipe.seed, self.stream, step])
         kept = np.arange(PATCHES)
         if rng.random() < recipe.compressed_share:
             kept = np.sort(rng.permutation(PATCHES)[: int(rng.integers(recipe.fewest_tokens, PATCHES))])
         scenes, total = recipe.cached_scenes, len(self.pictures.features)
-        of_easy = rng.random(recipe.language_batch) < recipe.easy_share
+        of_easy = rng.random(recipe.language_batch) < self.easy_share
         chosen = [int(rng.integers(scenes, total) if easy else rng.integers(scenes)) for easy in of_easy]
         questions = []
         for number in chosen:
@@ -662,14 +678,13 @@ class Run:
     def resume(self) -> None:
         stored = torch.load(self.work / "state.pt", weights_only=True)
         progress = stored["progress"]
-        begun = "language" in progress["done"] or ("features" in progress["done"] and progress["step"] > 0)
+        self.progress = Progress(progress["done"], progress["step"], defaultdict(float, progress["seconds"]))
         changed = [name for name, value in asdict(self.recipe).items() if stored["recipe"].get(name) != value]
-        changed = [name for name in changed if begun or name not in LANGUAGE_FIELDS]
+        changed = [name for name in changed if self.progress.used(name)]
         if changed:
             raise SystemExit(f"--resume needs the recipe the run was started with; changed: {', '.join(changed)}")
         self.model.load_state_dict(stored["model"])
         self.heads.load_state_dict(stored["heads"])
-        self.progress = Progress(progress["done"], progress["step"], defaultdict(float, progress["seconds"]))
         self.stored = stored
 
     def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -747,6 +762,12 @@ class Run:
         self._finish("features")
 
     def language(self) -> None:
+        self._language("language", self.recipe.language_rate)
+
+    def finish(self) -> None:
+        self._language("finish", self.recipe.finish_rate)
+
+    def _language(self, stage: str, rate: float) -> None:
         recipe, model = self.recipe, self.model
         align = Alignment(self.tokenizer)
         train, validation = (self._cached(split) for split in ("train", "validation"))
@@ -754,19 +775,16 @@ class Run:
         def loss_of(batch: dict[str, Tensor]) -> Tensor:
             return language_loss(model, align, batch, recipe.alignment)
 
+        def report() -> dict[str, float]:
+            return language_accuracy(model, self.coder, validation, recipe)
+
+        batches = LanguageBatches(recipe, train, self.coder, finish=stage == "finish")
         modules = [model.model.multi_modal_projector, model.model.language_model, model.lm_head]
-        self.train(
-            "language",
-            LanguageBatches(recipe, train, self.coder),
-            modules,
-            recipe.language_rate,
-            loss_of,
-            lambda: language_accuracy(model, self.coder, validation, recipe),
-        )
+        self.train(stage, batches, modules, rate, loss_of, report)
 
     def _cached(self, split: str) -> Pictures:
         with (self.work / f"{split}.pickle").open("rb") as file:
-            return pickle.load(file)
+            return Pictures(*pickle.load(file))
 
     def write(self, out: Path) -> None:
         """Write the checkpoint as any LLaVA is stored, in place of one that is there."""
@@ -776,6 +794,7 @@ class Run:
         build_processor(self.tokenizer).save_pretrained(partial)
         if out.exists():
             shutil.rmtree(out)
+        (partial / "model.safetensors").chmod(0o644)  # written for the owner alone, which packages would carry on
         partial.rename(out)
 
 
@@ -860,7 +879,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run = Run(recipe, work, args.save_every)
     if args.resume and (work / "state.pt").exists():
         run.resume()
-    for stage in ("vision", "features", "language"):
+    for stage in STAGES:
         if stage not in run.progress.done:
             getattr(run, stage)()
     run.write(args.out)
