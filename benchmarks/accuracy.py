@@ -565,11 +565,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.set(title="All questions", ylabel="share right")
     left.legend(fontsize=8, loc="lower right")
     _draw_ratios(right, rows)
-    axes = bottom.subplots(small_rows, 4, squeeze=False, sharey=True).flat
+    axes = list(bottom.subplots(small_rows, 4, squeeze=False, sharey=True).flat)
     for axis, kind in zip(axes, kinds, strict=False):
         _draw_curves(axis, curves, "accuracy_by_type", "ci95_by_type", kind)
         axis.set_title(f"{kind} ({rows[0]['n_by_type'][kind]} questions)", fontsize=10)
-    for axis in list(axes)[len(kinds) :]:
+    for axis in axes[len(kinds) :]:
         axis.set_visible(False)
     figure.suptitle(
         f"{result['dataset']}, seed {result['seed']}: {result['questions']} questions about {result['pictures']} "
