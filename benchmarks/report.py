@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import (
     DENSE,
     DOWNSAMPLE,
+    TRAINED,
     BenchmarkError,
     PublishedModel,
     Sample,
@@ -282,7 +283,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--repo",
         type=Path,
         metavar="DIR",
-        help="a built repo, or a stock LLaVA checkpoint to build one from; by default the embedded checkpoint",
+        default=TRAINED,
+        help="a built repo, or a stock LLaVA checkpoint to build one from; by default the trained one in the package",
     )
     parser.add_argument("--selectors", nargs="+", metavar="NAME", help="by default all the repo registers")
     parser.add_argument(
