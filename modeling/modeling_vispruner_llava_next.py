@@ -13,6 +13,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerLlavaNextConfig
+from .encoded_images import EncodedImages
 from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, inherit_checkpoint_conversion
 from .pruning_mixin import VisPrunerMixin
 
@@ -205,6 +206,7 @@ class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForCon
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        encoded_images: EncodedImages | None = None,
         **kwargs: Any,
     ) -> Any:
         """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
@@ -222,6 +224,7 @@ class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForCon
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
             **kwargs,
         )
         return self.pruned_forward(super().forward, inputs)
