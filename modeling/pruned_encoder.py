@@ -12,6 +12,7 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
+from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_vispruner import VisPrunerOptions
 from .token_selection import SELECTORS, select_tokens
@@ -138,6 +139,26 @@ class VisPrunerModelMixin:
         counts = [len(image) for image in outputs.pooler_output]
         placeholders = [torch.arange(count, device=outputs.pooler_output[0].device) for count in counts]
         return PrunedImageFeatures(**outputs, kept_indices=kept_indices, placeholders=placeholders, full_counts=counts)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Stock, but for its message, which waits for the device once more: it is written only when the check fails.
+
+        So a prompt that is shortened, which takes one look at its ids, is waited for no more often than a stock one.
+        """
+        if input_ids is None:
+            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[misc]
+        mask = input_ids == self.config.image_token_id
+        tokens = mask.sum()
+        torch_compilable_check(
+            tokens * inputs_embeds.shape[-1] == image_features.numel(),
+            lambda: (
+                f"the prompt has {tokens} image placeholders (id {self.config.image_token_id}), but the images have "
+                f"{image_features.numel() // inputs_embeds.shape[-1]} visual tokens"
+            ),
+        )
+        return mask[..., None].to(inputs_embeds.device)
 
     def take_tokens(self, features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Gather (B, N, C) at (B, T) -> (B, T, C)."""
