@@ -13,7 +13,16 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Their results, or the shapes of these, are read on the host.
-READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim"}
+READS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "_unique2",
+    "unique_dim",
+}
 COPIES = ("tolist", "cpu", "numpy", "__array__")
 
 
@@ -24,7 +33,7 @@ def tensors_of(*values: Any) -> list[torch.Tensor]:
 class HostReads:
     """While active, count by name the operations for which the host waits on what came from `device_tensors`.
 
-    Everything computed from those counts as being on the device too; other tensors, e.g. of image sizes, are the host's.
+    Everything computed from those counts as being on the device too; all other tensors are the host's own.
     """
 
     def __init__(self, *device_tensors: Any) -> None:
