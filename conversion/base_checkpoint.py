@@ -63,7 +63,7 @@ SAFETENSORS_FILES = ("*.safetensors", "*.safetensors.index.json")
 BIN_FILES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 # The library behind huggingface_hub 1.x is httpx, behind 2.x httpx2; what cannot be connected to raises its HTTPError.
-HTTP_ERROR = HfHubHTTPError.__bases__[0]
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 class BuildError(ValueError):
@@ -178,6 +178,7 @@ def _hub_snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...])
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
 
 
+@functools.cache  # a commit never changes
 def _hub_headers(repo_id: str, commit: str | None) -> dict[str, TensorHeader]:
     """Read the headers of a Hub repo's safetensors files, and check them against its index."""
     found = HfApi().get_safetensors_metadata(repo_id, revision=commit)
