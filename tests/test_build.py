@@ -384,7 +384,7 @@ def test_a_hub_base_is_pinned_to_the_commit_its_branch_resolved_to(
     snapshot = Path(shutil.copytree(tiny_llava_repo, tmp_path / "hub" / "snapshots" / COMMIT))
     asked = []
 
-    def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(repo_id: str, revision: str | None, allow_patterns: list[str], **settings: Any) -> str:
         asked.append((repo_id, revision, "*.safetensors" in allow_patterns, "pytorch_model*.bin" in allow_patterns))
         return str(snapshot)
 
@@ -401,7 +401,7 @@ def test_bin_files_are_downloaded_only_where_there_are_no_safetensors(
 ) -> None:
     asked = []
 
-    def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(repo_id: str, revision: str | None, allow_patterns: list[str], **settings: Any) -> str:
         asked.append([kind for kind in ("safetensors", "bin") if any(kind in pattern for pattern in allow_patterns)])
         return str(tmp_path)
 
