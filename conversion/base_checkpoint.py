@@ -175,7 +175,7 @@ def _embedded_checkpoint() -> Path:
 
 def _hub_snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     with hub_errors_explained(repo_id, revision):
-        # Said outright, because huggingface_hub 1.x asks the Hub for the file list of a commit even when it is offline.
+        # Said outright: huggingface_hub 1.x asks the Hub for the file list of a commit even when it is offline.
         offline = constants.HF_HUB_OFFLINE
         folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
         return Path(folder)
