@@ -15,7 +15,13 @@ import torch
 from .pruned_encoder import PrunedImageFeatures
 
 # Fields of vispruner_config that say nothing about which tokens an image has.
-NOT_ABOUT_TOKENS = ("position_policy", "base_model_name_or_path", "base_model_revision", "vispruner_version")
+NOT_ABOUT_TOKENS = (
+    "position_policy",
+    "base_model_name_or_path",
+    "base_model_revision",
+    "weights",
+    "vispruner_version",
+)
 
 
 @dataclass(frozen=True)
