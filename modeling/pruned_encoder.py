@@ -14,11 +14,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 from transformers.utils.import_utils import torch_compilable_check
 
-from .configuration_vispruner import VisPrunerOptions
+from .configuration_vispruner import VisPrunerOptions, used_vision_layers
 from .token_selection import SELECTORS, select_tokens
 from .visual_attention import encode_with_saliency, make_tappable, resolve_attention_layer
 
 logger = logging.get_logger(__name__)
+
+DROPPED_LAYERS = r"vision_tower\.(vision_model\.)?encoder\.layers\.\d+\."
 
 
 @dataclass
@@ -57,6 +59,7 @@ class VisPrunerModelMixin:
 
     config: Any
     vision_tower: Any
+    _keys_to_ignore_on_load_unexpected: Any
 
     def prepare_pruning(self) -> None:
         """Check that this config can be pruned and make the tower tappable. Raises ValueError with the remedy."""
@@ -75,6 +78,9 @@ class VisPrunerModelMixin:
             self._check_layers_and_budget(options)
         if self.config.vision_config.model_type == "clip_vision_model":
             make_tappable([layer.self_attn for layer in self.vision_layers])
+            if used_vision_layers(self.config) == len(self.vision_layers):
+                # Layers above those are not missed: loading need not warn of a base that still has them.
+                self._keys_to_ignore_on_load_unexpected.add(DROPPED_LAYERS)
 
     def _check_layers_and_budget(self, options: VisPrunerOptions) -> None:
         feature_layer, vision = self.config.vision_feature_layer, self.config.vision_config
