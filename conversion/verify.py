@@ -425,20 +425,21 @@ def machine_memory() -> int:
 
 
 def _worker_settings(folder: Path, weights: BaseCheckpoint, run_models: bool) -> dict[str, Any]:
-    architecture = ARCHITECTURES[read_json(folder / "config.json")["model_type"]]
+    config = read_json(folder / "config.json")
+    architecture = ARCHITECTURES[config["model_type"]]
     return {
         "run_models": run_models,
         "thin": weights.repo_id is not None,
         "class_name": architecture.model_class.__name__,
         "weights_folder": str(weights.folder),
         "weight_files": [str(path) for path in checkpoint_shards(weights.folder)] if run_models else [],
-        "stored_names": _loaded_to_stored(weights.tensor_headers()),
+        "stored_names": _loaded_to_stored(weights.tensor_headers(), config),
     }
 
 
-def _loaded_to_stored(headers: Mapping[str, TensorHeader]) -> dict[str, str]:
+def _loaded_to_stored(headers: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> dict[str, str]:
     """Return how a loaded model's tensors are called in the files; transformers nests its CLIP tower differently."""
-    names = {published: name for name, published in published_names(headers).items()}
+    names = {published: name for name, published in without_dropped_layers(published_names(headers), config).items()}
     flat = {
         published.replace("vision_tower.vision_model.", "vision_tower."): name for published, name in names.items()
     }
