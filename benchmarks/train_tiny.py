@@ -83,36 +83,40 @@ STAGES = ("vision", "features", "language", "finish")
 LANGUAGE_SEED = 1  # scenes cached for the language stage are others than those of the vision stage
 
 
+def _setting(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the weights, but for the versions of the libraries and the processor."""
 
-    seed: int = 0
-    width: int = 128
-    vision_layers: int = 6
-    text_layers: int = 4
-    heads: int = 4
-    vision_steps: int = 3600
-    vision_batch: int = 32
-    vision_rate: float = 1e-3
-    easy_share: float = 0.125
-    dense_share: float = 0.6
-    vision_tokens: int = 72
-    sparse_share: float = 0.7
-    cached_scenes: int = 12000
-    validation_scenes: int = 400
-    easy_limit: int | None = None
-    language_steps: int = 3600
-    language_batch: int = 16
-    language_rate: float = 1.5e-3
-    questions: int = 14
-    compressed_share: float = 1 / 3
-    fewest_tokens: int = 16
-    alignment: float = 0.2
-    finish_steps: int = 1200
-    finish_rate: float = 7e-4
-    finish_easy_share: float = 0.35
-    bfloat16: bool = True
+    seed: int = _setting(0, "what the weights and every batch are drawn from")
+    width: int = _setting(128, "of the tower and of the language model")
+    vision_layers: int = _setting(6, "the last one stays untrained")
+    text_layers: int = _setting(4, "of the language model")
+    heads: int = _setting(4, "of attention, in both")
+    vision_steps: int = _setting(3600, "of the vision stage")
+    vision_batch: int = _setting(32, "pictures a step")
+    vision_rate: float = _setting(1e-3, "highest learning rate")
+    easy_share: float = _setting(0.125, "of easy-vqa's pictures in the vision and language stages")
+    dense_share: float = _setting(0.6, "of crowded scenes in the vision stage, but for its last fifth")
+    vision_tokens: int = _setting(72, "patches seen in the first part of the vision stage")
+    sparse_share: float = _setting(0.7, "of the vision stage that is its first part")
+    cached_scenes: int = _setting(12000, "scenes for the language stage")
+    validation_scenes: int = _setting(400, "scenes to judge it on")
+    easy_limit: int | None = _setting(None, "questions of easy-vqa to read (all unless given)")
+    language_steps: int = _setting(3600, "of the language stage")
+    language_batch: int = _setting(16, "pictures a step")
+    language_rate: float = _setting(1.5e-3, "highest learning rate")
+    questions: int = _setting(14, "most questions asked about a picture in one step")
+    compressed_share: float = _setting(1 / 3, "of the steps with shortened images")
+    fewest_tokens: int = _setting(16, "that a shortened image has")
+    alignment: float = _setting(0.2, "weight of projected patches resembling words")
+    finish_steps: int = _setting(1200, "of the finishing stage")
+    finish_rate: float = _setting(7e-4, "highest learning rate")
+    finish_easy_share: float = _setting(0.35, "of easy-vqa's pictures in it")
+    bfloat16: bool = _setting(True, "compute matrix products in bfloat16")
 
 
 LANGUAGE_FIELDS = ("questions", "compressed_share", "fewest_tokens", "alignment")
@@ -133,9 +137,6 @@ class Progress:
             return True
         begun = len(self.done) + (self.step > 0)
         return STAGES.index(stage) < begun
-
-
-# What is trained: a stock LLaVA and its processor
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -252,9 +253,6 @@ def to_pixels(images: np.ndarray) -> Tensor:
     """Normalise (B, 96, 96, 3) bytes as CLIP's image processor does."""
     scaled = (torch.tensor(images).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
     return scaled.permute(0, 3, 1, 2).contiguous()
-
-
-# Vision stage
 
 
 class VisionHeads(nn.Module):
@@ -409,9 +407,6 @@ def vision_accuracy(model: LlavaForConditionalGeneration, heads: VisionHeads, re
     return {name: float(np.mean(values)) for name, values in right.items()}
 
 
-# Language stage
-
-
 @dataclass
 class Pictures:
     """Cached pictures: features (P, N, C) of layer -2, and per picture its objects and (easy-vqa) its questions."""
@@ -456,7 +451,8 @@ class QuestionCoder:
     """Turns questions into ids: what precedes the image, and per question what follows it up to the end token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer, self.known = tokenizer, {}
+        self.tokenizer = tokenizer
+        self.known: dict[tuple[str, str], list[int]] = {}
         self.image = tokenizer.convert_tokens_to_ids("<image>")
         ids = tokenizer(prompt("?")).input_ids
         self.prefix = ids[: ids.index(self.image)]
@@ -638,16 +634,14 @@ def summarise(right: dict[str, list[bool]]) -> dict[str, float]:
     return {"overall": round(float(np.mean(counted)), 4), **accuracy} if counted else accuracy
 
 
-# Running the stages
-
-
 def autocast(recipe: Recipe) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16)
 
 
 def optimizer_for(modules: Iterable[nn.Module], rate: float) -> torch.optim.AdamW:
     """AdamW that decays matrices only, not norms, biases and embeddings."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             (free if parameter.ndim < 2 or "embed" in name else decayed).append(parameter)
@@ -852,19 +846,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, help="folder of the unfinished run (default: OUT with .work added)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the work folder")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default: %(default)s)")
-    parser.add_argument("--save-every", type=int, default=300, metavar="STEPS", help="default: %(default)s")
+    parser.add_argument(
+        "--save-every", type=int, default=300, metavar="STEPS", help="between savings (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write recipe, times, versions and accuracies to this file")
     parser.add_argument(
         "--scenes", type=int, default=500, help="scenes of the final measurement (default: %(default)s)"
     )
     recipe = parser.add_argument_group("recipe", "defaults are the recipe of the embedded checkpoint")
     for item in fields(Recipe):
-        flag = f"--{item.name.replace('_', '-')}"
+        shown = "" if item.default is None else f" (default: {item.default:.6g})"
+        kind: dict[str, Any] = {"type": int if item.default is None else type(item.default), "metavar": "N"}
         if isinstance(item.default, bool):
-            recipe.add_argument(flag, action=argparse.BooleanOptionalAction, default=item.default)
-        else:
-            kind = int if item.default is None else type(item.default)
-            recipe.add_argument(flag, type=kind, default=item.default, metavar="N", help=f"default: {item.default}")
+            shown, kind = "", {"action": argparse.BooleanOptionalAction}
+        flag = f"--{item.name.replace('_', '-')}"
+        recipe.add_argument(flag, default=item.default, help=item.metadata["help"] + shown, **kind)
     return parser
 
 
@@ -888,6 +884,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": args.threads,
         "seconds": {name: round(value) for name, value in run.progress.seconds.items()},
         "versions": versions(),
+        "scenes": args.scenes,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "accuracy": evaluate(args.out, args.scenes, recipe.easy_limit),
     }

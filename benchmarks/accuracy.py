@@ -1,0 +1,743 @@
+"""Measure how many questions a pruned model still answers, for every selector and budget, on the same questions.
+
+The model runs as its users run it: a built repo, loaded by AutoProcessor and AutoModelForImageTextToText with
+trust_remote_code=True, answers batches of (picture, question) prompts by `generate`. That its class is the repo's own
+and that its KV cache is shorter by the dropped tokens is checked in every batch.
+
+Questions   scenes that were never trained on, generated from --seed, or a sample of the easy-vqa test split.
+Right       the answer is the expected word, whole, upper and lower case alike.
+Interval    Wilson's at 95 %. Questions about one picture fail together, so they count as fewer where they do (the
+            design effect of the pictures, never below 1).
+random      the mean over three draws; its interval is that of one run over all questions.
+downsample  no selection at all: the processor makes the picture smaller, to the largest square grid of patches within
+            the budget, and the tower interpolates its position embeddings (stock `interpolate_pos_encoding`). The
+            model never saw pictures of that size in training.
+Object recall   the share of the objects that keep a patch, where a patch belongs to an object when its centre lies in
+            the object's box.
+100 %       nothing is dropped, so every selector is the dense model: it runs once, and each selector gets its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate_scene
+
+from vispruner import SELECTORS, __version__
+from vispruner.conversion.build import build_repo
+
+CONFIG = "tiny-llava-vispruner"
+DATASETS = ("scenes", "easy-vqa")
+DENSE, DOWNSAMPLE = "none", "downsample"
+BUDGETS = (100.0, 50.0, 25.0, 12.5, 6.0)
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+POLICIES = ("renumber", "original")
+DRAWS = (0, 1, 2)
+QUESTIONS = 1500
+BATCH = 32
+Z95 = 1.959964
+
+
+class BenchmarkError(ValueError):
+    """What was asked for cannot be measured, or the model did not do what pruning promises."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one picture.
+
+    first  whether it is the first question about its picture
+    boxes  of all objects in the picture, None where nobody knows them
+    """
+
+    picture: int
+    first: bool
+    image: Image.Image
+    text: str
+    answer: str
+    type: str
+    boxes: tuple[Box, ...] | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the result: a selector with its options, or a smaller picture, at one budget."""
+
+    selector: str
+    budget_percent: float
+    visual_token_num: int
+    important_ratio: float | None = None
+    position_policy: str | None = None
+    draws: tuple[int, ...] = (0,)
+
+    def options(self, draw: int, batch: int) -> dict[str, Any]:
+        """The `vispruner_config` fields to set; every draw and batch of a random selector has its own seed."""
+        if self.selector in (DENSE, DOWNSAMPLE):
+            return {"method": "none"}
+        options = {
+            "method": self.selector,
+            "visual_token_num": self.visual_token_num,
+            "position_policy": self.position_policy,
+            "seed": draw * 1_000_003 + batch,
+        }
+        return options if self.important_ratio is None else {**options, "important_ratio": self.important_ratio}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one batch gave under one draw of one variant; the objects of a picture count at its first question."""
+
+    right: list[bool]
+    kv_visual_tokens: int
+    objects: int
+    objects_kept: int
+
+
+@dataclass
+class Tally:
+    """What was seen of one variant: right or wrong by draw and question, objects that kept a patch, cached tokens."""
+
+    right: dict[int, list[bool]] = field(default_factory=lambda: defaultdict(list))
+    objects: int = 0
+    objects_kept: int = 0
+    kv_visual_tokens: set[int] = field(default_factory=set)
+
+    def add(self, draw: int, seen: Seen) -> None:
+        self.right[draw] += seen.right
+        self.objects += seen.objects
+        self.objects_kept += seen.objects_kept
+        self.kv_visual_tokens.add(seen.kv_visual_tokens)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One batch: an answer per prompt, the visual tokens its cache holds per prompt, and what was selected.
+
+    kept      (B, T) patches that stayed, None where nothing was selected
+    saliency  (B, N) what they were selected by, None likewise
+    """
+
+    texts: list[str]
+    kv_visual_tokens: int
+    kept: torch.Tensor | None = None
+    saliency: torch.Tensor | None = None
+
+
+# The questions
+
+
+def questions(dataset: str, seed: int, limit: int) -> list[Sample]:
+    """Return the first `limit` questions of the test set that a seed stands for."""
+    source = _scene_samples(seed) if dataset == "scenes" else _easy_vqa_samples(seed)
+    samples = []
+    for sample in source:
+        samples.append(sample)
+        if len(samples) == limit:
+            break
+    return samples
+
+
+def _scene_samples(seed: int) -> Iterator[Sample]:
+    index = 0
+    while True:
+        scene = generate_scene("test", seed, index)
+        boxes = tuple(o.box for o in scene.objects)
+        for place, q in enumerate(scene.questions):
+            yield Sample(index, place == 0, scene.image, q.text, q.answer, q.type, boxes)
+        index += 1
+
+
+def _easy_vqa_samples(seed: int) -> Iterator[Sample]:
+    """The whole test split, its pictures in an order that the seed decides."""
+    by_picture: dict[int, list[Sample]] = defaultdict(list)
+    for item in easy_vqa_questions("test"):
+        q, asked = item.question, by_picture[item.image_id]
+        asked.append(Sample(item.image_id, not asked, item.image, q.text, q.answer, q.type, None))
+    for picture in np.random.default_rng(seed).permutation(sorted(by_picture)):
+        yield from by_picture[int(picture)]
+
+
+# The model, as its users run it
+
+
+class PublishedModel:
+    """A built repo loaded through the Auto classes. Raises BenchmarkError where it is not the repo's own class."""
+
+    def __init__(self, repo: Path) -> None:
+        self.processor: Any = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+        auto_class: Any = AutoModelForImageTextToText
+        self.model: Any = auto_class.from_pretrained(repo, trust_remote_code=True).eval()
+        config = self.model.config
+        named = (config.architectures or [""])[0]
+        if type(self.model).__name__ != named or not type(self.model).__module__.startswith("transformers_modules."):
+            raise BenchmarkError(f"{repo} was loaded as {type(self.model)}, not as its own class {named}")
+        if config.model_type != "llava":
+            raise BenchmarkError(f"{repo} is a {config.model_type} model: only llava repos (one tile) are measured")
+        self.patch_size: int = config.vision_config.patch_size
+        self.grid: int = config.vision_config.image_size // self.patch_size
+        module = type(self.model).__module__.rpartition(".")[0] + ".token_selection"
+        self.selection: Any = importlib.import_module(module)
+
+    @property
+    def visual_tokens(self) -> int:
+        return self.grid**2
+
+    def inputs(self, samples: Sequence[Sample], grid: int | None = None) -> Any:
+        """Process one batch; `grid` makes the pictures smaller, to grid x grid patches."""
+        texts = [self.prompt(sample.text) for sample in samples]
+        side = (grid or self.grid) * self.patch_size
+        smaller = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}} if grid else {}
+        images = [sample.image for sample in samples]
+        return self.processor(images=images, text=texts, padding=True, return_tensors="pt", **smaller)
+
+    def prompt(self, question: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def longest_answer(self, answers: Iterable[str]) -> int:
+        """Return how many tokens the longest of these answers takes, with the one that ends it."""
+        tokenizer = self.processor.tokenizer
+        return 1 + max(len(tokenizer(f" {a}", add_special_tokens=False).input_ids) for a in set(answers))
+
+    @torch.no_grad()
+    def answer(self, inputs: Any, options: dict[str, Any], visual_token_num: int, new_tokens: int) -> Answers:
+        """Answer one batch under these options; raise BenchmarkError unless the cache holds what they say."""
+        self.model.set_vispruner_config(**options)
+        with self._recorded_selections() as selections, self._any_picture_size():
+            result = self.model.generate(
+                **inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
+            )
+        prompt = inputs["input_ids"].shape[1]
+        placeholders = (inputs["input_ids"] == self.model.config.image_token_id).sum(dim=1)
+        new = result.sequences.shape[1] - prompt
+        # The last new token is never fed back, so the cache holds the prompt's text, its visual tokens and new - 1.
+        text = prompt - int(placeholders[0]) + new - 1
+        cached = result.past_key_values.get_seq_length() - text
+        if not bool((placeholders == placeholders[0]).all()) or cached != visual_token_num:
+            raise BenchmarkError(
+                f"the KV cache holds {cached} visual tokens under {options}, where {visual_token_num} are right"
+            )
+        texts = self.processor.tokenizer.batch_decode(result.sequences[:, prompt:], skip_special_tokens=True)
+        return Answers(texts, cached, *(selections[-1] if selections else (None, None)))
+
+    @contextmanager
+    def _recorded_selections(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Note what `generate` itself selects, rather than encoding once more to ask."""
+        base, recorded = self.model.model, []
+        select: Callable[..., torch.Tensor] = base.select
+
+        def recorded_select(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+            kept = select(features, saliency, visual_token_num)
+            recorded.append((kept, saliency))
+            return kept
+
+        base.select = recorded_select
+        try:
+            yield recorded
+        finally:
+            del base.select
+
+    @contextmanager
+    def _any_picture_size(self) -> Iterator[None]:
+        """Have the tower interpolate its position embeddings when the picture is not as large as it was trained on."""
+
+        def interpolate(tower: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            pixels = args[0] if args else kwargs["pixel_values"]
+            smaller = pixels.shape[-1] != self.grid * self.patch_size
+            return args, ({**kwargs, "interpolate_pos_encoding": True} if smaller else kwargs)
+
+        hook = self.model.model.vision_tower.register_forward_pre_hook(interpolate, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@contextmanager
+def published_repo(repo: Path | None) -> Iterator[Path]:
+    """Yield a built repo: the given one, or one built from the given stock checkpoint or from the embedded one."""
+    if repo is not None and not (repo / "config.json").is_file():
+        raise BenchmarkError(f"{repo} has no config.json: give a built repo or a stock LLaVA checkpoint")
+    if repo is not None and "auto_map" in json.loads((repo / "config.json").read_text(encoding="utf-8")):
+        yield repo
+        return
+    with tempfile.TemporaryDirectory(prefix="vispruner-benchmark-") as folder:
+        yield build_repo(CONFIG, Path(folder) / CONFIG, base=repo, show_progress=False)
+
+
+# What is measured
+
+
+def variants(selectors: Sequence[str], budgets: Sequence[float], registry: dict[str, Any], full: int) -> list[Variant]:
+    """Return the rows to measure: each selector with every option it takes, at each budget; nothing twice."""
+    rows = []
+    for budget in budgets:
+        count = min(full, max(1, math.floor(full * budget / 100 + 0.5)))
+        for selector in selectors:
+            rows += _variants_of(selector, budget, count, registry, full)
+    return list(dict.fromkeys(rows))
+
+
+def _variants_of(selector: str, budget: float, count: int, registry: dict[str, Any], full: int) -> list[Variant]:
+    if selector == DENSE:
+        return [Variant(DENSE, budget, full)] if count == full else []
+    if selector == DOWNSAMPLE:
+        return [Variant(DOWNSAMPLE, budget, math.isqrt(count) ** 2)]
+    options = registry[selector].options
+    ratios = RATIOS if "important_ratio" in options else (None,)
+    draws = DRAWS if "seed" in options else (0,)
+    return [Variant(selector, budget, count, ratio, policy, draws) for policy in POLICIES for ratio in ratios]
+
+
+def measure(
+    published: PublishedModel, repo: Path, samples: Sequence[Sample], rows: Sequence[Variant], processes: int = 1
+) -> dict[Variant, Tally]:
+    """Answer every question under every row; each batch is processed once and goes through all of them."""
+    dense = Variant(DENSE, 100.0, published.visual_tokens)
+    run_as = {row: dense if row.visual_token_num == published.visual_tokens else row for row in rows}
+    to_run = list(dict.fromkeys(run_as.values()))
+    tallies: dict[Variant, Tally] = {row: Tally() for row in to_run}
+    new_tokens = published.longest_answer(sample.answer for sample in samples)
+    batches = [(start // BATCH, samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
+    answers_per_question = sum(len(row.draws) for row in to_run)
+    with tqdm(total=len(samples) * answers_per_question, unit="answer") as progress:
+        for (_, batch), seen in zip(
+            batches, _answered(published, repo, batches, to_run, new_tokens, processes), strict=True
+        ):
+            for (row, draw), result in seen.items():
+                tallies[row].add(draw, result)
+            progress.update(len(batch) * answers_per_question)
+    return {row: tallies[run] for row, run in run_as.items()}
+
+
+def _answered(
+    published: PublishedModel,
+    repo: Path,
+    batches: Sequence[tuple[int, Sequence[Sample]]],
+    rows: Sequence[Variant],
+    new_tokens: int,
+    processes: int,
+) -> Iterator[dict[tuple[Variant, int], Seen]]:
+    """Answer the batches in order; small operations gain more from two processes than from two threads."""
+    if processes == 1:
+        yield from (answer_batch(published, number, batch, rows, new_tokens) for number, batch in batches)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn"), _load_in_worker, (repo,)) as pool:
+        yield from pool.map(partial(_answer_in_worker, rows=rows, new_tokens=new_tokens), batches)
+
+
+_loaded_here: list[PublishedModel] = []
+
+
+def _load_in_worker(repo: Path) -> None:
+    torch.set_num_threads(1)
+    _loaded_here.append(PublishedModel(repo))
+
+
+def _answer_in_worker(
+    batch: tuple[int, Sequence[Sample]], rows: Sequence[Variant], new_tokens: int
+) -> dict[tuple[Variant, int], Seen]:
+    return answer_batch(_loaded_here[0], *batch, rows, new_tokens)
+
+
+def answer_batch(
+    published: PublishedModel, number: int, batch: Sequence[Sample], rows: Sequence[Variant], new_tokens: int
+) -> dict[tuple[Variant, int], Seen]:
+    """Answer one batch under every row and draw."""
+    inputs = published.inputs(batch)
+    results = {}
+    for row in rows:
+        smaller = row.selector == DOWNSAMPLE
+        own_inputs = published.inputs(batch, math.isqrt(row.visual_token_num)) if smaller else inputs
+        for draw in row.draws:
+            answers = published.answer(own_inputs, row.options(draw, number), row.visual_token_num, new_tokens)
+            results[row, draw] = _seen(answers, batch, published.grid)
+    return results
+
+
+def _seen(answers: Answers, batch: Sequence[Sample], grid: int) -> Seen:
+    right = [is_right(text, sample.answer) for text, sample in zip(answers.texts, batch, strict=True)]
+    objects = kept_objects = 0
+    for place, sample in enumerate(batch):
+        boxes = sample.boxes if sample.first and sample.boxes else ()
+        kept = None if answers.kept is None else set(answers.kept[place].tolist())
+        objects += len(boxes)
+        kept_objects += sum(kept is None or bool(kept & patches_of(box, grid)) for box in boxes)
+    return Seen(right, answers.kv_visual_tokens, objects, kept_objects)
+
+
+def is_right(text: str, answer: str) -> bool:
+    return text.strip().lower() == answer.lower()
+
+
+def patches_of(box: Box, grid: int) -> set[int]:
+    """Return the patches, in raster order, whose centre lies in a box."""
+    left, top, right, bottom = box
+    centers = [(place + 0.5) * IMAGE_SIZE / grid for place in range(grid)]
+    columns = [place for place, center in enumerate(centers) if left <= center < right]
+    return {row * grid + column for row, y in enumerate(centers) if top <= y < bottom for column in columns}
+
+
+# From counts to the result
+
+
+def row_of(row: Variant, tally: Tally, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return one row of the JSON."""
+    right = np.mean([tally.right[draw] for draw in sorted(tally.right)], axis=0)  # (questions,) over draws
+    pictures = np.array([sample.picture for sample in samples])
+    types = np.array([sample.type for sample in samples])
+    by_type = {kind: types == kind for kind in QUESTION_TYPES if (types == kind).any()}
+    if len(tally.kv_visual_tokens) != 1:
+        raise BenchmarkError(f"{row} was seen with {sorted(tally.kv_visual_tokens)} visual tokens in the KV cache")
+    result = {
+        "selector": row.selector,
+        "budget_percent": row.budget_percent,
+        "visual_token_num": row.visual_token_num,
+        "important_ratio": row.important_ratio,
+        "position_policy": row.position_policy,
+        "n": len(samples),
+        "accuracy": float(right.mean()),
+        "ci95": interval(right, pictures),
+        "accuracy_by_type": {kind: float(right[mask].mean()) for kind, mask in by_type.items()},
+        "ci95_by_type": {kind: interval(right[mask], pictures[mask]) for kind, mask in by_type.items()},
+        "n_by_type": {kind: int(mask.sum()) for kind, mask in by_type.items()},
+        "object_recall": tally.objects_kept / tally.objects if tally.objects else None,
+        "kv_visual_tokens": tally.kv_visual_tokens.copy().pop(),
+    }
+    if len(tally.right) > 1:
+        result["accuracy_by_draw"] = [float(np.mean(tally.right[draw])) for draw in sorted(tally.right)]
+    return result
+
+
+def interval(right: np.ndarray, pictures: np.ndarray) -> list[float]:
+    """Return Wilson's 95 % interval of a share, for as many independent questions as these are worth.
+
+    right     (questions,) 0 to 1
+    pictures  (questions,) questions about the same picture are drawn together
+    """
+    count, share = len(right), float(right.mean())
+    effect = 1.0
+    _, place = np.unique(pictures, return_inverse=True)
+    groups = int(place.max()) + 1
+    if 0 < share < 1 and groups > 1:
+        residuals = np.bincount(place, right - share)
+        variance = groups / (groups - 1) * float((residuals**2).sum()) / count**2
+        effect = max(1.0, variance / (share * (1 - share) / count))
+    return list(wilson(share, count / effect))
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Return Wilson's 95 % interval of a share seen in `count` independent trials."""
+    middle = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
+    half = Z95 / (1 + Z95**2 / count) * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "numpy", "pillow", "scikit-learn", "easy-vqa")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return {"vispruner": __version__, "python": platform.python_version(), **found}
+
+
+def run_benchmark(
+    repo: Path | None = None,
+    selectors: Sequence[str] | None = None,
+    budgets: Sequence[float] = BUDGETS,
+    dataset: str = "scenes",
+    limit: int = QUESTIONS,
+    seed: int = 0,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Measure and return what the JSON holds.
+
+    repo       a built repo, a stock LLaVA checkpoint to build one from, or None for the embedded one
+    selectors  "none", "downsample" and names that the repo registers; all of them by default
+    """
+    if dataset not in DATASETS:
+        raise BenchmarkError(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
+    if limit < 1 or seed < 0:
+        raise BenchmarkError(f"--limit must be at least 1 and --seed at least 0, got {limit} and {seed}")
+    if processes < 1:
+        raise BenchmarkError(f"--processes must be at least 1, got {processes}")
+    if wrong := [budget for budget in budgets if not 0 < budget <= 100]:
+        raise BenchmarkError(f"--budgets are percentages above 0 up to 100, got {wrong[0]}")
+    started = time.monotonic()
+    with published_repo(repo) as folder:
+        published = PublishedModel(folder)
+        registry = published.selection.SELECTORS
+        known = [DENSE, *registry, DOWNSAMPLE]
+        chosen = known if selectors is None else list(selectors)
+        if unknown := [name for name in chosen if name not in known]:
+            raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")
+        rows = variants(chosen, budgets, registry, published.visual_tokens)
+        if not rows:
+            raise BenchmarkError(f'"{DENSE}" drops nothing, so it is measured at 100 % only: add 100 to --budgets')
+        samples = questions(dataset, seed, limit)
+        tallies = measure(published, folder, samples, rows, processes)
+    return {
+        "dataset": dataset,
+        "seed": seed,
+        "base_model": published.model.config.vispruner_config["base_model_name_or_path"],
+        "questions": len(samples),
+        "pictures": len({sample.picture for sample in samples}),
+        "full_visual_tokens": published.visual_tokens,
+        "versions": versions(),
+        "processes": processes,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "rows": [row_of(row, tally, samples) for row, tally in tallies.items()],
+    }
+
+
+def label(row: dict[str, Any]) -> str:
+    """Name a row's selector and options as the table and the plot show them."""
+    ratio, policy = row["important_ratio"], row["position_policy"]
+    name = row["selector"] if ratio is None else f"{row['selector']} r={ratio:g}"
+    return f"{name}, original positions" if policy == "original" else name
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return accuracy, and object recall where objects are known, by selector and budget, as Markdown."""
+    budgets = sorted({row["budget_percent"] for row in result["rows"]}, reverse=True)
+    lines: dict[str, dict[float, str]] = defaultdict(dict)
+    for row in result["rows"]:
+        half = 50 * (row["ci95"][1] - row["ci95"][0])
+        count = f" of {row['kv_visual_tokens']} tokens" if row["selector"] == DOWNSAMPLE else ""
+        recall = "" if row["object_recall"] is None else f" ({100 * row['object_recall']:.0f})"
+        lines[label(row)][row["budget_percent"]] = f"{100 * row['accuracy']:.1f} ±{half:.1f}{count}{recall}"
+    head = [
+        f"{result['dataset']}, seed {result['seed']}: {result['questions']} questions about {result['pictures']} "
+        "pictures; % right ± half of the 95 % interval (% of the objects that keep a patch)",
+        "",
+        "| selector | " + " | ".join(f"{budget:g} %" for budget in budgets) + " |",
+        "|---" * (len(budgets) + 1) + "|",
+    ]
+    body = [f"| {name} | " + " | ".join(cells.get(b, "") for b in budgets) + " |" for name, cells in lines.items()]
+    return "\n".join(head + body)
+
+
+# The plot
+
+
+# Okabe-Ito: told apart with every common colour blindness.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#8C8C00")
+MARKERS = "osD^vPX*"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw accuracy against kept tokens with error bars, all questions and by type, and VisPruner's own options."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"]
+    kinds = [kind for kind in QUESTION_TYPES if kind in rows[0]["accuracy_by_type"]]
+    small_rows = math.ceil(len(kinds) / 4)
+    figure = pyplot.figure(figsize=(13, 5 + 2.7 * small_rows), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[5, 2.7 * small_rows])
+    left, right = top.subplots(1, 2, width_ratios=[3, 2])
+    curves = _curves(rows)
+    _draw_curves(left, curves, "accuracy", "ci95")
+    left.set(title="All questions", ylabel="share right")
+    left.legend(fontsize=8, loc="lower right")
+    _draw_ratios(right, rows)
+    axes = list(bottom.subplots(small_rows, 4, squeeze=False, sharey=True).flat)
+    for axis, kind in zip(axes, kinds, strict=False):
+        _draw_curves(axis, curves, "accuracy_by_type", "ci95_by_type", kind)
+        axis.set_title(f"{kind} ({rows[0]['n_by_type'][kind]} questions)", fontsize=10)
+    for axis in axes[len(kinds) :]:
+        axis.set_visible(False)
+    figure.suptitle(
+        f"{result['dataset']}, seed {result['seed']}: {result['questions']} questions about {result['pictures']} "
+        "pictures, with 95 % intervals"
+    )
+    write_whole(path, lambda file: figure.savefig(file, dpi=130, format=path.suffix[1:].lower()))
+    pyplot.close(figure)
+
+
+def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group the rows with renumbered positions into one curve per selector; of the ratios, 0 and 0.5."""
+    curves: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["position_policy"] != "original" and row["important_ratio"] in (None, 0.0, 0.5):
+            curves[label(row)].append(row)
+    return curves
+
+
+def _draw_curves(
+    axis: Any, curves: dict[str, list[dict[str, Any]]], value: str, bounds: str, kind: str | None = None
+) -> None:
+    spread = 1.02
+    for place, (name, rows) in enumerate(curves.items()):
+        shift = spread ** (place - len(curves) / 2)  # so that error bars stand side by side
+        values = [row[value] if kind is None else row[value][kind] for row in rows]
+        limits = [row[bounds] if kind is None else row[bounds][kind] for row in rows]
+        errors = [
+            [max(0.0, v - low) for v, (low, _) in zip(values, limits, strict=True)],
+            [max(0.0, high - v) for v, (_, high) in zip(values, limits, strict=True)],
+        ]
+        axis.errorbar(
+            [row["kv_visual_tokens"] * shift for row in rows],
+            values,
+            yerr=errors,
+            label=name,
+            color=COLOURS[place % len(COLOURS)],
+            marker=MARKERS[place % len(MARKERS)],
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+        )
+    counts = sorted({row["kv_visual_tokens"] for rows in curves.values() for row in rows if _is_budget(row)})
+    axis.set_xscale("log")
+    axis.minorticks_off()
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_xlabel("visual tokens in the KV cache", fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def _is_budget(row: dict[str, Any]) -> bool:
+    """Whether a row's token count is the budget itself; that of a smaller picture lies beneath."""
+    return row["selector"] != DOWNSAMPLE
+
+
+def _draw_ratios(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Accuracy against important_ratio, a pair of lines (renumbered and original positions) for each budget."""
+    with_ratio = [row for row in rows if row["important_ratio"] is not None]
+    full = max((row["kv_visual_tokens"] for row in rows), default=0)
+    counts = sorted({row["visual_token_num"] for row in with_ratio} - {full}, reverse=True)
+    for place, count in enumerate(counts):
+        for policy, line in (("renumber", "-"), ("original", "--")):
+            chosen = [r for r in with_ratio if r["visual_token_num"] == count and r["position_policy"] == policy]
+            axis.plot(
+                [row["important_ratio"] for row in chosen],
+                [row["accuracy"] for row in chosen],
+                line,
+                color=COLOURS[place % len(COLOURS)],
+                marker=MARKERS[place % len(MARKERS)],
+                markersize=4,
+                label=f"{count} tokens" if policy == "renumber" else None,
+            )
+    axis.set(title="VisPruner: share of important tokens", xlabel="important_ratio (dashed: original positions)")
+    axis.grid(alpha=0.3)
+    if counts:
+        axis.legend(fontsize=8)
+
+
+# The command line
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that appears only when it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="A quick look: python benchmarks/accuracy.py --selectors vispruner random --budgets 25 --limit 200",
+    )
+    parser.add_argument(
+        "--repo",
+        type=Path,
+        metavar="DIR",
+        help="a built repo, or a stock LLaVA checkpoint to build one from; by default the embedded checkpoint",
+    )
+    parser.add_argument(
+        "--selectors",
+        nargs="+",
+        metavar="NAME",
+        help=f"what to measure: {DENSE}, {DOWNSAMPLE} and the selectors that the repo registers "
+        f"(here {', '.join(SELECTORS)}); by default all",
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=float,
+        default=BUDGETS,
+        metavar="PERCENT",
+        help=f"visual tokens kept, in percent (default: {' '.join(f'{b:g}' for b in BUDGETS)})",
+    )
+    parser.add_argument("--dataset", choices=DATASETS, default="scenes", help="default: %(default)s")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=QUESTIONS,
+        metavar="QUESTIONS",
+        help="how many questions (default: %(default)s; all rows take about twenty minutes on two cores)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="which test set: any integer >= 0 makes another one (default: %(default)s)",
+    )
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="one core each (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into this .png or .svg")
+    parsed = parser.parse_args(arguments)
+    for file in (parsed.json, parsed.plot):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"the folder of {file} does not exist: make {file.parent} first")
+    if parsed.plot is not None and parsed.plot.suffix.lower() not in (".png", ".svg"):
+        parser.error(f"--plot must be a .png or .svg file, got {parsed.plot}")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    torch.set_num_threads(1)
+    try:
+        result = run_benchmark(
+            parsed.repo,
+            parsed.selectors,
+            parsed.budgets,
+            parsed.dataset,
+            parsed.limit,
+            parsed.seed,
+            parsed.processes,
+        )
+    except ValueError as error:  # BenchmarkError, BuildError and what the model refuses
+        print(f"accuracy.py: {error}", file=sys.stderr)
+        return 2
+    print(table(result))
+    if parsed.json is not None:
+        text = json.dumps(result, indent=1) + "\n"
+        write_whole(parsed.json, lambda file: file.write_text(text, encoding="utf-8"))
+    if parsed.plot is not None:
+        plot(result, parsed.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The accuracy benchmark: the same questions for every row, counts that were really seen, intervals that hold."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from vispruner import conversion
+
+for needed in ("sklearn", "easy_vqa", "matplotlib"):
+    pytest.importorskip(needed, reason="the benchmarks need `pip install 'vispruner[benchmarks]'`")
+
+TRAINED = Path(conversion.__file__).parent / "assets" / "tiny-llava"
+QUESTIONS = 60
+
+
+@pytest.fixture(scope="module")
+def accuracy() -> ModuleType:
+    folder = str(Path(__file__).parent.parent / "benchmarks")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("accuracy")
+
+
+def run(accuracy: ModuleType, folder: Path, *arguments: str) -> dict[str, Any]:
+    files = ["--json", str(folder / "result.json"), "--plot", str(folder / "result.png")]
+    common = ["--repo", str(TRAINED), "--limit", str(QUESTIONS), "--processes", "1"]
+    assert accuracy.main([*common, *files, *arguments]) == 0
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def result(accuracy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("accuracy")
+    found = run(
+        accuracy, folder, "--selectors", "none", "vispruner", "random", "downsample", "--budgets", "100", "12.5"
+    )
+    with Image.open(folder / "result.png") as picture:
+        assert picture.width > 600
+    return found
+
+
+def rows(result: dict[str, Any], selector: str, budget: float) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if row["selector"] == selector and row["budget_percent"] == budget]
+
+
+@pytest.mark.slow
+def test_every_row_answers_the_same_questions_and_has_the_promised_fields(result: dict[str, Any]) -> None:
+    assert {row["n"] for row in result["rows"]} == {QUESTIONS}
+    assert result["seed"] == 0 and result["dataset"] == "scenes" and "torch" in result["versions"]
+    for row in result["rows"]:
+        low, high = row["ci95"]
+        assert low <= row["accuracy"] <= high
+        by_type = sum(row["accuracy_by_type"][kind] * count for kind, count in row["n_by_type"].items())
+        assert math.isclose(by_type / QUESTIONS, row["accuracy"])
+
+
+@pytest.mark.slow
+def test_the_kv_cache_held_the_budget(result: dict[str, Any]) -> None:
+    for row in rows(result, "vispruner", 12.5) + rows(result, "random", 12.5):
+        assert row["kv_visual_tokens"] == row["visual_token_num"] == 18
+    for row in rows(result, "none", 100):
+        assert row["kv_visual_tokens"] == 144
+    for row in rows(result, "downsample", 12.5):
+        assert row["kv_visual_tokens"] == 16  # the nearest smaller square grid
+
+
+@pytest.mark.slow
+def test_all_ratios_and_both_position_policies_take_part(result: dict[str, Any]) -> None:
+    seen = {(row["important_ratio"], row["position_policy"]) for row in rows(result, "vispruner", 12.5)}
+    assert seen == {(ratio, policy) for ratio in (0, 0.25, 0.5, 0.75, 1) for policy in ("renumber", "original")}
+
+
+@pytest.mark.slow
+def test_the_trained_model_answers_and_pruning_costs_something(result: dict[str, Any]) -> None:
+    """Not a claim about methods: only that the measurement can tell a good model from one that sees little."""
+    (dense,) = rows(result, "none", 100)
+    assert dense["accuracy"] > 0.9
+    assert max(row["accuracy"] for row in rows(result, "random", 12.5)) < dense["accuracy"]
+    assert dense["object_recall"] == 1.0
+    assert all(row["object_recall"] < 1.0 for row in rows(result, "random", 12.5))
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_figures(accuracy: ModuleType, result: dict[str, Any], tmp_path: Path) -> None:
+    again = run(accuracy, tmp_path, "--selectors", "random", "--budgets", "12.5")
+    assert rows(again, "random", 12.5) == rows(result, "random", 12.5)
+
+
+def test_wilsons_interval(accuracy: ModuleType) -> None:
+    low, high = accuracy.wilson(0.5, 100)
+    assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)
+    assert accuracy.wilson(0.0, 50)[0] == 0.0 and accuracy.wilson(1.0, 50)[1] == pytest.approx(1.0)
+
+
+def test_a_right_answer_is_the_whole_word(accuracy: ModuleType) -> None:
+    assert accuracy.is_right(" Red\n", "red")
+    assert not accuracy.is_right("reddish", "red") and not accuracy.is_right("", "red")
+
+
+def test_an_unknown_selector_is_refused(accuracy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert accuracy.main(["--repo", str(TRAINED), "--selectors", "nonsense", "--limit", "5"]) == 2
+    assert "nonsense" in capsys.readouterr().err
