@@ -47,10 +47,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, str(Path(__file__).parent))
 from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate_scene
 
-from vispruner import SELECTORS, __version__
+from vispruner import SELECTORS, __version__, conversion
 from vispruner.conversion.build import build_repo
 
 CONFIG = "tiny-llava-vispruner"
+TRAINED = Path(conversion.__file__).parent / "assets" / "tiny-llava"
 DATASETS = ("scenes", "easy-vqa")
 DENSE, DOWNSAMPLE = "none", "downsample"
 BUDGETS = (100.0, 50.0, 25.0, 12.5, 6.0)
@@ -670,7 +671,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--repo",
         type=Path,
         metavar="DIR",
-        help="a built repo, or a stock LLaVA checkpoint to build one from; by default the embedded checkpoint",
+        default=TRAINED,
+        help="a built repo, or a stock LLaVA checkpoint to build one from; by default the trained one in the package",
     )
     parser.add_argument(
         "--selectors",
