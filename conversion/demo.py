@@ -1,6 +1,6 @@
 """The whole path on one picture: build a pruned repo, verify it, load it by the public API, ask, measure what fell.
 
-The embedded checkpoint is asked about the scene in assets/, whose true answers are known; any other model about a photo.
+The embedded checkpoint is asked about the scene in assets/, whose true answers are known, any other about a photo.
 Every figure but the operations (`prefill_cost`) is read off the run: tokens and cache lengths from what `generate`
 returned, times from the model's own modules (the best of several runs, pruned and unpruned taking turns). The unpruned
 figures come from the same model with method="none".
@@ -98,7 +98,7 @@ def run_demo(
         options = pipe.model.config.vispruner_config
         embedded = str(options["base_model_name_or_path"]).startswith(EMBEDDED_PREFIX)
         path = Path(image) if image is not None else SCENE if embedded else SAMPLE_PHOTO
-        photo = given or open_photo(path)
+        photo = open_photo(path) if given is None else given
         questions = _questions(path, question)
         print("Answering, pruned and unpruned ...", flush=True)
         with _threads(1 if embedded else torch.get_num_threads()):
@@ -125,8 +125,8 @@ def run_demo(
 
 
 TOY = """\
-The embedded model is a toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else, one scene is no measure
-of its accuracy, and its times say little about a real model."""
+The embedded model is a toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else.
+One scene is no measure of its accuracy, and its times say little about a real model."""
 
 
 def _questions(path: Path, question: str | None) -> list[Question]:
@@ -353,7 +353,7 @@ def answer_report(answers: Sequence[Answered]) -> str:
         return "\n".join(
             f"\n{text}\nanswer, unpruned: {before}\nanswer, pruned:   {after}" for text, before, after in parts
         )
-    rows = [("question", "true answer", "unpruned", "pruned")]
+    rows: list[tuple[str, ...]] = [("question", "true answer", "unpruned", "pruned")]
     right = [0, 0]
     for asked in answers:
         expected = str(asked.question.answer)

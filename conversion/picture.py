@@ -7,8 +7,7 @@ answers underneath.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,12 @@ INK = (30, 30, 30)
 WRONG_INK = (190, 20, 40)
 
 GAP = 12
+COLUMN_GAP = 24
 TEXT_SIZE = 20
 LINE_HEIGHT = 26
-TEXT_WIDTH = 320  # of the left column
+TEXT_WIDTH = 372  # of the left column
 TILES_WIDTH = 1536  # shared by the tiles that stand side by side
-TILE_WIDTHS = (240, 720)  # at least, at most
+TILE_WIDTHS = (320, 720)  # at least, at most
 SMALL_IMAGE = 128
 
 
@@ -46,6 +46,7 @@ class TileView:
     kept       (rows, columns) True where the patch stays
     important  (rows, columns) True where it stays for its attention; None when the method makes no such difference
     row, column  place among the other tiles
+    pruned     False when the model dropped nothing, so that no choice is there to be drawn
     """
 
     image: Image.Image
@@ -53,6 +54,7 @@ class TileView:
     important: torch.Tensor | None
     row: int = 0
     column: int = 0
+    pruned: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,28 +114,19 @@ def view_budgets(
     budgets: Sequence[int | None],
     questions: Sequence[Question] = (),
 ) -> list[Panel]:
-    """Return the panel of the unpruned model and one for each budget (None: the configured one), questions answered."""
-    method = model.config.vispruner_config["method"]
-    variants: list[dict[str, Any]] = [{"method": "none"}]
-    for budget in budgets:
-        variants.append({"method": method} if budget is None else {"method": method, "visual_token_num": budget})
+    """Return a panel of the unpruned model and one for each budget (None: the configured one), with its answers."""
+    stored = model.config.vispruner_config
+    variants: list[dict[str, Any]] = [{} if budget is None else {"visual_token_num": budget} for budget in budgets]
     panels = []
-    with _kept_options(model):
-        for changes in variants:
+    try:
+        for changes in [{"method": "none"}, *variants]:
+            model.config.vispruner_config = stored
             model.set_vispruner_config(**changes)
             answers = [ask(model, processor, photo, question.text) for question in questions]
             panels.append(Panel(view_kept_patches(model, processor, photo), answers))
-    return panels
-
-
-@contextmanager
-def _kept_options(model: PreTrainedModel) -> Iterator[None]:
-    """Leave the model's pruning options as they were."""
-    before = model.config.vispruner_config
-    try:
-        yield
     finally:
-        model.config.vispruner_config = before
+        model.config.vispruner_config = stored
+    return panels
 
 
 @torch.no_grad()
@@ -160,6 +153,7 @@ def view_kept_patches(model: PreTrainedModel, processor: Any, photo: Image.Image
             kept[tile].view(rows, columns),
             None if important is None else important[tile].view(rows, columns),
             *places[tile],
+            pruned=output.saliency is not None,
         )
         for tile, view in enumerate(views)
     ]
@@ -209,7 +203,7 @@ def kept_patches_picture(
     """Draw panels side by side, dropped patches faded and kept ones framed; answers stand under their panel."""
     drawn = [_draw_panel(panel, _tile_width(panels)) for panel in panels]
     widths = [TEXT_WIDTH, *(image.width for image in drawn)]
-    lefts = [GAP + sum(widths[:column]) + GAP * column for column in range(len(widths))]
+    lefts = [GAP + sum(widths[:column]) + COLUMN_GAP * column for column in range(len(widths))]
     rows = [[_wrap(text, width) for text, width in zip(row, widths, strict=True)] for row in _texts(panels, questions)]
     heights = [LINE_HEIGHT * max(map(len, row)) + GAP // 2 for row in rows]
     top = 2 * GAP + max(image.height for image in drawn)
@@ -234,12 +228,12 @@ def _texts(panels: Sequence[Panel], questions: Sequence[Question]) -> list[list[
 
 def _kept_count(tiles: Sequence[TileView]) -> str:
     total, kept = sum(tile.kept.numel() for tile in tiles), sum(int(tile.kept.sum()) for tile in tiles)
-    if kept == total:
-        return f"all {total} patches"
+    if not any(tile.pruned for tile in tiles):
+        return f"unpruned: {kept} patches"
     if all(tile.important is None for tile in tiles):
         return f"{kept} of {total} patches"
     important = sum(int(tile.important.sum()) for tile in tiles if tile.important is not None)
-    return f"{kept} of {total} patches: {important} important, {kept - important} diverse"
+    return f"{kept} of {total}: {important} important, {kept - important} diverse"
 
 
 def _tile_width(panels: Sequence[Panel]) -> int:
@@ -263,10 +257,10 @@ def _draw_tile(tile: TileView, width: int) -> Image.Image:
     # Pixels of a picture this small are part of what it shows; a photograph looks better smooth.
     enlarge = Image.Resampling.NEAREST if tile.image.width <= SMALL_IMAGE else Image.Resampling.BICUBIC
     image = tile.image.resize((side * columns, side * rows), enlarge)
-    if bool(tile.kept.all()):
+    if not tile.pruned:
         return image
     faded = Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.new("RGB", image.size, BACKGROUND), 0.7)
-    stroke = max(2, side // 9)
+    stroke = max(1, side // 11)
     for row, column in tile.kept.nonzero().tolist():
         box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
         faded.paste(image.crop(box), box)
@@ -281,7 +275,7 @@ def _draw_legend(picture: Image.Image, panels: Sequence[Panel], caption: str) ->
     """Write the caption and what the colours mean into the left column, as far as they occur."""
     lines = _wrap(caption, TEXT_WIDTH)
     _write(picture, lines, GAP, GAP)
-    pruned = [tile for panel in panels for tile in panel.tiles if not bool(tile.kept.all())]
+    pruned = [tile for panel in panels for tile in panel.tiles if tile.pruned]
     if any(tile.important is not None for tile in pruned):
         entries = [(IMPORTANT_COLOUR, "important: most attended"), (DIVERSE_COLOUR, "diverse: least alike")]
     else:
