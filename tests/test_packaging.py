@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 import vispruner
@@ -182,6 +183,15 @@ def test_continuous_integration_runs_the_readme_s_commands() -> None:
         text = script.read_text(encoding="utf-8")
         assert all(command in text for command in COMMANDS), script.name
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_a_release_is_what_every_run_has_built_installed_and_tried() -> None:
+    assert os.access(ROOT / ".ci" / "release", os.X_OK)
+    for script in (".ci/run", ".github/workflows/ci.yml", ".github/workflows/release.yml"):
+        assert re.search(r"^[^#]*\.ci/release \S+", (ROOT / script).read_text(encoding="utf-8"), re.MULTILINE), script
+    workflow = yaml.load((ROOT / ".github" / "workflows" / "release.yml").read_text(), yaml.BaseLoader)
+    assert workflow["on"] == {"push": {"tags": ["v*"]}}
+    assert workflow["jobs"]["publish"]["needs"] == "build"
 
 
 def test_importing_the_package_needs_no_test_dependency() -> None:
