@@ -1,31 +1,38 @@
 """Build one published repo: a YAML and a base checkpoint become config, code, processor, card and renamed weights.
 
-Nothing is re-saved through transformers: the base's own files are copied byte for byte, config.json gains four fields,
-and weight files change only in the names they carry.
+Nothing is re-saved through transformers: the base's own files are copied byte for byte, config.json gains a few
+fields, and weight files change only in the names they carry. A thin repo has no weight files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from tqdm import tqdm
 from transformers import AutoProcessor
 
-from vispruner import ARCHITECTURES, auto_map, code_files
+from vispruner import ARCHITECTURES, __version__, auto_map, code_files
+from vispruner.configuration_vispruner import merge_vispruner_config
 
+from .base_checkpoint import (
+    IMAGE_PROCESSOR_FILES,
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    BaseCheckpoint,
+    BuildError,
+    find_base,
+    resolve_commit,
+)
 from .checkpoint_io import (
+    TensorHeader,
     atomic_directory,
     checkpoint_shards,
-    has_weights,
     iter_checkpoint_tensors,
     read_json,
     read_tensor_headers,
@@ -33,41 +40,17 @@ from .checkpoint_io import (
 )
 from .model_card import card_files, model_card
 from .published_layout import ModelTensors, layout_problems, model_tensors, published_names
-from .repo_config import EMBEDDED_PREFIX, RepoConfig, load_repo_config
+from .repo_config import RepoConfig, load_repo_config
 
-ASSETS = Path(__file__).parent / "assets"
-EMBEDDED = ("tiny-llava",)
-
-# What a processor and a tokenizer are made of; whatever of it the base has is copied byte for byte.
-PROCESSOR_FILES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "image_processor_config.json",
-    "tokenizer_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-CONFIG_FILES = ("config.json", "generation_config.json", *PROCESSOR_FILES)
 COPY_BLOCK = 16 * 2**20
-
-
-class BuildError(ValueError):
-    """A base that cannot become a published repo."""
+THIN_ABOVE = 2 * 10**9  # bytes of weights
 
 
 def build_repo(
     config: str | os.PathLike[str] | RepoConfig,
     out: str | os.PathLike[str],
     base: str | os.PathLike[str] | None = None,
+    thin: bool | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Path:
@@ -75,6 +58,7 @@ def build_repo(
 
     config     a YAML path, the stem of a file in `hub_configs/`, or a loaded RepoConfig
     base       where to read the base from instead of the YAML's `base_model`: a folder or a Hub id
+    thin       leave the weights in the base's repo; None is what the YAML says, else thin for bases over 2 GB
     overwrite  replace a non-empty `out`
     Raises BuildError, RepoConfigError, LayoutError or CheckpointError; `out` is then as it was before.
     """
@@ -82,67 +66,63 @@ def build_repo(
     destination = Path(out).expanduser()
     with atomic_directory(destination, overwrite=overwrite) as staging:
         # --base only says where the bytes are; the YAML's revision is one of the YAML's base.
-        folder = resolve_base(repo.base_model, repo.base_revision) if base is None else resolve_base(os.fspath(base))
-        _refuse_overlap(folder, destination)
+        source = find_base(repo.base_model, repo.base_revision) if base is None else find_base(os.fspath(base))
+        _refuse_overlap(source.folder, destination)
+        thin = _is_thin(repo, thin, source)
+        if not thin:
+            source = source.with_weights()
+        folder = source.folder
         base_config = _read_base_config(folder, repo.architecture)
         processor = _load_processor(folder, base_config)
-        revision = (_snapshot_commit(folder) if base is None else None) or repo.base_revision
-        config_json = _repo_config_json(base_config, repo, revision)
-        names, expected = _check_weights(folder, repo, config_json)
+        revision = _base_revision(repo, source if base is None else None, thin)
+        config_json = _repo_config_json(base_config, repo, revision, thin)
+        names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
         _write_json(staging / "config.json", config_json)
         _write_json(staging / "generation_config.json", _generation_config(folder, base_config, processor.tokenizer))
-        (staging / "README.md").write_text(model_card(repo, revision, thin=False), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(repo, revision, thin), encoding="utf-8")
         processor_files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
-        for source in (*code_files(repo.architecture), *processor_files, *card_files(repo)):
-            shutil.copyfile(source, staging / source.name)
-        write_published_weights(folder, staging, names, show_progress=show_progress)
-        written = {name: header.shape for name, header in read_tensor_headers(staging).items()}
-        if problems := layout_problems(expected, written):
-            raise BuildError(f"the weights just written are not the model's: {'; '.join(problems)}")
+        for path in (*code_files(repo.architecture), *processor_files, *card_files(repo)):
+            shutil.copyfile(path, staging / path.name)
+        if not thin:
+            write_published_weights(folder, staging, names, show_progress=show_progress)
+            written = {name: header.shape for name, header in read_tensor_headers(staging).items()}
+            if problems := layout_problems(expected, written):
+                raise BuildError(f"the weights just written are not the model's: {'; '.join(problems)}")
     return destination
 
 
-def resolve_base(name: str, revision: str | None = None) -> Path:
-    """Return the folder of a base: a local one, the embedded one (`embedded/tiny-llava`), or a Hub snapshot."""
-    if name.startswith(EMBEDDED_PREFIX):
-        embedded = name.removeprefix(EMBEDDED_PREFIX)
-        if embedded not in EMBEDDED:
-            raise BuildError(f"{name} is not embedded in this package; {EMBEDDED_PREFIX}{EMBEDDED[0]} is")
-        return ASSETS / embedded
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise BuildError(f"base {name} is a file: give the folder of the checkpoint")
-    if name.count("/") != 1 or name.startswith((".", "~", "/")):
-        raise BuildError(f"base {name} does not exist: give a checkpoint folder or a Hub id (owner/name)")
-    return _hub_snapshot(name, revision)
+def budget_config(config_json: Mapping[str, Any], budget: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of a budget branch: main's, with another visual_token_num or keep_ratio."""
+    return {**config_json, "vispruner_config": merge_vispruner_config(config_json["vispruner_config"], dict(budget))}
 
 
-def _hub_snapshot(repo_id: str, revision: str | None) -> Path:
-    at = f" at revision {revision}" if revision else ""
-    try:
-        patterns = [*CONFIG_FILES, "*.safetensors", "*.safetensors.index.json"]
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-        if not has_weights(folder):
-            patterns = [*CONFIG_FILES, "pytorch_model*.bin", "pytorch_model*.bin.index.json"]
-            folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise BuildError(f"base {repo_id} is neither a folder nor a valid Hub id: {error}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+def _is_thin(repo: RepoConfig, asked: bool | None, source: BaseCheckpoint) -> bool:
+    if asked and not repo.base_on_hub:
         raise BuildError(
-            f"base {repo_id}{at} is not a folder here, is not in the local Hub cache, and the Hub cannot be reached: "
-            "give a checkpoint folder as the base"
+            f"{repo.path}: {repo.repo_id} cannot be thin, because its base_model {repo.base_model} is not on the Hub, "
+            "where its users would get the weights: build it with --full, or set base_model to a Hub id (--base only "
+            "says where this build reads from)"
+        )
+    if asked is not None:
+        return asked
+    if repo.weights is not None:
+        return repo.weights == "thin"
+    return repo.base_on_hub and source.weights_size() > THIN_ABOVE
+
+
+def _base_revision(repo: RepoConfig, hub_base: BaseCheckpoint | None, thin: bool) -> str | None:
+    """Return the commit that `base_revision` stands for; only a thin repo read from elsewhere has to ask the Hub."""
+    if hub_base is not None and hub_base.commit is not None:
+        return hub_base.commit
+    if not thin or repo.base_revision is None:
+        return repo.base_revision
+    try:
+        return resolve_commit(repo.base_model, repo.base_revision)
+    except BuildError as error:
+        raise BuildError(
+            f"{repo.path}: a thin repo records the commit of its base, and that of base_revision {repo.base_revision} "
+            f"is not to be had: set base_revision to the commit. {error}"
         ) from error
-    except HfHubHTTPError as error:
-        raise BuildError(f"base {repo_id}{at} cannot be downloaded: {error}") from error
-    return folder
-
-
-def _snapshot_commit(folder: Path) -> str | None:
-    """Return the commit of a Hub snapshot, which a branch name resolved to."""
-    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name)
-    return folder.name if is_snapshot else None
 
 
 def _refuse_overlap(base: Path, out: Path) -> None:
@@ -206,10 +186,9 @@ def _load_processor(folder: Path, base_config: Mapping[str, Any]) -> Any:
 
 
 def _check_weights(
-    folder: Path, repo: RepoConfig, config_json: Mapping[str, Any]
+    headers: Mapping[str, TensorHeader], folder: Path, repo: RepoConfig, config_json: Mapping[str, Any]
 ) -> tuple[dict[str, str], ModelTensors]:
     """Return base name -> published name and what the model needs, once both fit each other."""
-    headers = read_tensor_headers(folder)
     names = published_names(headers)
     try:
         expected = model_tensors(repo.architecture, config_json)
@@ -221,8 +200,15 @@ def _check_weights(
     return names, expected
 
 
-def _repo_config_json(base_config: Mapping[str, Any], repo: RepoConfig, revision: str | None) -> dict[str, Any]:
-    bookkeeping = {"base_model_name_or_path": repo.base_model, "base_model_revision": revision}
+def _repo_config_json(
+    base_config: Mapping[str, Any], repo: RepoConfig, revision: str | None, thin: bool
+) -> dict[str, Any]:
+    bookkeeping = {
+        "base_model_name_or_path": repo.base_model,
+        "base_model_revision": revision,
+        "weights": "thin" if thin else "full",
+        "vispruner_version": __version__,
+    }
     return {
         **base_config,
         "architectures": [ARCHITECTURES[repo.architecture].model_class.__name__],

@@ -98,6 +98,15 @@ def _add_build(commands: Any) -> None:
     parser.add_argument("config", metavar="CONFIG", help="path of a YAML, or the stem of one in hub_configs/")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; appears only when complete")
     parser.add_argument("--base", metavar="ID_OR_PATH", help="read the weights from here instead of base_model")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--thin",
+        action="store_const",
+        const=True,
+        help="leave the weights in the base's Hub repo, from which loading gets them (default: what the YAML says, "
+        "else for bases over 2 GB)",
+    )
+    weights.add_argument("--full", action="store_const", const=False, dest="thin", help="copy the weights")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
 
 
@@ -162,10 +171,10 @@ def _demo(**options: Any) -> int:
     return 0
 
 
-def _build(config: str, out: str, base: str | None, overwrite: bool) -> int:
+def _build(config: str, out: str, base: str | None, thin: bool | None, overwrite: bool) -> int:
     from .build import build_repo
 
-    folder = build_repo(config, out, base=base, overwrite=overwrite)
+    folder = build_repo(config, out, base=base, thin=thin, overwrite=overwrite)
     print(f"built {folder}; check it with: vispruner verify {folder}")
     return 0
 

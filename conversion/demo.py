@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 import vispruner
 from vispruner import merge_vispruner_config
 
-from .build import build_repo, resolve_base
+from .base_checkpoint import resolve_base
+from .build import build_repo
 from .checkpoint_io import read_json
 from .picture import kept_patches_picture, open_photo, save_png, view_budgets
 from .prefill_cost import kv_cache_bytes, prefill_flops

@@ -31,6 +31,11 @@ DATASETS = {
     "easy-vqa": "from the test split of easy-vqa",
 }
 DATASET_NAMES = {"scenes": "drawn scenes", "easy-vqa": "easy-vqa"}
+POSITIONS = {"renumber": "renumbered, as in a shorter prompt", "original": "those of the full prompt"}
+TILES = {
+    "paper": "the kept tokens of an image packed without newlines, as by the authors' code",
+    "native": "packed with newlines, as by the stock model",
+}
 SHOWN_RATIOS = (None, 0.0, 0.5)
 DENSE, DOWNSAMPLE = "none", "downsample"
 
@@ -70,7 +75,7 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
         requires=REQUIRES,
         check=_check_line(repo),
         other_budget=_other_budget(options),
-        branches=[(name, _budget_text(repo, {**options, **_budget(field)})) for name, field in _branches(repo)],
+        branches=[(name, _budget_text(repo, {**options, **_budget(field)})) for name, field in repo.budgets.items()],
         published=PUBLISHED.get(repo.base_model),
         measured=[_measured(result, options) for result in results],
         plot=next((path.name for path in _plots(repo)), None),
@@ -108,7 +113,7 @@ def _metadata(repo: RepoConfig, results: list[dict[str, Any]]) -> ModelCardData:
     return ModelCardData(
         model_name=_name(repo) if found else None,
         eval_results=found or None,
-        base_model=repo.base_model if _on_hub(repo) else None,
+        base_model=repo.base_model if repo.base_on_hub else None,
         library_name="transformers",
         pipeline_tag=TASK,
         license=card.get("license"),
@@ -144,26 +149,22 @@ def _name(repo: RepoConfig) -> str:
     return repo.repo_id.split("/")[-1]
 
 
-def _on_hub(repo: RepoConfig) -> bool:
-    return not repo.base_model.startswith(EMBEDDED_PREFIX) and not Path(repo.base_model).expanduser().is_dir()
-
-
-def _base(repo: RepoConfig, revision: str | None) -> dict[str, str | None]:
+def _base(repo: RepoConfig, revision: str | None) -> dict[str, str]:
+    """Return the base as the first sentence and as the table name it; of a local folder only the last name."""
     if repo.base_model.startswith(EMBEDDED_PREFIX):
-        text = f"`{repo.base_model.removeprefix(EMBEDDED_PREFIX)}`, the checkpoint inside the `vispruner` package,"
-    elif _on_hub(repo):
-        text = f"[{repo.base_model}](https://huggingface.co/{repo.base_model})"
+        text, what = (
+            f"`{repo.base_model.removeprefix(EMBEDDED_PREFIX)}`",
+            " (the checkpoint in the `vispruner` package)",
+        )
+    elif repo.base_on_hub:
+        text, what = f"[{repo.base_model}](https://huggingface.co/{repo.base_model})", ""
     else:
-        text = f"The local checkpoint `{Path(repo.base_model).expanduser().resolve().name}`"
-    return {"text": text, "at": f" at `{revision}`" if revision else "", "pinned": revision}
+        text, what = f"`{Path(repo.base_model).expanduser().resolve().name}`", " (a local checkpoint)"
+    return {"subject": text, "cell": text + what + (f" at `{revision}`" if revision else "")}
 
 
 def _has_tiles(repo: RepoConfig) -> bool:
     return repo.architecture == "llava_next"
-
-
-def _branches(repo: RepoConfig) -> list[tuple[str, dict[str, Any]]]:
-    return list(getattr(repo, "budgets", {}).items())
 
 
 def _budget(field: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,33 +189,28 @@ def _other_budget(options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
-    """Return the rows of the first table that say how it prunes, from the stored options."""
+    """Return the rows of the first table that say how it prunes: the options that the method takes, and the rest."""
     options = repo.vispruner_config
     rows = [("class", f"`{ARCHITECTURES[repo.architecture].model_class.__name__}`")]
     if options["method"] == DENSE:
         return [*rows, ("method", "`none`: nothing is dropped")]
     selector = SELECTORS[options["method"]]
     summary = (selector.function.__doc__ or "").strip().splitlines()[0].rstrip(".")
-    rows += [
+    layer, policy, tiles = options["attention_layer"], options["position_policy"], options["tile_mode"]
+    meanings = {
+        "important_ratio": "share of the budget for the most attended tokens; the rest is for the least redundant",
+        "dedup_step": "tokens dropped per round of duplicate removal, at most",
+        "seed": "of the draw",
+    }
+    return [
+        *rows,
         ("method", f"`{options['method']}`: {summary[:1].lower()}{summary[1:]}"),
         ("budget", _budget_text(repo, options)),
+        *((f"`{name}`", f"{options[name]}: {text}") for name, text in meanings.items() if name in selector.options),
+        ("attention", f"of [CLS], in {'the layer that gives the features' if layer is None else f'layer {layer}'}"),
+        ("positions", POSITIONS[policy or "renumber"]),
+        *([("tiles", TILES[tiles])] if _has_tiles(repo) else []),
     ]
-    if "important_ratio" in selector.options:
-        share = f"{100 * options['important_ratio']:g} % of the budget for the most attended tokens"
-        rows.append(("`important_ratio`", f"{options['important_ratio']:g}: {share}, the rest for the least redundant"))
-    if "dedup_step" in selector.options:
-        rows.append(("`dedup_step`", f"{options['dedup_step']}: tokens dropped per round of duplicate removal, at most"))
-    if "seed" in selector.options:
-        rows.append(("`seed`", f"{options['seed']}"))
-    layer = options["attention_layer"]
-    where = "the layer that gives the features" if layer is None else f"encoder layer {layer}"
-    rows.append(("attention", f"of [CLS] to the patches, in {where}"))
-    original = options["position_policy"] == "original"
-    rows.append(("positions", "those of the full prompt" if original else "renumbered, as in a shorter prompt"))
-    if _has_tiles(repo):
-        paper = "the kept tokens packed without newlines, as the paper's code does"
-        rows.append(("tiles", paper if options["tile_mode"] == "paper" else "packed with newlines, as stock does"))
-    return rows
 
 
 def _check_line(repo: RepoConfig) -> str:
@@ -226,11 +222,11 @@ def _check_line(repo: RepoConfig) -> str:
 def _license(card: Mapping[str, Any]) -> str:
     name = card.get("license_name") or card.get("license")
     link = card.get("license_link")
-    return f" ([{name}]({link}))" if name and link else f" ({name})" if name else ""
+    return f"[{name}]({link})" if name and link else name or ""
 
 
 def _version(version: str) -> str:
-    return "a checkout of vispruner that was not installed" if version == UNKNOWN_VERSION else f"vispruner {version}"
+    return "vispruner from a checkout" if version == UNKNOWN_VERSION else f"vispruner {version}"
 
 
 def _measured(result: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,18 @@ HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 EMBEDDED_PREFIX = "embedded/"
 
-FIELDS = ("repo_id", "base_model", "base_revision", "architecture", "vispruner_config", "card")
+FIELDS = (
+    "repo_id",
+    "base_model",
+    "base_revision",
+    "architecture",
+    "vispruner_config",
+    "weights",
+    "budgets",
+    "card",
+)
+WEIGHTS = ("thin", "full")
+BUDGET_FIELDS = ("visual_token_num", "keep_ratio")
 CARD_FIELDS = (
     "license",
     "license_name",
@@ -34,7 +46,15 @@ CARD_FIELDS = (
     "citation",
 )
 LIST_CARD_FIELDS = ("language", "tags", "results", "citation")
-FILLED_BY_BUILD = ("base_model_name_or_path", "base_model_revision")
+FILLED_BY_BUILD = {
+    "base_model_name_or_path": "set base_model instead",
+    "base_model_revision": "set base_revision instead",
+    "weights": "set weights beside vispruner_config instead",
+    "vispruner_version": "leave it out",
+}
+# Stricter than git: whatever matches is a valid ref, and can be typed into a shell and a URL as it is.
+BRANCH_NAME = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)))[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9_-])?")
+RESERVED_BRANCHES = ("main", "HEAD")
 
 
 class RepoConfigError(ValueError):
@@ -43,7 +63,11 @@ class RepoConfigError(ValueError):
 
 @dataclass(frozen=True)
 class RepoConfig:
-    """One validated YAML; `vispruner_config` is complete, with the defaults filled in."""
+    """One validated YAML; `vispruner_config` is complete, with the defaults filled in.
+
+    weights  "thin", "full", or None to let the size of the base decide
+    budgets  name of a further branch -> the one budget field that its config.json has in place of the main one's
+    """
 
     path: Path
     repo_id: str
@@ -52,6 +76,13 @@ class RepoConfig:
     architecture: str
     vispruner_config: dict[str, Any]
     card: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def base_on_hub(self) -> bool:
+        """True when `base_model` is a Hub id, and neither embedded nor a folder of this machine."""
+        return is_hub_id(self.base_model)
 
 
 def hub_config_names() -> list[str]:
@@ -92,15 +123,23 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
     architecture = content["architecture"]
     if architecture not in ARCHITECTURES:
         raise RepoConfigError(f"{path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+    options = _vispruner_config(path, content["vispruner_config"])
     return RepoConfig(
         path=path,
         repo_id=content["repo_id"],
         base_model=content["base_model"],
         base_revision=_base_revision(path, content),
         architecture=architecture,
-        vispruner_config=_vispruner_config(path, content["vispruner_config"]),
+        vispruner_config=options,
         card=_card(path, content.get("card"), content["base_model"]),
+        weights=_weights(path, content),
+        budgets=_budgets(path, content.get("budgets"), options),
     )
+
+
+def is_hub_id(base_model: str) -> bool:
+    """Tell a Hub id from the embedded base and from a folder of this machine."""
+    return not base_model.startswith(EMBEDDED_PREFIX) and not Path(base_model).expanduser().is_dir()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -143,21 +182,81 @@ def _base_revision(path: Path, content: dict[str, Any]) -> str | None:
         _require_text(path, "base_revision", revision)
         return revision
     base_model = content["base_model"]
-    if base_model.startswith(EMBEDDED_PREFIX) or Path(base_model).expanduser().is_dir():
+    if not is_hub_id(base_model):
         return None
     raise RepoConfigError(
         f"{path}: base_revision is missing: give the commit (or the branch) of {base_model} that is built from"
     )
 
 
+def _weights(path: Path, content: dict[str, Any]) -> str | None:
+    weights = content.get("weights")
+    if weights is not None and weights not in WEIGHTS:
+        raise RepoConfigError(
+            f"{path}: weights must be thin or full, got {_shown(weights)}: leave it out to let the base's size decide"
+        )
+    if weights == "thin" and not is_hub_id(content["base_model"]):
+        raise RepoConfigError(
+            f"{path}: weights is thin, but base_model {content['base_model']} is not on the Hub, where the users of "
+            "the repo would get the weights: set weights: full, or base_model to a Hub id"
+        )
+    return weights
+
+
+def _budgets(path: Path, budgets: Any, main: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Check the further branches: a name that git takes, and one budget that is neither main's nor another's."""
+    if budgets is None:
+        return {}
+    if not isinstance(budgets, dict):
+        raise RepoConfigError(f"{path}: budgets must hold branches, for example {{v64: {{visual_token_num: 64}}}}")
+    taken = {_budget(main): "vispruner_config"}
+    for branch, budget in budgets.items():
+        _require_branch_name(path, branch)
+        name = f"budgets.{branch}"
+        if not isinstance(budget, dict) or len(budget) != 1 or not set(budget) <= set(BUDGET_FIELDS):
+            raise RepoConfigError(
+                f"{path}: {name} must hold exactly one of {', '.join(BUDGET_FIELDS)}, got {_shown(budget)}: a branch "
+                "differs from main in its budget only"
+            )
+        if main["method"] == "none":
+            raise RepoConfigError(f'{path}: {name} has no meaning with vispruner_config.method "none": take it out')
+        try:
+            complete = merge_vispruner_config(main, budget)
+        except ValueError as error:
+            raise RepoConfigError(f"{path}: {name}: {error}") from error
+        if _budget(complete) in taken:
+            raise RepoConfigError(
+                f"{path}: {name} has the budget of {taken[_budget(complete)]}: give it another one, or take it out"
+            )
+        taken[_budget(complete)] = name
+    return {branch: dict(budget) for branch, budget in budgets.items()}
+
+
+def _budget(options: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(options[name] for name in BUDGET_FIELDS)
+
+
+def _require_branch_name(path: Path, branch: Any) -> None:
+    _require_text(path, f"the branch name budgets.{branch}", branch)
+    if branch in RESERVED_BRANCHES:
+        raise RepoConfigError(
+            f"{path}: budgets.{branch}: the branch {branch} has the budget of vispruner_config: take another name, "
+            "such as v64"
+        )
+    looks_like_commit = re.fullmatch(r"[0-9a-f]{7,40}", branch)
+    if looks_like_commit or branch.startswith("refs/") or not BRANCH_NAME.fullmatch(branch):
+        raise RepoConfigError(
+            f"{path}: budgets.{branch} is not a good branch name: take letters, digits and - _ . / only, beginning "
+            "with a letter or digit, and nothing that could be a commit, such as v64"
+        )
+
+
 def _vispruner_config(path: Path, options: Any) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise RepoConfigError(f"{path}: vispruner_config must hold fields, for example {{visual_token_num: 128}}")
-    for name in FILLED_BY_BUILD:
+    for name, remedy in FILLED_BY_BUILD.items():
         if name in options:
-            raise RepoConfigError(
-                f"{path}: vispruner_config.{name} is written by the build: set base_model / base_revision instead"
-            )
+            raise RepoConfigError(f"{path}: vispruner_config.{name} is written by the build: {remedy}")
     try:
         complete = merge_vispruner_config(None, options)
     except ValueError as error:
@@ -197,16 +296,15 @@ def _check_record(path: Path, name: str, stem: str, base_model: str, needed: tup
     found = {record.stem: record for record in RESULTS.glob("*.json")}
     if stem not in found:
         raise RepoConfigError(
-            f"{path}: card.{name} {stem} is not on record: no {stem}.json in {RESULTS}" + _did_you_mean(stem, list(found))
+            f"{path}: card.{name} {stem} is not on record: give the stem of a .json file in {RESULTS}"
+            + _did_you_mean(stem, list(found))
         )
     record = json.loads(found[stem].read_text(encoding="utf-8"))
     if missing := [field for field in needed if field not in record]:
-        raise RepoConfigError(
-            f"{path}: card.{name} {stem} cannot stand in a card: the record lacks {', '.join(missing)}"
-        )
+        raise RepoConfigError(f"{path}: card.{name} {stem} cannot stand in a card: it records no {', '.join(missing)}")
     if record.get("base_model") != base_model:
         raise RepoConfigError(
-            f"{path}: card.{name} {stem} is about {record.get('base_model')}, this repo's base is {base_model}: leave it out"
+            f"{path}: card.{name} {stem} is about the base {record.get('base_model')}, not {base_model}: leave it out"
         )
 
 

@@ -24,7 +24,7 @@ from vispruner import ARCHITECTURES, SELECTORS, auto_map, code_files
 from vispruner.configuration_vispruner import merge_vispruner_config
 
 from . import verify_worker
-from .build import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, resolve_base
+from .base_checkpoint import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, resolve_base
 from .checkpoint_io import checkpoint_shards, iter_checkpoint_tensors, read_json, read_tensor_headers
 from .published_layout import ModelTensors, layout_problems, model_tensors, published_name, published_names
 

@@ -11,6 +11,7 @@ from transformers import LlavaConfig, LlavaNextConfig
 
 POSITION_POLICIES = (None, "renumber", "original")
 TILE_MODES = ("paper", "native")
+WEIGHTS = ("full", "thin")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class VisPrunerOptions:
     tile_mode         LLaVA-NeXT only: "paper" or "native" packing of the kept tokens
     seed              method "random" only
     base_model_name_or_path, base_model_revision   where the weights came from
+    weights           "full": the repo holds them; "thin": it holds none, and loading takes them from that base
+    vispruner_version   version of this package that built the repo
     """
 
     method: str = "vispruner"
@@ -41,6 +44,8 @@ class VisPrunerOptions:
     seed: int | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
+    weights: str = "full"
+    vispruner_version: str | None = None
 
     def __post_init__(self) -> None:
         _require(isinstance(self.method, str) and self.method, "method", 'a selector name or "none"', self.method)
@@ -55,9 +60,13 @@ class VisPrunerOptions:
         _require(self.tile_mode in TILE_MODES, "tile_mode", '"paper" or "native"', self.tile_mode)
         _require(self.seed is None or _is_int(self.seed), "seed", "an integer or null", self.seed)
         _require(self.method != "random" or self.seed is not None, "seed", 'an integer when method is "random"', None)
-        for name in ("base_model_name_or_path", "base_model_revision"):
+        _require(self.weights in WEIGHTS, "weights", '"full" or "thin"', self.weights)
+        for name in ("base_model_name_or_path", "base_model_revision", "vispruner_version"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, str), name, "a string or null", value)
+        for name in ("base_model_name_or_path", "base_model_revision"):
+            _require(self.weights != "thin" or getattr(self, name), name, 'a string when weights is "thin"',
+                     getattr(self, name))  # fmt: skip
 
     def _check_budget(self) -> None:
         count, ratio = self.visual_token_num, self.keep_ratio

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from vispruner import ARCHITECTURES, auto_map, code_files
-from vispruner.conversion import build
-from vispruner.conversion.build import PROCESSOR_FILES, BuildError, build_repo, resolve_base
+from vispruner.conversion import base_checkpoint, build
+from vispruner.conversion.base_checkpoint import PROCESSOR_FILES, BuildError, resolve_base
+from vispruner.conversion.build import build_repo
 from vispruner.conversion.checkpoint_io import iter_checkpoint_tensors, write_checkpoint
 from vispruner.conversion.published_layout import LayoutError, published_name, published_names
 from vispruner.conversion.tiny_llava import write_tiny_llava
@@ -367,9 +368,10 @@ def test_a_hub_base_is_pinned_to_the_commit_its_branch_resolved_to(
         asked.append((repo_id, revision, "*.safetensors" in allow_patterns, "pytorch_model*.bin" in allow_patterns))
         return str(snapshot)
 
-    monkeypatch.setattr(build, "snapshot_download", download)
+    monkeypatch.setattr(base_checkpoint, "snapshot_download", download)
     out = build_repo(write_yaml(tmp_path), tmp_path / "out", show_progress=False)
-    assert asked == [("llava-hf/llava-1.5-7b-hf", "main", True, False)]
+    base = "llava-hf/llava-1.5-7b-hf"
+    assert asked == [(base, "main", False, False), (base, COMMIT, True, False)]
     assert read_json(out / "config.json")["vispruner_config"]["base_model_revision"] == COMMIT
     assert f"at `{COMMIT}`" in (out / "README.md").read_text(encoding="utf-8")
 
@@ -380,12 +382,12 @@ def test_bin_files_are_downloaded_only_where_there_are_no_safetensors(
     asked = []
 
     def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append("bin" if "pytorch_model*.bin" in allow_patterns else "safetensors")
+        asked.append([kind for kind in ("safetensors", "bin") if any(kind in pattern for pattern in allow_patterns)])
         return str(tmp_path)
 
-    monkeypatch.setattr(build, "snapshot_download", download)
+    monkeypatch.setattr(base_checkpoint, "snapshot_download", download)
     resolve_base("someone/old")
-    assert asked == ["safetensors", "bin"]
+    assert asked == [[], ["safetensors"], ["bin"]]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ DEFAULTS = {
     "seed": None,
     "base_model_name_or_path": None,
     "base_model_revision": None,
+    "weights": "full",
+    "vispruner_version": None,
 }
 
 
@@ -91,6 +93,8 @@ INVALID = [
     ("method", ("", None, 3, ["random"]), 'a selector name or "none"', ""),
     ("base_model_name_or_path", (1, Path("base")), "a string or null", ""),
     ("base_model_revision", (1,), "a string or null", ""),
+    ("weights", ("base", None, True), '"full" or "thin"', ""),
+    ("vispruner_version", (1, 0.1), "a string or null", ""),
 ]
 
 
@@ -103,6 +107,15 @@ def test_an_invalid_value_is_refused_by_field_and_remedy(field: str, value: Any,
     with pytest.raises(ValueError) as error:
         VisPrunerOptions.from_dict({**budget, field: value})
     assert str(error.value) == f"vispruner_config.{field} must be {allowed}, got {value!r}{remedy}"
+
+
+@pytest.mark.parametrize(
+    ("given", "absent"),
+    [({}, "base_model_name_or_path"), ({"base_model_name_or_path": "a/b"}, "base_model_revision")],
+)
+def test_weights_that_are_elsewhere_need_a_pinned_base(given: dict[str, str], absent: str) -> None:
+    with pytest.raises(ValueError, match=rf'{absent} must be a string when weights is "thin", got None'):
+        VisPrunerOptions.from_dict({"visual_token_num": 8, "weights": "thin", **given})
 
 
 def test_every_field_has_its_invalid_values_tested() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ VALID: dict[str, Any] = {
     "base_revision": "main",
     "architecture": "llava",
     "vispruner_config": {"visual_token_num": 128, "important_ratio": 0.5},
+    "weights": "thin",
+    "budgets": {"v64": {"visual_token_num": 64}, "half": {"keep_ratio": 0.5}},
     "card": {"license": "llama2", "language": "en"},
 }
 
@@ -41,6 +44,18 @@ def test_a_valid_file_loads_with_every_pruning_option_filled_in(tmp_path: Path) 
     assert repo.vispruner_config["visual_token_num"] == 128
     assert repo.vispruner_config["keep_ratio"] is None
     assert repo.card == VALID["card"]
+    assert (repo.weights, repo.budgets) == ("thin", VALID["budgets"])
+
+
+def test_weights_and_budgets_may_be_left_out(tmp_path: Path) -> None:
+    repo = load_repo_config(write_yaml(tmp_path, weights=..., budgets=...))
+    assert (repo.weights, repo.budgets) == (None, {})
+
+
+@pytest.mark.parametrize("branch", ["v64", "64", "few-tokens", "budget/v64", "v0.25", "V_64"])
+def test_names_that_git_takes_are_branches(tmp_path: Path, branch: str) -> None:
+    budgets = {branch: {"visual_token_num": 64}}
+    assert load_repo_config(write_yaml(tmp_path, budgets=budgets)).budgets == budgets
 
 
 @pytest.mark.parametrize("name", hub_config_names())
@@ -49,6 +64,10 @@ def test_every_shipped_config_is_valid_and_named_like_its_repo(name: str) -> Non
     assert repo.repo_id.split("/")[1] == name
     assert repo.card["license"]
     assert repo.path == HUB_CONFIGS / f"{name}.yaml"
+    assert [int(branch.removeprefix("v")) for branch in repo.budgets] == [
+        budget["visual_token_num"] for budget in repo.budgets.values()
+    ]
+    assert len(repo.budgets) == 2
 
 
 def test_the_shipped_configs_cover_both_architectures_and_one_base_without_network() -> None:
@@ -86,6 +105,10 @@ def test_a_path_that_does_not_exist_is_said_to_be_none(given: str) -> None:
         load_repo_config(given)
 
 
+BAD_BRANCHES = ["v 64", "-v64", ".v64", "v64.", "v64/", "/v64", "a//b", "a/.b", "a..b", "v64.lock", "a.lock/b", "v~1",
+                "v^", "v:64", "v?", "v*", "v[64", "v\\64", "v@{1}", "@", "a\nb", "v64\n", "tüv", "refs/heads/v64",
+                "refs/pr/1", "deadbeef", "0123456789abcdef0123456789abcdef01234567"]  # fmt: skip
+
 REFUSED = [
     ({"visual_tokens": 4}, "visual_tokens is not a field: the fields are repo_id"),
     ({"base_modle": "a/b"}, "base_modle is not a field.*did you mean base_model"),
@@ -113,10 +136,44 @@ REFUSED = [
         {"vispruner_config": {"visual_token_num": 4, "base_model_revision": "main"}},
         "vispruner_config.base_model_revision is written by the build",
     ),
+    (
+        {"vispruner_config": {"visual_token_num": 4, "weights": "thin"}},
+        "vispruner_config.weights is written by the build: set weights beside vispruner_config",
+    ),
+    (
+        {"vispruner_config": {"visual_token_num": 4, "vispruner_version": "1.0"}},
+        "vispruner_config.vispruner_version is written by the build: leave it out",
+    ),
+    ({"weights": "small"}, r"weights must be thin or full, got 'small' \(str\): leave it out"),
+    ({"weights": True}, r"weights must be thin or full, got True \(bool\)"),
+    ({"base_model": "embedded/tiny-llava"}, "base_model embedded/tiny-llava is not on the Hub.*set weights: full"),
+    ({"base_model": "/"}, "base_model / is not on the Hub"),
+    ({"budgets": ["v64"]}, "budgets must hold branches, for example {v64"),
+    ({"budgets": {64: {"visual_token_num": 64}}}, r"budgets.64 must be text, got 64 \(int\): put it in quotes"),
+    ({"budgets": {"main": {"visual_token_num": 64}}}, "budgets.main: .* has the budget of vispruner_config"),
+    ({"budgets": {"v64": 64}}, r"budgets.v64 must hold exactly one of visual_token_num, keep_ratio, got 64 \(int\)"),
+    ({"budgets": {"v64": {}}}, "budgets.v64 must hold exactly one of"),
+    ({"budgets": {"v64": {"seed": 4}}}, "budgets.v64 must hold exactly one of"),
+    ({"budgets": {"v64": {"visual_token_num": 64, "keep_ratio": 0.5}}}, "budgets.v64 must hold exactly one of"),
+    ({"budgets": {"v64": {"visual_token_num": 0}}}, "budgets.v64: .*visual_token_num must be an integer >= 1, got 0"),
+    ({"budgets": {"v64": {"visual_token_num": None}}}, "budgets.v64: vispruner_config needs a budget"),
+    ({"budgets": {"v64": {"keep_ratio": None}}}, "budgets.v64 has the budget of vispruner_config: give it another"),
+    ({"budgets": {"v128": {"visual_token_num": 128}}}, "budgets.v128 has the budget of vispruner_config"),
+    (
+        {"budgets": {"a": {"keep_ratio": 0.5}, "b": {"keep_ratio": 0.5}}},
+        "budgets.b has the budget of budgets.a: give it another one",
+    ),
+    ({"vispruner_config": {"method": "none"}}, 'budgets.half has no meaning with vispruner_config.method "none"'),
+    *(
+        ({"budgets": {branch: {"visual_token_num": 64}}}, f"budgets.{re.escape(branch)} is not a good branch name")
+        for branch in BAD_BRANCHES
+    ),
     ({"card": "llama2"}, "card must hold fields"),
     ({"card": {"licence": "llama2"}}, "card.licence is not a field.*did you mean license"),
     ({"card": {"license": None}}, "card.license must be text"),
     ({"card": {"tags": ["a", 4]}}, r"card.tags must be text, got 4 \(int\)"),
+    ({"card": {"citation": 4}}, r"card.citation must be text, got 4 \(int\)"),
+    ({"card": {"results": ["a", None]}}, "card.results must be text"),
 ]
 
 
@@ -129,7 +186,7 @@ def test_a_wrong_field_is_refused_by_file_and_name(tmp_path: Path, changes: dict
 
 @pytest.mark.parametrize("name", ["base_revision", "card"])
 def test_an_embedded_base_needs_neither_revision_nor_card(tmp_path: Path, name: str) -> None:
-    repo = load_repo_config(write_yaml(tmp_path, base_model="embedded/tiny-llava", **{name: ...}))
+    repo = load_repo_config(write_yaml(tmp_path, base_model="embedded/tiny-llava", weights="full", **{name: ...}))
     assert not getattr(repo, name)
 
 
