@@ -152,15 +152,12 @@ def _name(repo: RepoConfig) -> str:
 def _base(repo: RepoConfig, revision: str | None) -> dict[str, str]:
     """Return the base as the first sentence and as the table name it; of a local folder only the last name."""
     if repo.base_model.startswith(EMBEDDED_PREFIX):
-        text, what = (
-            f"`{repo.base_model.removeprefix(EMBEDDED_PREFIX)}`",
-            " (the checkpoint in the `vispruner` package)",
-        )
+        text, where = f"`{repo.base_model.removeprefix(EMBEDDED_PREFIX)}`", " (it is in the `vispruner` package)"
     elif repo.base_on_hub:
-        text, what = f"[{repo.base_model}](https://huggingface.co/{repo.base_model})", ""
+        text, where = f"[{repo.base_model}](https://huggingface.co/{repo.base_model})", ""
     else:
-        text, what = f"`{Path(repo.base_model).expanduser().resolve().name}`", " (a local checkpoint)"
-    return {"subject": text, "cell": text + what + (f" at `{revision}`" if revision else "")}
+        text, where = f"`{Path(repo.base_model).expanduser().resolve().name}`", " (a local checkpoint)"
+    return {"subject": text, "cell": text + where + (f" at `{revision}`" if revision else "")}
 
 
 def _has_tiles(repo: RepoConfig) -> bool:

@@ -136,7 +136,7 @@ def test_the_card_names_base_license_and_how_to_load(built: Path) -> None:
         "base_model": "llava-hf/llava-1.5-7b-hf",
         "tags": ["vispruner", "visual-token-pruning"],
     }
-    assert 'from_pretrained("someone/pruned", trust_remote_code=True)' in text
+    assert 'from_pretrained("someone/pruned", trust_remote_code=True' in text
     assert "Without `trust_remote_code=True`" in text
 
 
