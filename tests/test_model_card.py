@@ -493,3 +493,45 @@ def test_without_trust_remote_code_a_full_repo_is_silently_dense_and_the_check_r
     assert done.returncode == 1 and done.stderr.rstrip().splitlines()[-1].startswith("AssertionError"), done.stderr
     assert "answered LlavaForConditionalGeneration" in done.stdout
     assert "trust_remote_code" not in done.stderr
+
+
+# The same of a thin repo, whose base is in the cache too
+
+
+@pytest.fixture(scope="module")
+def thin_card(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Run]:
+    folder = tmp_path_factory.mktemp("thin-card")
+    base, budgets = SCENE.parent / "tiny-llava", {"v36": {"keep_ratio": 0.25}}
+    where = {"repo_id": "someone/thin", "base_model": "someone/base", "base_revision": COMMIT, "budgets": budgets}
+    repo = load_repo_config(write_yaml(folder, {"license": "apache-2.0"}, **where))
+    built = build_repo(repo, folder / "built", base=base, thin=True, show_progress=False)
+    assert not list(built.glob("*.safetensors"))
+    add_to_cache(folder / "cache", "someone/base", COMMIT, [], base)
+    add_repo_with_branches(folder / "cache", repo, built, folder)
+    return (built / "README.md").read_text(encoding="utf-8"), reader_of(folder / "cache", folder / "home")
+
+
+def test_the_snippets_of_a_thin_repo_run(thin_card: tuple[str, Run]) -> None:
+    card, run = thin_card
+    blocks = [block for block in python_blocks(card) if "import vispruner" not in block]
+    done = run(NO_PACKAGE + with_reports(blocks))
+    name = "VisPrunerLlavaForConditionalGeneration"
+    budgets = [18, 18, 18, 18, 9, 9, None]  # the branch has a keep_ratio
+    assert reported(done) == [[name, "transformers_modules", budget] for budget in budgets]
+    printed = [line for line in done.stdout.splitlines() if not line.startswith("::")]
+    assert printed[1] == "([144], [18])"
+    assert printed[0].strip() == printed[2].strip() != ""
+
+
+def test_the_packages_snippet_loads_a_thin_repo(thin_card: tuple[str, Run]) -> None:
+    card, run = thin_card
+    (block,) = (block for block in python_blocks(card) if "import vispruner" in block)
+    assert reported(run(with_reports([block]))) == [["VisPrunerLlavaForConditionalGeneration", "vispruner", 18]]
+
+
+def test_without_trust_remote_code_a_thin_repo_is_an_error_about_its_weights(thin_card: tuple[str, Run]) -> None:
+    card, run = thin_card
+    load = python_blocks(card)[0].replace(", trust_remote_code=True", "")
+    done = run(load)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.search(r"^OSError: .*\bmodel\.safetensors\b", done.stderr, re.MULTILINE), done.stderr
