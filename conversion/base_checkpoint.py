@@ -6,6 +6,7 @@ which tensors it has.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
