@@ -77,7 +77,7 @@ def __getattr__(name: str) -> Any:
 class Architecture:
     """The two classes that one `model_type` is loaded with."""
 
-    config_class: type
+    config_class: Any
     model_class: Any
 
 

@@ -41,28 +41,25 @@ class EncodedImages:
 
     tokens: tuple[torch.Tensor, ...]
     kept_indices: tuple[torch.Tensor, ...]
-    placeholders: tuple[torch.Tensor, ...] | None
+    placeholders: tuple[torch.Tensor | None, ...]
     full_counts: tuple[int, ...]
     vispruner_config: dict[str, Any]
 
     @classmethod
     def from_features(cls, features: PrunedImageFeatures, vispruner_config: dict[str, Any]) -> "EncodedImages":
         """Keep of a vision output what questions need, and nothing of the encoder's own size."""
-        placeholders = None if features.placeholders is None else tuple(features.placeholders)
-        return cls(
-            tuple(features.pooler_output),
-            tuple(features.kept_indices),
-            placeholders,
-            tuple(features.full_counts),
-            dict(vispruner_config),
-        )
+        tokens = tuple(features.pooler_output or ())
+        placeholders = tuple(features.placeholders or [None] * len(tokens))
+        indices, counts = tuple(features.kept_indices or ()), tuple(features.full_counts or ())
+        return cls(tokens, indices, placeholders, counts, dict(vispruner_config))
 
     def to_features(self) -> PrunedImageFeatures:
         """Return them as the vision output that stock code reads, in lists of its own."""
+        placeholders = [image for image in self.placeholders if image is not None]
         return PrunedImageFeatures(
             pooler_output=list(self.tokens),
             kept_indices=list(self.kept_indices),
-            placeholders=None if self.placeholders is None else list(self.placeholders),
+            placeholders=placeholders if len(placeholders) == len(self) else None,
             full_counts=list(self.full_counts),
         )
 
@@ -85,18 +82,17 @@ class EncodedImages:
             self,
             tokens=take(self.tokens),
             kept_indices=take(self.kept_indices),
-            placeholders=None if self.placeholders is None else take(self.placeholders),
+            placeholders=take(self.placeholders),
             full_counts=take(self.full_counts),
         )
 
     def __add__(self, other: "EncodedImages") -> "EncodedImages":
         self.require_made_with(other.vispruner_config)
-        both = self.placeholders is not None and other.placeholders is not None
         return replace(
             self,
             tokens=self.tokens + other.tokens,
             kept_indices=self.kept_indices + other.kept_indices,
-            placeholders=self.placeholders + other.placeholders if both else None,
+            placeholders=self.placeholders + other.placeholders,
             full_counts=self.full_counts + other.full_counts,
         )
 
@@ -104,11 +100,13 @@ class EncodedImages:
         """Move to a device, or cast the tokens to a dtype, as `torch.Tensor.to` does; a model moves them by itself."""
         tokens = tuple(image.to(*args, **kwargs) for image in self.tokens)
 
-        def follow(indices: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return tuple(index.to(image.device) for index, image in zip(indices, tokens, strict=True))
+        def follow(indices: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+            pairs = zip(indices, tokens, strict=True)
+            return tuple(None if index is None else index.to(image.device) for index, image in pairs)
 
-        placeholders = None if self.placeholders is None else follow(self.placeholders)
-        return replace(self, tokens=tokens, kept_indices=follow(self.kept_indices), placeholders=placeholders)
+        return replace(
+            self, tokens=tokens, kept_indices=follow(self.kept_indices), placeholders=follow(self.placeholders)
+        )
 
     def require_made_with(self, vispruner_config: dict[str, Any]) -> None:
         """Raise ValueError naming the fields by which `vispruner_config` would choose other tokens."""
