@@ -199,7 +199,8 @@ class VisPrunerMixin(GenerationMixin):
         if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
             raise ValueError("logits_to_keep must be an integer for a full prompt: logits are shorter than its ids")
         if not self._keeps_original_positions:
-            return self._shorten(inputs, layout, full, _leading_placeholders(full, kept))
+            staying = _leading_placeholders(full, kept, inputs["input_ids"].device)
+            return self._shorten(inputs, layout, full, staying)
         if "position_ids" not in inputs:
             self._require_contiguous_cache(inputs)
             ids = inputs["input_ids"]
@@ -424,7 +425,8 @@ class VisPrunerMixin(GenerationMixin):
         if original and "position_ids" not in arguments:
             mask = arguments.get("attention_mask", torch.ones_like(arguments["input_ids"]))
             arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        staying = _leading_placeholders(full, kept)  # for cached tokens too: their positions are in the cache
+        # For cached tokens too: their positions are in the cache.
+        staying = _leading_placeholders(full, kept, arguments["input_ids"].device)
         if original and cached is None:
             # Where stock encodes too, the same tokens stay, because selection is deterministic.
             staying = self._encode_here(arguments if _may_encode_here(arguments) else dict(arguments))
@@ -538,6 +540,7 @@ def _may_encode_here(arguments: dict[str, Any]) -> bool:
     return STOCK_TAKES_FEATURES or "assistant_model" not in arguments
 
 
-def _leading_placeholders(full: list[int], kept: list[int]) -> list[torch.Tensor]:
+def _leading_placeholders(full: list[int], kept: list[int], device: torch.device) -> list[torch.Tensor]:
     """Placeholders are all alike, so the first stay; the last repeats where paper tiles outnumber stock packing."""
-    return [torch.arange(count).clamp(max=whole - 1) for whole, count in zip(full, kept, strict=True)]
+    counts = zip(full, kept, strict=True)
+    return [torch.arange(count, device=device).clamp(max=whole - 1) for whole, count in counts]
