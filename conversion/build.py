@@ -6,13 +6,10 @@ and weight files change only in the names they carry.
 
 from __future__ import annotations
 
-import atexit
-import functools
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,8 +34,8 @@ from .checkpoint_io import (
 )
 from .published_layout import ModelTensors, layout_problems, model_tensors, published_names
 from .repo_config import EMBEDDED_PREFIX, RepoConfig, load_repo_config
-from .tiny_llava import write_tiny_llava
 
+ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("tiny-llava",)
 
 # What a processor and a tokenizer are made of; whatever of it the base has is copied byte for byte.
@@ -111,7 +108,7 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
         embedded = name.removeprefix(EMBEDDED_PREFIX)
         if embedded not in EMBEDDED:
             raise BuildError(f"{name} is not embedded in this package; {EMBEDDED_PREFIX}{EMBEDDED[0]} is")
-        return _embedded_checkpoint()
+        return ASSETS / embedded
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -120,13 +117,6 @@ def resolve_base(name: str, revision: str | None = None) -> Path:
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise BuildError(f"base {name} does not exist: give a checkpoint folder or a Hub id (owner/name)")
     return _hub_snapshot(name, revision)
-
-
-@functools.cache
-def _embedded_checkpoint() -> Path:
-    scratch = tempfile.mkdtemp(prefix="vispruner-base-")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return write_tiny_llava(Path(scratch) / "tiny-llava")
 
 
 def _hub_snapshot(repo_id: str, revision: str | None) -> Path:

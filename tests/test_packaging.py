@@ -138,11 +138,13 @@ def test_the_readme_s_check_tells_pruned_from_dense(tiny_llava_repo: Path, tmp_p
         run_python_block(second, tmp_path, {**names, ", trust_remote_code=True)\n": ")\n"})
 
 
-def test_the_package_brings_its_configs_and_its_photo() -> None:
+def test_the_package_brings_its_configs_its_pictures_and_its_checkpoint() -> None:
     assert "tiny-llava-vispruner" in hub_config_names()
     assert Path(conversion.__file__).parent.parent / "hub_configs" == HUB_CONFIGS
-    assets = {path.name for path in (Path(conversion.__file__).parent / "assets").iterdir()}
-    assert {"chelsea.jpg", "README.md"} <= assets
+    folder = Path(conversion.__file__).parent / "assets"
+    assets = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    checkpoint = {f"tiny-llava/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert {"chelsea.jpg", "scene.png", "scene.json", "README.md", *checkpoint} <= assets
 
 
 def test_the_sample_photo_is_small_and_its_licence_is_stated() -> None:
