@@ -361,8 +361,11 @@ class VisPrunerMixin(GenerationMixin):
             return super().generate(inputs, generation_config, **hooks, **kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         arguments = {**kwargs, "input_ids": input_ids}
-        full, kept = self._images_of(arguments)
-        prompt = self._shorten_for_generate(arguments, generation_config, full, kept)
+        if "attention_mask" not in arguments:
+            self._infer_mask(arguments, generation_config)
+        layout = self._read_layout(arguments)
+        full, kept = self._images_of(arguments, layout)
+        prompt = self._shorten_for_generate(arguments, layout, full, kept)
         if kept:
             self._refuse_what_stock_gets_wrong(arguments, generation_config)
             self._never_look_up_placeholders(arguments, generation_config)
@@ -387,14 +390,15 @@ class VisPrunerMixin(GenerationMixin):
         merged = super()._merge_criteria_processor_list(default_list, type(custom_list)(unwrapped))
         return type(merged)(wrappers.get(id(hook), hook) for hook in merged)
 
-    def _images_of(self, arguments: dict[str, Any]) -> tuple[list[int], list[int]]:
+    def _images_of(self, arguments: dict[str, Any], layout: PromptLayout) -> tuple[list[int], list[int]]:
         """Count the visual tokens of the prompt's images; on a later turn they are known from the cache."""
         past = _cached_length(arguments)
         prompt = _cached_prompt(arguments)
-        is_image = arguments["input_ids"] == self.config.image_token_id
-        if prompt is None and (past == 0 or not is_image[:, :past].any()):  # no image is in the cache yet
-            return self._count_visual_tokens(arguments)
-        placeholders = int(is_image.sum())
+        if prompt is None:
+            cached = arguments["input_ids"][:, :past] == self.config.image_token_id
+            if past == 0 or not cached.any():  # no image is in the cache yet
+                return self._count_visual_tokens(arguments)
+        placeholders = sum(layout.placeholders)
         if prompt is None or not prompt.uniform or placeholders not in prompt.possible_placeholders:
             raise ValueError(
                 f"cannot continue from this cache of {past} tokens and a prompt of {placeholders} image placeholders: "
@@ -412,11 +416,8 @@ class VisPrunerMixin(GenerationMixin):
         return list(prompt.full_counts), list(prompt.kept_counts)
 
     def _shorten_for_generate(
-        self, arguments: dict[str, Any], config: Any, full: list[int], kept: list[int]
+        self, arguments: dict[str, Any], layout: PromptLayout, full: list[int], kept: list[int]
     ) -> ShortenedPrompt | None:
-        if full and "attention_mask" not in arguments:
-            self._infer_mask(arguments, config)
-        layout = self._read_layout(arguments)
         if not self._is_full_prompt(arguments["input_ids"], layout, full, kept):
             if full != kept:
                 self._require_known_positions(arguments)

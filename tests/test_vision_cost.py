@@ -196,6 +196,20 @@ class TestWaitsForTheDevice:
                 generate(case.model, text, encoded_images=images, max_new_tokens=new, eos_token_id=None)
             assert 0 < ours.total <= stock
 
+    def test_a_later_turn_waits_three_times_more_at_most(self, case, leading_tokens):
+        """It looks at its prompt, and where the images end that its cache must hold."""
+        case.model.set_vispruner_config(method="leading")
+        inputs = dict(case.inputs(ONE, case.pictures[:1]))
+        totals = []
+        for model in (case.model, case.stock):
+            first = generate(model, inputs, return_dict_in_generate=True, eos_token_id=None)
+            ids = torch.cat([first.sequences, first.sequences[:, -4:]], dim=1)
+            turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with torch.no_grad(), HostReads(turn, list(model.parameters())) as reads:
+                generate(model, turn, past_key_values=first.past_key_values, eos_token_id=None)
+            totals.append(reads.total)
+        assert totals[0] <= totals[1] + 3
+
     def test_text_alone_waits_once_more(self, case):
         """To tell it from a prompt whose image was forgotten, which stock would answer without a word."""
         inputs = case.inputs(NONE)
