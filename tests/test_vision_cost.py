@@ -116,19 +116,19 @@ def peak_bytes(model, pixels):
     return memory.peak
 
 
-def real_geometry(architecture, layers, dtype):
+def real_geometry(architecture, layers, dtype, width=256):
     """A stock and a pruned model with the patches, tokens and proportions of LLaVA on CLIP ViT-L/14-336, but thin."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=5,
         num_attention_heads=4,
         image_size=336,
         patch_size=14,
     )
     text = LlamaConfig(
-        vocab_size=64, hidden_size=512, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+        vocab_size=64, hidden_size=4 * width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
     )
     pruned = vispruner.ARCHITECTURES[architecture]
     config = pruned.config_class(
