@@ -7,6 +7,7 @@ server errors, dropped connections) are waited out, within bounds.
 from __future__ import annotations
 
 import errno
+import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any, TypeVar
 
-import huggingface_hub.errors
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -30,11 +30,8 @@ from tqdm import tqdm
 
 from vispruner import __version__
 
-from .base_checkpoint import BuildError
+from .base_checkpoint import HTTP_ERROR, BuildError
 from .repo_config import RepoConfig
-
-# The client library is httpx or httpx2, by the version of huggingface_hub, which knows its base error by this name.
-HTTPError: type[Exception] = getattr(huggingface_hub.errors, "HTTPError")  # noqa: B009
 
 TRIES = 5
 FIRST_WAIT = 1.0
@@ -121,15 +118,16 @@ class HubAccess:
         while True:
             try:
                 return function(*arguments, **options)
-            except (HTTPError, OSError) as error:
+            except (HTTP_ERROR, OSError) as error:
                 patience.wait(error)
 
     def without_token(self, text: str) -> str:
         """Return `text` as it may be shown."""
         return text.replace(self.token, "[token]") if self.token else text
 
+    @functools.cached_property
     def account(self) -> dict[str, Any]:
-        """Return what the Hub says about the token's owner."""
+        """What the Hub says about the token's owner, asked for once because it may be asked for only rarely."""
         if not self.token:
             raise PublishError(
                 ExitCode.NOT_LOGGED_IN,
@@ -270,14 +268,19 @@ def with_base_commit(hub: HubAccess, repo: RepoConfig) -> RepoConfig:
 
 
 @contextmanager
-def explained(hub: HubAccess, what: str) -> Iterator[None]:
-    """Turn whatever the Hub, the network or the disk raises into a PublishError that says what to do."""
+def explained(hub: HubAccess, what: str, uploading: bool = False) -> Iterator[None]:
+    """Turn whatever the Hub, the network or the disk raises into a PublishError that says what to do.
+
+    uploading  an error of no known kind came from the upload, and not from what a user gave
+    """
     try:
         yield
     except PublishError:
         raise
     except Exception as error:
         found = explain(error, what, hub.endpoint)
+        if found is None and uploading:
+            found = PublishError(ExitCode.REFUSED_BY_HUB, f"{what}: the upload failed: {error}")
         if found is None:
             raise
         raise PublishError(found.exit_code, hub.without_token(str(found))) from error
@@ -298,12 +301,14 @@ def explain(error: BaseException, what: str, endpoint: str) -> PublishError | No
             return PublishError(ExitCode.NOT_LOGGED_IN, f"{what}: not logged in: run `hf auth login`")
         if isinstance(cause, HfHubHTTPError):
             return _explain_answer(cause, what)
+        if isinstance(cause, ValueError) and "Invalid metadata in README.md" in str(cause):
+            return PublishError(ExitCode.CARD_REFUSED, f"{what}: {cause}")
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({cause.filename})" if cause.filename else ""
             return PublishError(
                 ExitCode.DISK_FULL, f"{what}: the disk is full{where}: free some space, or give another --out"
             )
-        if isinstance(cause, HTTPError | ConnectionError | TimeoutError):
+        if isinstance(cause, (HTTP_ERROR, ConnectionError, TimeoutError)):
             return PublishError(
                 ExitCode.CONNECTION_LOST,
                 f"{what}: the connection to {endpoint} broke ({cause}): run the same command again, what has been "
@@ -347,7 +352,7 @@ def _passing_trouble(error: Exception) -> tuple[str, float | None] | None:
             if status == 429:
                 return "the Hub's rate limit is reached", _asked_wait(cause)
             return (f"the Hub answers {status}", None) if status >= 500 or status == 408 else None
-        if isinstance(cause, HTTPError | ConnectionError | TimeoutError):
+        if isinstance(cause, (HTTP_ERROR, ConnectionError, TimeoutError)):
             return f"the connection broke ({cause})", None
     return None
 

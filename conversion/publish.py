@@ -125,7 +125,7 @@ class PublishJob:
         """Refuse, before anything is built, what could not be pushed; pin the base's branch to its commit."""
         repo_id = self.repo.repo_id
         with explained(self.hub, repo_id):
-            account = self.hub.account() if push or self.hub.token else None
+            account = self.hub.account if push or self.hub.token else None
             remote = self.read_branches()
             if account is not None:
                 try:
@@ -189,8 +189,8 @@ class PublishJob:
 
         Safe to repeat and to interrupt anywhere: each branch changes by one commit or not at all.
         """
-        with explained(self.hub, self.repo.repo_id):
-            wanted = self.wanted_branches(folder)
+        wanted = self.wanted_branches(folder)
+        with explained(self.hub, self.repo.repo_id, uploading=True):
             if self.create_pr:
                 self.commits = {self.branch: self._propose(wanted[self.branch])}
             else:
@@ -380,8 +380,8 @@ class PublishJob:
             if not plan.is_empty:
                 raise PublishError(
                     ExitCode.READ_BACK_DIFFERS,
-                    f"{self.repo.repo_id} at {branch} ({commit}) is not what was built: {', '.join(plan.paths())}; run the "
-                    "same command again, and look for a .gitignore in the repo if it stays so",
+                    f"{self.repo.repo_id} at {branch} ({commit}) is not what was built: {', '.join(plan.paths())}; run "
+                    "the same command again, and look for a .gitignore in the repo if it stays so",
                 )
             print(f"read back {branch} at {commit}: {len(files)} files are those built")
 
