@@ -118,7 +118,7 @@ class HubAccess:
         while True:
             try:
                 return function(*arguments, **options)
-            except (HTTP_ERROR, OSError) as error:
+            except Exception as error:
                 patience.wait(error)
 
     def without_token(self, text: str) -> str:

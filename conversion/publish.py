@@ -38,6 +38,7 @@ from .repo_config import RepoConfig, load_repo_config
 from .upload_plan import (
     CARD,
     NEUTRAL_FILES,
+    BranchPlan,
     LocalFile,
     RemoteBranch,
     RemoteFile,
@@ -84,9 +85,10 @@ def publish(
         job.check_access(push, pin_base=base is None)
     for job in jobs:
         folder = job.build(Path(out), thin, base)
-        job.show_summary(folder, push)
+        wanted = job.wanted_branches(folder)
+        job.show_summary(wanted, push)
         if push:
-            job.push_folder(folder)
+            job.push_branches(wanted)
             job.check_loads(folder)
     if not push:
         print("this was a dry run: nothing was changed on the Hub; add --push to publish")
@@ -165,18 +167,18 @@ class PublishJob:
             return None  # a thin repo has no weights of its own
         return resolve_base(self.repo.base_model, self.repo.base_revision) if base is None else resolve_base(base)
 
-    def show_summary(self, folder: Path, push: bool) -> None:
-        """Print what would change, or will, on every branch."""
+    def show_summary(self, wanted: Mapping[str, list[LocalFile]], push: bool) -> None:
+        """Print what would change, or will, on every branch; let the Hub judge a new card before anything is made."""
         repo_id = self.repo.repo_id
         with explained(self.hub, repo_id):
-            wanted = self.wanted_branches(folder)
             remote = self.read_branches()
             plans = [plan_branch(branch, files, (remote or {}).get(branch)) for branch, files in wanted.items()]
-            if any(CARD in plan.paths() for plan in plans):
-                self.hub.check_card((folder / CARD).read_text(encoding="utf-8"))
+            card = next((file for plan in plans for file in (*plan.added, *plan.changed) if file.path == CARD), None)
+            if card is not None:
+                self.hub.check_card(card.text())
         state = "a new repo" if remote is None else "exists"
         visibility = ", private" if remote is None and self.private else ""
-        print(f"\n{folder} -> {self.hub.endpoint}/{repo_id} ({state}{visibility})")
+        print(f"\n{self.hub.endpoint}/{repo_id} ({state}{visibility})")
         print("\n".join(line for plan in plans for line in describe(plan, self._budget_text(plan.branch))))
         if self.create_pr and not all(plan.is_empty for plan in plans):
             print(f"  as a pull request{'' if push else ' that --push would open'}; budget branches follow main later")
@@ -184,19 +186,15 @@ class PublishJob:
     def _budget_text(self, branch: str) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.budgets.get(branch, {}).items())
 
-    def push_folder(self, folder: Path) -> dict[str, str]:
-        """Bring every branch to what the folder holds and read it back; return branch -> commit.
+    def push_branches(self, wanted: Mapping[str, list[LocalFile]]) -> dict[str, str]:
+        """Bring every branch to the files it shall hold and read them back; return branch -> commit.
 
         Safe to repeat and to interrupt anywhere: each branch changes by one commit or not at all.
         """
-        wanted = self.wanted_branches(folder)
         with explained(self.hub, self.repo.repo_id, uploading=True):
-            if self.create_pr:
-                self.commits = {self.branch: self._propose(wanted[self.branch])}
-            else:
-                if self.read_branches() is None:
-                    self._create_repo()
-                self.commits = {branch: self._bring_up_to_date(branch, files) for branch, files in wanted.items()}
+            if self.read_branches() is None:
+                self._create_repo()
+            self.commits = {branch: self._bring_up_to_date(branch, files) for branch, files in wanted.items()}
             self._read_back(wanted)
         return self.commits
 
@@ -293,28 +291,34 @@ class PublishJob:
         """Commit whatever a branch lacks; return its commit. After any trouble the branch is looked at anew."""
         patience, moved = Patience(), False
         while True:
+            remote = self._branch_to_write(branch)
+            self._refuse_foreign(branch, remote)
+            plan = plan_branch(branch, files, remote)
+            if plan.is_empty:
+                return remote.commit
+            if self.create_pr and (proposed := self._open_proposal(files)) is not None:
+                return proposed
             try:
-                remote = self._branch_to_write(branch)
-                self._refuse_foreign(branch, remote)
-                plan = plan_branch(branch, files, remote)
-                if plan.is_empty:
-                    return remote.commit
-                done = self.hub.api.create_commit(
-                    self.repo.repo_id,
-                    plan.operations(),
-                    commit_message=self._title(branch),
-                    revision=branch,
-                    parent_commit=remote.commit,
-                )
-                return done.oid
-            except HfHubHTTPError as error:
-                if error.response.status_code != 412 or moved:
-                    patience.wait(error)
-                moved = moved or error.response.status_code == 412
-            except PublishError:
-                raise
+                return self._commit(plan, remote)
             except Exception as error:
-                patience.wait(error)
+                if _is_moved(error) and not moved:
+                    moved = True
+                else:
+                    patience.wait(error)
+
+    def _commit(self, plan: BranchPlan, remote: RemoteBranch) -> str:
+        """Make one commit on top of the one that was looked at, or a pull request of it; weights go up before it."""
+        target: dict[str, Any] = {"create_pr": True} if self.create_pr else {"revision": plan.branch}
+        done = self.hub.api.create_commit(
+            self.repo.repo_id,
+            plan.operations(),
+            commit_message=self._title(plan.branch),
+            parent_commit=remote.commit,
+            **target,
+        )
+        if self.create_pr:
+            print(f"opened {done.pr_url}")
+        return done.oid
 
     def _branch_to_write(self, branch: str) -> RemoteBranch:
         """Return the branch; a missing one is made from the repo's first commit, which holds nothing to load."""
@@ -330,32 +334,6 @@ class PublishJob:
         budget = f", {self._budget_text(branch)}" if branch in self.budgets else ""
         at = f" at {self.repo.base_revision[:8]}" if self.repo.base_revision else ""
         return f"Build of {self.repo.base_model}{at} by vispruner {__version__}{budget}"
-
-    def _propose(self, files: list[LocalFile]) -> str:
-        """Open a pull request unless main or an open one holds the files; return the commit that does."""
-        patience = Patience()
-        while True:
-            try:
-                remote = self._branch_to_write(self.branch)
-                self._refuse_foreign(self.branch, remote)
-                plan = plan_branch(self.branch, files, remote)
-                if plan.is_empty:
-                    return remote.commit
-                if (proposed := self._open_proposal(files)) is not None:
-                    return proposed
-                done = self.hub.api.create_commit(
-                    self.repo.repo_id,
-                    plan.operations(),
-                    commit_message=self._title(self.branch),
-                    parent_commit=remote.commit,
-                    create_pr=True,
-                )
-                print(f"opened {done.pr_url}")
-                return done.oid
-            except PublishError:
-                raise
-            except Exception as error:
-                patience.wait(error)
 
     def _open_proposal(self, files: list[LocalFile]) -> str | None:
         refs = self.hub.ask(self.hub.api.list_repo_refs, self.repo.repo_id, include_pull_requests=True)
@@ -380,8 +358,8 @@ class PublishJob:
             if not plan.is_empty:
                 raise PublishError(
                     ExitCode.READ_BACK_DIFFERS,
-                    f"{self.repo.repo_id} at {branch} ({commit}) is not what was built: {', '.join(plan.paths())}; run "
-                    "the same command again, and look for a .gitignore in the repo if it stays so",
+                    f"{self.repo.repo_id} at {branch} ({commit}) is not what was built: {', '.join(plan.paths())}; "
+                    "run the same command again, and look for a .gitignore in the repo if it stays so",
                 )
             print(f"read back {branch} at {commit}: {len(files)} files are those built")
 
@@ -440,6 +418,11 @@ def _run_worker(settings: Mapping[str, Any], endpoint: str) -> dict[str, Any]:
             return json.loads((scratch / "result.json").read_text(encoding="utf-8"))
         last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
         return {"problem": f"exit status {done.returncode}: {last[0]}"}
+
+
+def _is_moved(error: Exception) -> bool:
+    """Say whether somebody else committed since the branch was looked at."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code == 412
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

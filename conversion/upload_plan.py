@@ -37,6 +37,9 @@ class LocalFile:
     sha256: str
     blob_id: str
 
+    def text(self) -> str:
+        return self.source.decode() if isinstance(self.source, bytes) else self.source.read_text(encoding="utf-8")
+
 
 @dataclass(frozen=True)
 class RemoteFile:
