@@ -5,6 +5,7 @@ down to the number of features that the model's `get_image_features` returns. Kn
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from transformers import GenerationMixin, LlavaForConditionalGeneration
 from transformers.utils import ModelOutput
 
+from .base_weights import find_thin_repo
 from .configuration_vispruner import merge_vispruner_config
 from .prompt_shortening import (
     CachedPrompt,
@@ -48,7 +50,8 @@ class VisPrunerMixin(GenerationMixin):
     Modifications against stock:
     * a prompt may carry the full or the kept number of placeholders per image; any other number raises ValueError
     * `generate` returns the caller's own prompt followed by the new tokens, and counts lengths from that prompt
-    * `save_pretrained` writes the code files and `auto_map`; `from_pretrained` refuses missing weights
+    * `save_pretrained` writes the code files and `auto_map`; `from_pretrained` refuses missing weights, and takes
+      those of a thin repo from its base
     """
 
     _auto_class = "AutoModelForImageTextToText"
@@ -58,8 +61,10 @@ class VisPrunerMixin(GenerationMixin):
         """Stock `from_pretrained`, but weights that the checkpoint lacks are an error, never random numbers.
 
         vispruner_config  a dict of fields; a partial one is merged over the stored one
+        The weights of a thin repo are loaded from the base that its config.json names.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        thin = find_thin_repo(cls.config_class, pretrained_model_name_or_path, kwargs)
         config = kwargs.get("config")
         if "vispruner_config" in kwargs and hasattr(config, "to_dict"):
             changes = kwargs.pop("vispruner_config")
@@ -67,15 +72,20 @@ class VisPrunerMixin(GenerationMixin):
             kwargs["config"].vispruner_config = merge_vispruner_config(
                 getattr(config, "vispruner_config", None), changes
             )
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        load = functools.partial(super().from_pretrained, output_loading_info=True)
+        if thin is None:
+            model, info = load(pretrained_model_name_or_path, *model_args, **kwargs)
+        else:
+            kwargs = thin.loading_arguments(cls.config_class, kwargs)
+            with thin.errors_name_the_base(kwargs):
+                model, info = load(thin.base, *model_args, **kwargs)
+            thin.take_back(model)
         missing = sorted(info["missing_keys"])
         if not kwargs.get("ignore_mismatched_sizes"):
             missing += sorted(str(key) for key in info["mismatched_keys"])
         if missing:
             raise ValueError(
-                f"{pretrained_model_name_or_path} lacks weights of {cls.__name__}, which would be random: "
+                f"{thin or pretrained_model_name_or_path} lacks weights of {cls.__name__}, which would be random: "
                 f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} ({len(missing)} in all). "
                 "Check that the checkpoint is complete and of this architecture"
             )
@@ -93,6 +103,7 @@ class VisPrunerMixin(GenerationMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Stock `save_pretrained` (and `push_to_hub`); the folder carries its code, so that it never loads dense."""
         self.config.auto_map = self.vispruner_auto_map()
+        self.config.vispruner_config = {**self.config.vispruner_config, "weights": "full"}
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def set_vispruner_config(self, **changes: Any) -> None:
