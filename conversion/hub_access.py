@@ -253,11 +253,13 @@ def _require_namespace(account: dict[str, Any], repo_id: str, namespace: str) ->
 def _is_granted(fine_grained: dict[str, Any], rights: set[str], namespace: str, repo_id: str | None) -> bool:
     if rights & set(fine_grained.get("global") or ()):
         return True
-    places = {namespace.lower(), (repo_id or namespace).lower()}
-    return any(
-        (scope.get("entity") or {}).get("name", "").lower() in places and rights & set(scope.get("permissions") or ())
-        for scope in fine_grained.get("scoped") or ()
-    )
+    places = {("user", namespace.lower()), ("org", namespace.lower()), ("model", (repo_id or "").lower())}
+    for scope in fine_grained.get("scoped") or ():
+        entity = scope.get("entity") or {}
+        place = (entity.get("type"), str(entity.get("name")).lower())
+        if place in places and rights & set(scope.get("permissions") or ()):
+            return True
+    return False
 
 
 def with_base_commit(hub: HubAccess, repo: RepoConfig) -> RepoConfig:

@@ -31,7 +31,7 @@ def check(settings: dict[str, Any]) -> list[str]:
         AutoProcessor.from_pretrained(settings["repo_id"], **source)
         auto_class: Any = AutoModelForImageTextToText
         with torch.device("meta"):
-            model = auto_class.from_config(config, **source)
+            model = auto_class.from_config(config, trust_remote_code=True, code_revision=commit)
         _require_own(model, settings["class_name"])
         budget = config.vispruner_config["visual_token_num"] or config.vispruner_config["keep_ratio"]
         line = f"loads at {commit}: {settings['class_name']}, budget {budget}"
