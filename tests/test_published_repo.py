@@ -1,4 +1,4 @@
-"""Repos published by the README's own commands on a local Hub, loaded as a stranger would: by name, in fresh processes."""
+"""Repos published on a local Hub by the README's own commands, and loaded as a stranger would: by name."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_the_readme_s_commands_end_in_a_repo_that_loads_and_prunes(site: Site) -
         assert done.returncode == 0, done.stdout + done.stderr
         outputs.append(done.stdout + done.stderr)
         if "--push" not in command:
-            assert "user/tiny-llava-vispruner" not in site.hub.repos()
+            assert "user/tiny-llava-vispruner" not in site.hub.repos
     assert "dry run" in outputs[1]
     assert not [output for output in outputs[1:] if TOKEN in output]
     done = site.run(sys.executable, "-c", PIPELINE, str(PHOTO), "user/tiny-llava-vispruner", home="stranger")

@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -18,9 +19,8 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import constants
-from local_hub import LocalHub
+from local_hub import LocalHub, Refusal, Request
 
-from vispruner import code_files
 from vispruner.conversion import hub_access, publish, upload_plan
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.hub_access import ExitCode, HubAccess, PublishError
@@ -85,6 +85,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        address = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -318,7 +320,7 @@ def test_a_dry_run_shows_files_sizes_and_hashes_and_changes_nothing(
         assert file.sha256[:16] in text
     assert "v8 (visual_token_num 8): new branch" in text
     assert "dry run" in text
-    assert hub.repos() == []
+    assert not hub.repos
     assert {method for method, path in hub.requests if path != "/api/validate-yaml"} <= {"GET", "HEAD"}
 
 
@@ -346,7 +348,7 @@ def test_a_dry_run_tells_what_a_new_build_changes(
     job(repo).push(newer_build(built, tmp_path / "newer", weights=True))
     hub.commit("user/tiny", {"modeling_old.py": b"pass\n"})
     _, text = run()
-    main = text[text.index("  main:") : text.index("  v8")]
+    main = text[text.index("  main:") : text.index("  quarter")]
     actions = [line.split()[:2] for line in main.splitlines()[1:-1]]
     assert actions == [["change", "model.safetensors"], ["change", "README.md"], ["remove", "modeling_old.py"]]
 
@@ -357,7 +359,7 @@ def test_the_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert "python upload.py llava-1.5-7b-vispruner --push" in text
-    table = {int(number) for number in __import__("re").findall(r"(?:^|\s{2})\s*(\d+)\s{2}", text, flags=8)}
+    table = {int(number) for number in re.findall(r"(?:^|\s{2})\s*(\d+)\s{2}", text, flags=8)}
     assert table == {int(code) for code in ExitCode} - {ExitCode.INTERRUPTED, ExitCode.FAULT}
 
 
@@ -563,7 +565,7 @@ def test_a_foreign_budget_branch_is_refused_too(
     hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], repo: RepoConfig, built: Path
 ) -> None:
     job(repo).push(built)
-    hub.commit("user/tiny", {"experiment.bin": b"", "notes.md": b"mine"}, branch="v8")
+    hub.commit("user/tiny", {"experiment.bin": b"", "notes.md": b"mine"}, revision="v8")
     assert "at v8 holds notes.md" in refused(run, ExitCode.FOREIGN_CONTENT)
 
 
@@ -583,7 +585,7 @@ def test_what_verify_refuses_is_not_published(
     report = Report(Path(), (Check("imports", "fail", "line 1 imports os.path"),))
     monkeypatch.setattr(publish, "verify_repo", lambda folder, base: report)
     assert "line 1 imports" in refused(run, ExitCode.NOT_VERIFIED)
-    assert hub.repos() == []
+    assert not hub.repos
 
 
 def test_a_bad_yaml_is_found_before_anything_else(
@@ -612,22 +614,25 @@ def test_a_full_disk(
     monkeypatch.setattr("vispruner.conversion.build.shutil.copyfile", full)
     assert "free some space" in refused(run, ExitCode.DISK_FULL)
     assert not list((tmp_path / "out").glob("*"))
-    assert hub.repos() == []
+    assert not hub.repos
 
 
 # Troubles of the network: what passes is waited out, what does not has an exit code
 
 
-def is_commit(method: str, path: str) -> bool:
-    return method == "POST" and "/commit/" in path
+def is_commit(request: Request) -> bool:
+    return request.method == "POST" and "/commit/" in request.path
 
 
-def is_upload(method: str, path: str) -> bool:
-    return method == "PUT"
+def is_upload(request: Request) -> bool:
+    return request.method == "PUT"
 
 
-def is_whoami(method: str, path: str) -> bool:
-    return path.endswith("/whoami-v2")
+def is_whoami(request: Request) -> bool:
+    return request.path.endswith("/whoami-v2")
+
+
+ALWAYS = float("inf")
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "429", "drop"])
@@ -638,10 +643,10 @@ def test_what_happens_once_is_waited_out(
     run: Callable[..., tuple[int, str]],
     waits: list[float],
     built: Path,
-    request_kind: Callable[[str, str], bool],
+    request_kind: Callable[[Request], bool],
     kind: str,
 ) -> None:
-    hub.fail_at(request_kind, kind=kind, times=1)
+    hub.fail_at(request_kind, kind=kind)
     assert run("--push")[0] == 0
     assert len(waits) == 1
     assert on_hub(hub, "user/tiny") == contents(built)
@@ -664,14 +669,14 @@ def test_what_does_not_pass_ends_and_the_next_run_goes_on(
     run: Callable[..., tuple[int, str]],
     waits: list[float],
     built: Path,
-    request_kind: Callable[[str, str], bool],
+    request_kind: Callable[[Request], bool],
     kind: str,
     code: ExitCode,
 ) -> None:
-    fault = hub.fail_at(request_kind, kind=kind)
+    hub.fail_at(request_kind, kind=kind, times=ALWAYS)
     assert "again" in refused(run, code)
     assert 0 < sum(waits) < 2000
-    hub.clear_faults()
+    hub.heal()
     assert run("--push")[0] == 0
     assert on_hub(hub, "user/tiny") == contents(built)
 
@@ -679,7 +684,7 @@ def test_what_does_not_pass_ends_and_the_next_run_goes_on(
 def test_the_hub_s_wait_is_kept_to(
     hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], waits: list[float]
 ) -> None:
-    hub.fail_at(is_commit, kind="429", times=1, retry_after=7)
+    hub.fail_at(is_commit, kind="429", retry_after=7)
     status, text = run("--push")
     assert status == 0
     assert waits == [7.0]
@@ -689,7 +694,7 @@ def test_the_hub_s_wait_is_kept_to(
 def test_a_rate_limit_of_hours_is_not_waited_for(
     hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], waits: list[float]
 ) -> None:
-    hub.fail_at(is_commit, kind="429", retry_after=7200)
+    hub.fail_at(is_commit, kind="429", retry_after=7200, times=ALWAYS)
     assert "rate limit" in refused(run, ExitCode.RATE_LIMITED)
     assert waits == []
 
@@ -697,7 +702,7 @@ def test_a_rate_limit_of_hours_is_not_waited_for(
 def test_an_answer_that_is_lost_makes_no_second_commit(
     hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], waits: list[float]
 ) -> None:
-    hub.fail_at(is_commit, kind="drop after", times=1)
+    hub.fail_at(is_commit, kind="drop", after=True)
     assert run("--push")[0] == 0
     assert {len(hub.history("user/tiny", branch)) for branch in BRANCHES} == {2}
 
@@ -706,7 +711,7 @@ def test_somebody_else_s_commit_is_kept_and_built_upon(
     hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], repo: RepoConfig, built: Path, tmp_path: Path
 ) -> None:
     job(repo).push(newer_build(built, tmp_path / "older"))
-    hub.before(is_commit, lambda: hub.commit("user/tiny", {"LICENSE": b"MIT"}), times=1)
+    hub.fail_at(is_commit, kind=lambda request: hub.commit("user/tiny", {"LICENSE": b"MIT"}))
     assert run("--push")[0] == 0
     assert on_hub(hub, "user/tiny") == {**contents(built), "LICENSE": b"MIT"}
 
@@ -716,7 +721,9 @@ def test_a_branch_that_keeps_moving_is_given_up(
 ) -> None:
     job(repo).push(newer_build(built, tmp_path / "older"))
     count = iter(range(100))
-    hub.before(is_commit, lambda: hub.commit("user/tiny", {"LICENSE": b"%d" % next(count)}))
+    hub.fail_at(
+        is_commit, kind=lambda request: hub.commit("user/tiny", {"LICENSE": b"%d" % next(count)}), times=ALWAYS
+    )
     assert "twice" in refused(run, ExitCode.PARENT_MOVED)
     assert next(count) == 2
 
@@ -733,7 +740,7 @@ def test_a_card_that_the_hub_refuses_stops_before_the_repo_is_made(
     (bad / "README.md").write_text("---\nlicense: [unclosed\n---\n")
     monkeypatch.setattr(publish, "build_repo", lambda repo, out, **options: shutil.copytree(bad, out))
     refused(run, ExitCode.CARD_REFUSED)
-    assert hub.repos() == []
+    assert not hub.repos
     assert run()[0] == ExitCode.CARD_REFUSED
 
 
@@ -744,23 +751,25 @@ def test_what_the_hub_drops_is_noticed(hub: LocalHub, ready: None, run: Callable
 
 
 def test_another_refusal_is_passed_on(hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]]) -> None:
-    hub.fail_at(is_commit, kind="413")
+    hub.fail_at(is_commit, kind="413", times=ALWAYS)
     assert "413" in refused(run, ExitCode.REFUSED_BY_HUB)
 
 
 # Killed at any request, run again: nothing is lost and nothing is half there
 
 
-def die_at(hub: LocalHub, number: int, answered: bool, push: Callable[[], Any]) -> bool:
+def die_at(hub: LocalHub, number: int | Callable[[Request], bool], answered: bool, push: Callable[[], Any]) -> bool:
     """Push in a child that is killed at its request of this number; return whether there was one."""
     child: list[int] = []
     forked = threading.Event()
 
-    def kill() -> None:
+    def kill(request: Request) -> None:
         forked.wait()
         os.kill(child[0], signal.SIGKILL)
+        if not answered:
+            raise Refusal(503, "nobody reads this")
 
-    hub.fail_at(number, kind="kill after" if answered else "kill", callback=kill)
+    hub.fail_at(number, kind=kill, after=answered)
     pid = os.fork()
     if pid == 0:
         try:
@@ -770,15 +779,15 @@ def die_at(hub: LocalHub, number: int, answered: bool, push: Callable[[], Any]) 
     child.append(pid)
     forked.set()
     _, status = os.waitpid(pid, 0)
-    hub.clear_faults()
+    hub.heal()
     return os.WIFSIGNALED(status)
 
 
 def require_whole(hub: LocalHub, repo_id: str, *builds: Path) -> None:
     """Every commit of every branch holds nothing, or one of the builds from its weights to its card."""
     for branch in hub.refs(repo_id):
-        for commit in hub.commits(repo_id, branch):
-            files = on_hub(hub, repo_id, commit)
+        for commit in hub._ancestors(hub.repos[repo_id], branch):
+            files = on_hub(hub, repo_id, commit.id)
             files.pop("config.json", None)
             wholes = [
                 {path: data for path, data in contents(build).items() if path != "config.json"} for build in builds
@@ -808,7 +817,7 @@ def test_a_kill_at_any_request(
     for number in range(1, count + 1):
         own = prepare(f"killed-at-{number}")
         assert die_at(hub, number, answered, lambda own=own: job(own).push(newer))
-        if own.repo_id in hub.repos():
+        if own.repo_id in hub.repos:
             require_whole(hub, own.repo_id, built, newer)
         job(own).push(newer)
         assert state(hub, own.repo_id) == state(hub, "user/undisturbed"), number
