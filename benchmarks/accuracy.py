@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -506,6 +507,7 @@ def run_benchmark(
         "questions": len(samples),
         "pictures": len({sample.picture for sample in samples}),
         "full_visual_tokens": published.visual_tokens,
+        "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": versions(),
         "processes": processes,
         "minutes": round((time.monotonic() - started) / 60, 1),

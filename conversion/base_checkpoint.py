@@ -6,11 +6,7 @@ which tensors it has.
 
 from __future__ import annotations
 
-import atexit
-import functools
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,8 +32,8 @@ from .checkpoint_io import (
     read_tensor_headers,
 )
 from .repo_config import EMBEDDED_PREFIX
-from .tiny_llava import write_tiny_llava
 
+ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("tiny-llava",)
 
 # What a processor and a tokenizer are made of; whatever of it the base has is copied byte for byte.
@@ -129,7 +125,7 @@ def find_base(name: str, revision: str | None = None) -> BaseCheckpoint:
         embedded = name.removeprefix(EMBEDDED_PREFIX)
         if embedded not in EMBEDDED:
             raise BuildError(f"{name} is not embedded in this package; {EMBEDDED_PREFIX}{EMBEDDED[0]} is")
-        return BaseCheckpoint(_embedded_checkpoint())
+        return BaseCheckpoint(ASSETS / embedded)
     folder = Path(name).expanduser()
     if folder.is_dir():
         return BaseCheckpoint(folder)
@@ -164,13 +160,6 @@ def is_commit(revision: str | None) -> bool:
 def snapshot_commit(folder: Path) -> str | None:
     """Return the commit of a Hub snapshot, which a branch name resolved to."""
     return folder.name if folder.parent.name == "snapshots" and is_commit(folder.name) else None
-
-
-@functools.cache
-def _embedded_checkpoint() -> Path:
-    scratch = tempfile.mkdtemp(prefix="vispruner-base-")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return write_tiny_llava(Path(scratch) / "tiny-llava")
 
 
 def _hub_snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

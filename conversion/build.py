@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import yaml
 from tqdm import tqdm
 from transformers import AutoProcessor
 
@@ -39,8 +38,9 @@ from .checkpoint_io import (
     read_tensor_headers,
     write_checkpoint,
 )
+from .model_card import card_files, model_card
 from .published_layout import ModelTensors, layout_problems, model_tensors, published_names
-from .repo_config import EMBEDDED_PREFIX, RepoConfig, load_repo_config
+from .repo_config import RepoConfig, load_repo_config
 
 COPY_BLOCK = 16 * 2**20
 THIN_ABOVE = 2 * 10**9  # bytes of weights
@@ -81,7 +81,7 @@ def build_repo(
         _write_json(staging / "generation_config.json", _generation_config(folder, base_config, processor.tokenizer))
         (staging / "README.md").write_text(model_card(repo, revision, thin), encoding="utf-8")
         processor_files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
-        for path in (*code_files(repo.architecture), *processor_files):
+        for path in (*code_files(repo.architecture), *processor_files, *card_files(repo)):
             shutil.copyfile(path, staging / path.name)
         if not thin:
             write_published_weights(folder, staging, names, show_progress=show_progress)
@@ -237,75 +237,6 @@ def _generation_config(folder: Path, base_config: Mapping[str, Any], tokenizer: 
         )
     tqdm.write(f"{folder} names no pad token; generation_config.json gets the end token {pad} as pad_token_id")
     return {**found, "pad_token_id": pad}
-
-
-def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
-    """Return the README.md of a repo: front matter, how to load it, and how to see that it prunes."""
-    name = ARCHITECTURES[repo.architecture].model_class.__name__
-    options = repo.vispruner_config
-    embedded = repo.base_model.startswith(EMBEDDED_PREFIX)
-    # Only a Hub id may stand in the front matter: the Hub refuses anything else there.
-    on_hub = not embedded and not Path(repo.base_model).expanduser().is_dir()
-    front = {
-        **{key: value for key, value in repo.card.items() if key != "tags"},
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        **({"base_model": repo.base_model} if on_hub else {}),
-        "tags": ["vispruner", "visual-token-pruning", *_as_list(repo.card.get("tags"))],
-    }
-    if options["method"] == "none":
-        budget = "all visual tokens (pruning is switched off)"
-    elif options["visual_token_num"] is not None:
-        budget = f"{options['visual_token_num']} visual tokens per image or tile"
-    else:
-        budget = f"{options['keep_ratio']:.1%} of the visual tokens"
-    base = f"`{repo.base_model}`" + (f" at `{revision}`" if revision else "")
-    return CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-        title=repo.repo_id.split("/")[-1],
-        repo_id=repo.repo_id,
-        base=base,
-        budget=budget,
-        class_name=name,
-        weights=THIN_CARD if thin else "",
-    )
-
-
-CARD = """---
-{front}---
-
-# {title}
-
-{base} with VisPruner visual token pruning (arXiv 2412.01818): the same weights, but the language model reads {budget}.
-{weights}
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{repo_id}")
-model = AutoModelForImageTextToText.from_pretrained("{repo_id}", trust_remote_code=True)
-```
-
-Is pruning on? This line raises if it is not:
-
-```python
-assert type(model).__name__ == "{class_name}" and model.config.vispruner_config["method"] != "none"
-```
-
-Without `trust_remote_code=True` transformers loads the stock model from the same files: it answers, but keeps every
-visual token and says nothing about it.
-
-`model.set_vispruner_config(visual_token_num=64)` changes the budget from the next call on.
-"""
-
-THIN_CARD = """
-This repo holds no weights: loading it gets them from the base, at the commit above.
-"""
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
 
 
 def write_published_weights(folder: Path, out: Path, names: Mapping[str, str], show_progress: bool = True) -> None:

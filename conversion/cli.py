@@ -19,7 +19,7 @@ DESCRIPTION = "Prune the visual tokens of LLaVA-1.5 and LLaVA-NeXT, and publish 
 
 EPILOG = """\
 first steps:
-  vispruner demo                                  the whole path on one photo, without network
+  vispruner demo                                  the whole path on one picture, without network
   vispruner build llava-1.5-7b-vispruner --out repo
   vispruner verify repo
   vispruner show photo.jpg --repo repo --out kept.png
@@ -77,11 +77,11 @@ def _add_demo(commands: Any) -> None:
         "  vispruner demo --base path/to/llava-1.5-7b-hf --question 'What is the cat doing?'\n"
         "  vispruner demo --repo path/to/a/built/repo"
     )
-    summary = "build a pruned repo, verify it, load it, answer a question, and show what fell"
+    summary = "build a pruned repo, verify it, load it, answer questions, and show what fell"
     parser = _add_command(commands, "demo", summary, examples, _demo)
     parser.add_argument("--out", default="vispruner-demo", metavar="DIR", help="folder to write, default: %(default)s")
-    parser.add_argument("--image", metavar="PATH", help="photo to ask about (default: the one in the package)")
-    parser.add_argument("--question", default="What is in this picture?", metavar="TEXT", help="default: %(default)s")
+    parser.add_argument("--image", metavar="PATH", help="photo to ask about (default: the scene in the package)")
+    parser.add_argument("--question", metavar="TEXT", help="ask only this (default: the questions of the scene)")
     parser.add_argument("--base", metavar="ID_OR_PATH", help="build from this checkpoint, not from the embedded one")
     parser.add_argument("--repo", metavar="DIR", help="use this built repo and build none")
     parser.add_argument("--visual-token-num", type=int, metavar="N", help="visual tokens to keep per image or tile")
@@ -141,7 +141,8 @@ def _add_convert(commands: Any) -> None:
 def _add_show(commands: Any) -> None:
     examples = (
         "  vispruner show photo.jpg --repo repo --out kept.png\n"
-        "  vispruner show photo.jpg --repo llava-hf/llava-1.5-7b-hf --visual-token-num 64 --out kept.png"
+        "  vispruner show photo.jpg --repo llava-hf/llava-1.5-7b-hf --visual-token-num 64 --out kept.png\n"
+        "  vispruner show photo.jpg --repo repo --budgets 128 64 32 --question 'Where is the cat?' --out kept.png"
     )
     summary = "draw which patches of a photo are kept: important ones orange, diverse ones blue"
     parser = _add_command(commands, "show", summary, examples, _show)
@@ -153,7 +154,11 @@ def _add_show(commands: Any) -> None:
         help="a built repo, or a stock checkpoint with --visual-token-num; its own code is never run",
     )
     parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
-    parser.add_argument("--visual-token-num", type=int, metavar="N", help="visual tokens to keep per image or tile")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--visual-token-num", type=int, metavar="N", help="visual tokens to keep per image or tile")
+    several = "draw several budgets side by side, after the whole image"
+    budget.add_argument("--budgets", type=int, nargs="+", default=[], metavar="N", help=several)
+    parser.add_argument("--question", metavar="TEXT", help="answer this unpruned and under every budget drawn")
 
 
 # Each command imports what it needs only when it runs, so that --help and mistyped options answer soon.
@@ -190,10 +195,10 @@ def _convert(source: str, destination: str, vision_tower: str | None, overwrite:
     return 0
 
 
-def _show(image: str, repo: str, out: str, visual_token_num: int | None) -> int:
+def _show(**options: Any) -> int:
     from .picture import show
 
-    print(f"wrote {show(image, repo, out, visual_token_num)}")
+    print(f"wrote {show(**options)}")
     return 0
 
 

@@ -1,5 +1,6 @@
-"""The whole path on one photograph: build a pruned repo, verify it, load it by the public API, and measure what fell.
+"""The whole path on one picture: build a pruned repo, verify it, load it by the public API, ask, measure what fell.
 
+The embedded checkpoint is asked about the scene in assets/, whose true answers are known, any other about a photo.
 Every figure but the operations (`prefill_cost`) is read off the run: tokens and cache lengths from what `generate`
 returned, times from the model's own modules (the best of several runs, pruned and unpruned taking turns). The unpruned
 figures come from the same model with method="none".
@@ -11,7 +12,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ from vispruner import merge_vispruner_config
 from .base_checkpoint import resolve_base
 from .build import build_repo
 from .checkpoint_io import read_json
-from .picture import kept_patches_picture, open_photo, save_png, view_kept_patches
+from .picture import kept_patches_picture, open_photo, save_png, view_budgets
 from .prefill_cost import kv_cache_bytes, prefill_flops
+from .questions import NEW_TOKENS, SCENE, Question, is_right, judged, model_inputs, scene_questions
 from .repo_config import EMBEDDED_PREFIX, RepoConfig, load_repo_config
 from .verify import verify_repo
 
@@ -39,7 +41,6 @@ RESULTS = "demo.json"
 MADE_BY = "vispruner demo"
 
 STAGES = ("vision", "select", "project", "prefill", "decode")
-NEW_TOKENS = 16
 REPEATS = 5
 
 
@@ -49,7 +50,7 @@ class DemoError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One photo and question answered once: counts, the operations of the prefill, seconds per stage, the answer."""
+    """One picture and question run through the model: counts, the operations of the prefill, seconds per stage."""
 
     visual_tokens: int
     prompt_tokens: int
@@ -57,29 +58,37 @@ class Measured:
     kv_bytes: int
     prefill_flops: int
     seconds: dict[str, float]
-    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """One question with both answers, and the true one where it is known."""
+
+    question: Question
+    unpruned: str
+    pruned: str
 
 
 def run_demo(
     out: str | os.PathLike[str] = "vispruner-demo",
     image: str | os.PathLike[str] | None = None,
     base: str | None = None,
-    question: str = QUESTION,
+    question: str | None = None,
     visual_token_num: int | None = None,
     repo: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Run the demo, print its table, and write `demo.png`, `demo.json` and the built `repo/` into the folder `out`.
+    """Run the demo, print its tables, and write `demo.png`, `demo.json` and the built `repo/` into the folder `out`.
 
-    image             a photo; by default the one that ships with the package
+    image             a photo; by default the scene that ships with the package, or its photo for another base
     base              build from this folder or Hub id instead of the embedded checkpoint
+    question          ask only this; by default all questions of the scene, or what is in the photo
     visual_token_num  visual tokens kept per image or tile; by default the repo's own
     repo              use this built repo and build none
     Returns what `demo.json` holds. Raises DemoError when the cache did not shrink by the dropped tokens.
     """
     if base is not None and repo is not None:
         raise DemoError("give either --base (a repo is built from it) or --repo (one that is built already)")
-    photo_path = SAMPLE_PHOTO if image is None else Path(image)
-    photo = open_photo(photo_path)
+    given = None if image is None else open_photo(image)
     config = None if repo is not None else _repo_config(base, visual_token_num)
     folder = _claim_folder(Path(out).expanduser())
     with _quiet_transformers():
@@ -89,30 +98,57 @@ def run_demo(
             pipe.model.set_vispruner_config(visual_token_num=visual_token_num)
         options = pipe.model.config.vispruner_config
         embedded = str(options["base_model_name_or_path"]).startswith(EMBEDDED_PREFIX)
+        path = Path(image) if image is not None else SCENE if embedded else SAMPLE_PHOTO
+        photo = open_photo(path) if given is None else given
+        questions = _questions(path, question)
         print("Answering, pruned and unpruned ...", flush=True)
         with _threads(1 if embedded else torch.get_num_threads()):
-            tiles = view_kept_patches(pipe.model, pipe.processor, photo)
-            unpruned, pruned = measure(pipe, photo, question)
-    require_pruning(unpruned, pruned)
-    caption = f"{photo_path.name}: {pruned.visual_tokens} of {unpruned.visual_tokens} visual tokens kept"
-    save_png(kept_patches_picture(tiles, caption), folder / "demo.png")
+            unpruned, pruned = measure(pipe, photo, questions[0].text)
+            require_pruning(unpruned, pruned)
+            answers, picture = _answer_and_draw(pipe, photo, path.name, questions)
+    save_png(picture, folder / "demo.png")
     results = {
         "made_by": MADE_BY,
-        "photo": photo_path.name,
-        "question": question,
+        "picture": path.name,
         "vispruner_config": options,
         "unpruned": dataclasses.asdict(unpruned),
         "pruned": dataclasses.asdict(pruned),
+        "answers": [dataclasses.asdict(answered) for answered in answers],
     }
     (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(report(unpruned, pruned))
+    print(answer_report(answers))
     print(f"\nThe kept patches are drawn in {folder / 'demo.png'}; the figures are in {folder / RESULTS}.")
     if embedded:
-        print(
-            "The embedded model is tiny and its weights are random: both answers are meaningless, and its times say\n"
-            "little about a real model. The tokens, the cache and the operations are what pruning really changes."
-        )
+        parameters = sum(parameter.numel() for parameter in pipe.model.parameters())
+        print(TOY.format(millions=parameters / 1e6))
     return results
+
+
+TOY = """\
+The embedded model is a toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else.
+One scene is no measure of its accuracy, and its times say little about a real model."""
+
+
+def _questions(path: Path, question: str | None) -> list[Question]:
+    known = scene_questions() if path == SCENE else []
+    if question is None:
+        return known or [Question(QUESTION)]
+    return [asked for asked in known if asked.text == question] or [Question(question)]
+
+
+def _answer_and_draw(
+    pipe: Any, photo: Image.Image, name: str, questions: Sequence[Question]
+) -> tuple[list[Answered], Image.Image]:
+    """Answer all questions, and draw the model's budget between twice and half of it."""
+    model = pipe.model
+    full = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
+    budget = model.model.vispruner_options.budget(full)
+    budgets = [number for number in (2 * budget, budget, budget // 2) if 0 < number < full]
+    panels = view_budgets(model, pipe.processor, photo, budgets, questions)
+    pruned = panels[1 + budgets.index(budget)]
+    answers = [Answered(*texts) for texts in zip(questions, panels[0].answers, pruned.answers, strict=True)]
+    return answers, kept_patches_picture(panels, f"{name} under several budgets", questions)
 
 
 def _repo_config(base: str | None, visual_token_num: int | None) -> RepoConfig:
@@ -182,10 +218,7 @@ def _threads(count: int) -> Iterator[None]:
 def measure(pipe: Any, photo: Image.Image, question: str) -> tuple[Measured, Measured]:
     """Answer `question` with the pipeline's model, unpruned and as it is configured, and read all off the runs."""
     model, method = pipe.model, pipe.model.config.vispruner_config["method"]
-    content = [{"type": "image", "image": photo}, {"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content}]
-    prompt = pipe.processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = pipe.processor(images=photo, text=prompt, return_tensors="pt").to(model.device, model.dtype)
+    inputs = model_inputs(model, pipe.processor, photo, question)
     timed: dict[str, list[dict[str, float]]] = {"none": [], method: []}
     for _ in range(1 + REPEATS):
         for name, runs in timed.items():
@@ -195,14 +228,11 @@ def measure(pipe: Any, photo: Image.Image, question: str) -> tuple[Measured, Mea
     for name, runs in timed.items():
         model.set_vispruner_config(method=name)
         seconds = {stage: min(run[stage] for run in runs[1:]) for stage in (*STAGES, "whole")}
-        measured.append(_count(pipe, messages, inputs, seconds))
+        measured.append(_count(model, inputs, seconds))
     return measured[0], measured[-1]
 
 
-def _count(pipe: Any, messages: list[dict[str, Any]], inputs: Any, seconds: dict[str, float]) -> Measured:
-    model = pipe.model
-    greedy = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-    answer = pipe(text=messages, generate_kwargs=greedy, return_full_text=False)
+def _count(model: Any, inputs: Any, seconds: dict[str, float]) -> Measured:
     _, kept = model.visual_token_counts(inputs["pixel_values"], inputs.get("image_sizes"))
     cache = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).past_key_values
     kv_tokens = cache.get_seq_length()
@@ -214,7 +244,6 @@ def _count(pipe: Any, messages: list[dict[str, Any]], inputs: Any, seconds: dict
         kv_bytes=kv_cache_bytes(model.config, kv_tokens, value_size),
         prefill_flops=prefill_flops(model.config, kv_tokens, sum(kept)),
         seconds=seconds,
-        answer=answer[0]["generated_text"].strip(),
     )
 
 
@@ -300,7 +329,7 @@ def _finish_device_work(model: Any) -> None:
 
 
 def report(unpruned: Measured, pruned: Measured) -> str:
-    """Return the table of both runs and both answers."""
+    """Return the table of both runs."""
     rows: list[tuple[str, float, float, str]] = [
         ("visual tokens", unpruned.visual_tokens, pruned.visual_tokens, ",.0f"),
         ("KV cache, tokens", unpruned.kv_tokens, pruned.kv_tokens, ",.0f"),
@@ -315,5 +344,25 @@ def report(unpruned: Measured, pruned: Measured) -> str:
     for name, before, after, style in rows:
         ratio = f"{after / before:.3f}" if before else "-"
         lines.append(f"{name:<32}{before:>12{style}}{after:>12{style}}{ratio:>9}")
-    lines += [f"\nanswer, unpruned: {unpruned.answer}", f"answer, pruned:   {pruned.answer}"]
     return "\n".join(lines)
+
+
+def answer_report(answers: Sequence[Answered]) -> str:
+    """Return every question with its true answer and the two given ones, and how many of those are right."""
+    if any(asked.question.answer is None for asked in answers):
+        parts = [(asked.question.text, asked.unpruned, asked.pruned) for asked in answers]
+        return "\n".join(
+            f"\n{text}\nanswer, unpruned: {before}\nanswer, pruned:   {after}" for text, before, after in parts
+        )
+    rows: list[tuple[str, ...]] = [("question", "true answer", "unpruned", "pruned")]
+    right = [0, 0]
+    for asked in answers:
+        expected = str(asked.question.answer)
+        given = (asked.unpruned, asked.pruned)
+        rows.append((asked.question.text, expected, *(judged(answer, expected) for answer in given)))
+        right = [count + is_right(answer, expected) for count, answer in zip(right, given, strict=True)]
+    rows.append(("right answers", f"{len(answers)}", *(f"{count}" for count in right)))
+    widths = [2 + max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n" + "\n".join(
+        "".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)) for row in rows
+    )

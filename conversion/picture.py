@@ -1,4 +1,8 @@
-"""Show which patches of an image a pruned model keeps, on the image as the model sees it (resized, cropped, tiled)."""
+"""Show which patches of an image a pruned model keeps, on the image as the model sees it (resized, cropped, tiled).
+
+A picture has a panel per budget side by side, a text column with the legend on the left, and questions with their
+answers underneath.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,23 @@ from transformers import AutoProcessor, PreTrainedModel
 import vispruner
 from vispruner.token_selection import important_tokens
 
+from .questions import WRONG, Question, ask, judged
+
 # Okabe-Ito orange and blue: told apart with every common colour blindness, and by their brightness in grey.
 IMPORTANT_COLOUR = (230, 159, 0)
 DIVERSE_COLOUR = (0, 114, 178)
 BACKGROUND = (255, 255, 255)
 INK = (30, 30, 30)
+WRONG_INK = (190, 20, 40)
 
 GAP = 12
+COLUMN_GAP = 24
 TEXT_SIZE = 20
-SINGLE_TILE_WIDTH = 720
-TILE_WIDTH = 360
+LINE_HEIGHT = 26
+TEXT_WIDTH = 372  # of the left column
+TILES_WIDTH = 1536  # shared by the tiles that stand side by side
+TILE_WIDTHS = (320, 720)  # at least, at most
+SMALL_IMAGE = 128
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class TileView:
     kept       (rows, columns) True where the patch stays
     important  (rows, columns) True where it stays for its attention; None when the method makes no such difference
     row, column  place among the other tiles
+    pruned     False when the model dropped nothing, so that no choice is there to be drawn
     """
 
     image: Image.Image
@@ -42,6 +54,15 @@ class TileView:
     important: torch.Tensor | None
     row: int = 0
     column: int = 0
+    pruned: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What the model keeps under one budget, and its answers to the questions asked."""
+
+    tiles: list[TileView]
+    answers: Sequence[str] = ()
 
 
 def open_photo(path: str | os.PathLike[str]) -> Image.Image:
@@ -56,20 +77,56 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def show(
-    image: str | os.PathLike[str], repo: str, out: str | os.PathLike[str], visual_token_num: int | None = None
+    image: str | os.PathLike[str],
+    repo: str,
+    out: str | os.PathLike[str],
+    visual_token_num: int | None = None,
+    budgets: Sequence[int] = (),
+    question: str | None = None,
 ) -> Path:
     """Write the picture of the patches that the model in `repo` keeps of the file `image`.
 
-    repo              a built repo, or any stock checkpoint together with visual_token_num; a folder or a Hub id.
+    repo              a built repo, or any stock checkpoint together with a budget; a folder or a Hub id.
                       Its own code is never run: the installed package reads it
     visual_token_num  overrides the budget that the repo stores
+    budgets           draw these budgets side by side, after the unpruned image
+    question          answer this under every budget, and unpruned
     """
+    if visual_token_num is not None and budgets:
+        raise ValueError("give either --visual-token-num (one budget) or --budgets (several side by side)")
     out = _png_path(out)
     photo = open_photo(image)
-    changes = {} if visual_token_num is None else {"visual_token_num": visual_token_num}
-    model = vispruner.load(repo, dtype="auto", **changes).eval()
-    tiles = view_kept_patches(model, AutoProcessor.from_pretrained(repo), photo)
-    return save_png(kept_patches_picture(tiles, caption=f"{Path(image).name} as {Path(repo).name} sees it"), out)
+    first = budgets[0] if budgets else visual_token_num
+    model = vispruner.load(repo, dtype="auto", **({} if first is None else {"visual_token_num": first})).eval()
+    processor = AutoProcessor.from_pretrained(repo)
+    questions = [] if question is None else [Question(question)]
+    if budgets or questions:
+        panels = view_budgets(model, processor, photo, budgets or [None], questions)
+    else:
+        panels = [Panel(view_kept_patches(model, processor, photo))]
+    return save_png(kept_patches_picture(panels, f"{Path(image).name} as {Path(repo).name} sees it", questions), out)
+
+
+def view_budgets(
+    model: PreTrainedModel,
+    processor: Any,
+    photo: Image.Image,
+    budgets: Sequence[int | None],
+    questions: Sequence[Question] = (),
+) -> list[Panel]:
+    """Return a panel of the unpruned model and one for each budget (None: the configured one), with its answers."""
+    stored = model.config.vispruner_config
+    variants: list[dict[str, Any]] = [{} if budget is None else {"visual_token_num": budget} for budget in budgets]
+    panels = []
+    try:
+        for changes in [{"method": "none"}, *variants]:
+            model.config.vispruner_config = stored
+            model.set_vispruner_config(**changes)
+            answers = [ask(model, processor, photo, question.text) for question in questions]
+            panels.append(Panel(view_kept_patches(model, processor, photo), answers))
+    finally:
+        model.config.vispruner_config = stored
+    return panels
 
 
 @torch.no_grad()
@@ -96,6 +153,7 @@ def view_kept_patches(model: PreTrainedModel, processor: Any, photo: Image.Image
             kept[tile].view(rows, columns),
             None if important is None else important[tile].view(rows, columns),
             *places[tile],
+            pruned=output.saliency is not None,
         )
         for tile, view in enumerate(views)
     ]
@@ -139,30 +197,70 @@ def _tile_places(model: PreTrainedModel, image_sizes: torch.Tensor | None, tiles
     return [(0, 0)] + [(tile // columns, 1 + tile % columns) for tile in range(tiles - 1)]
 
 
-def kept_patches_picture(tiles: Sequence[TileView], caption: str = "") -> Image.Image:
-    """Draw tiles with their dropped patches dimmed and their kept ones framed, above a legend and a caption."""
-    width = SINGLE_TILE_WIDTH if len(tiles) == 1 else TILE_WIDTH
-    drawn = [_draw_tile(tile, width) for tile in tiles]
-    rows, columns = 1 + max(tile.row for tile in tiles), 1 + max(tile.column for tile in tiles)
-    cell_width, cell_height = max(image.width for image in drawn), max(image.height for image in drawn)
-    tiles_width, tiles_height = columns * (cell_width + GAP) + GAP, rows * (cell_height + GAP) + GAP
-    lines = 2 if caption else 1
-    picture = Image.new("RGB", (tiles_width, tiles_height + lines * (TEXT_SIZE + GAP)), BACKGROUND)
-    for tile, image in zip(tiles, drawn, strict=True):
-        picture.paste(image, (GAP + tile.column * (cell_width + GAP), GAP + tile.row * (cell_height + GAP)))
-    _draw_legend(picture, tiles, tiles_height)
-    if caption:
-        text_at = (GAP, tiles_height + TEXT_SIZE + GAP)
-        ImageDraw.Draw(picture).text(text_at, caption, fill=INK, font=ImageFont.load_default(TEXT_SIZE))
+def kept_patches_picture(
+    panels: Sequence[Panel], caption: str = "", questions: Sequence[Question] = ()
+) -> Image.Image:
+    """Draw panels side by side, dropped patches faded and kept ones framed; answers stand under their panel."""
+    drawn = [_draw_panel(panel, _tile_width(panels)) for panel in panels]
+    widths = [TEXT_WIDTH, *(image.width for image in drawn)]
+    lefts = [GAP + sum(widths[:column]) + COLUMN_GAP * column for column in range(len(widths))]
+    rows = [[_wrap(text, width) for text, width in zip(row, widths, strict=True)] for row in _texts(panels, questions)]
+    heights = [LINE_HEIGHT * max(map(len, row)) + GAP // 2 for row in rows]
+    top = 2 * GAP + max(image.height for image in drawn)
+    picture = Image.new("RGB", (lefts[-1] + widths[-1] + GAP, top + sum(heights) + GAP), BACKGROUND)
+    _draw_legend(picture, panels, caption)
+    for image, left in zip(drawn, lefts[1:], strict=True):
+        picture.paste(image, (left, GAP))
+    for row, height in zip(rows, heights, strict=True):
+        for lines, left in zip(row, lefts, strict=True):
+            _write(picture, lines, left, top)
+        top += height
     return picture
+
+
+def _texts(panels: Sequence[Panel], questions: Sequence[Question]) -> list[list[str]]:
+    """The table under the panels: what each keeps, then a row per question."""
+    rows = [["", *(_kept_count(panel.tiles) for panel in panels)]]
+    for number, question in enumerate(questions):
+        rows.append([question.text, *(judged(panel.answers[number], question.answer) for panel in panels)])
+    return rows
+
+
+def _kept_count(tiles: Sequence[TileView]) -> str:
+    total, kept = sum(tile.kept.numel() for tile in tiles), sum(int(tile.kept.sum()) for tile in tiles)
+    if not any(tile.pruned for tile in tiles):
+        return f"unpruned: {kept} patches"
+    if all(tile.important is None for tile in tiles):
+        return f"{kept} of {total} patches"
+    important = sum(int(tile.important.sum()) for tile in tiles if tile.important is not None)
+    return f"{kept} of {total}: {important} important, {kept - important} diverse"
+
+
+def _tile_width(panels: Sequence[Panel]) -> int:
+    across = sum(1 + max(tile.column for tile in panel.tiles) for panel in panels)
+    return max(TILE_WIDTHS[0], min(TILE_WIDTHS[1], TILES_WIDTH // across))
+
+
+def _draw_panel(panel: Panel, tile_width: int) -> Image.Image:
+    drawn = [_draw_tile(tile, tile_width) for tile in panel.tiles]
+    width, height = max(image.width for image in drawn) + GAP, max(image.height for image in drawn) + GAP
+    rows, columns = 1 + max(tile.row for tile in panel.tiles), 1 + max(tile.column for tile in panel.tiles)
+    image = Image.new("RGB", (columns * width - GAP, rows * height - GAP), BACKGROUND)
+    for tile, part in zip(panel.tiles, drawn, strict=True):
+        image.paste(part, (tile.column * width, tile.row * height))
+    return image
 
 
 def _draw_tile(tile: TileView, width: int) -> Image.Image:
     rows, columns = tile.kept.shape
     side = max(4, width // columns)
-    image = tile.image.resize((side * columns, side * rows), Image.Resampling.BICUBIC)
+    # Pixels of a picture this small are part of what it shows; a photograph looks better smooth.
+    enlarge = Image.Resampling.NEAREST if tile.image.width <= SMALL_IMAGE else Image.Resampling.BICUBIC
+    image = tile.image.resize((side * columns, side * rows), enlarge)
+    if not tile.pruned:
+        return image
     faded = Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.new("RGB", image.size, BACKGROUND), 0.7)
-    stroke = max(2, side // 9)
+    stroke = max(1, side // 11)
     for row, column in tile.kept.nonzero().tolist():
         box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
         faded.paste(image.crop(box), box)
@@ -173,20 +271,41 @@ def _draw_tile(tile: TileView, width: int) -> Image.Image:
     return faded
 
 
-def _draw_legend(picture: Image.Image, tiles: Sequence[TileView], top: int) -> None:
-    total, kept = sum(tile.kept.numel() for tile in tiles), sum(int(tile.kept.sum()) for tile in tiles)
-    if any(tile.important is not None for tile in tiles):
-        important = sum(int(tile.important.sum()) for tile in tiles if tile.important is not None)
-        entries = [(IMPORTANT_COLOUR, f"important {important}"), (DIVERSE_COLOUR, f"diverse {kept - important}")]
+def _draw_legend(picture: Image.Image, panels: Sequence[Panel], caption: str) -> None:
+    """Write the caption and what the colours mean into the left column, as far as they occur."""
+    lines = _wrap(caption, TEXT_WIDTH)
+    _write(picture, lines, GAP, GAP)
+    pruned = [tile for panel in panels for tile in panel.tiles if tile.pruned]
+    if any(tile.important is not None for tile in pruned):
+        entries = [(IMPORTANT_COLOUR, "important: most attended"), (DIVERSE_COLOUR, "diverse: least alike")]
     else:
-        entries = [(DIVERSE_COLOUR, f"kept {kept}")]
-    pen, font, left = ImageDraw.Draw(picture), ImageFont.load_default(TEXT_SIZE), GAP
-    for colour, text in [*entries, (None, f"of {total} patches")]:
-        if colour is not None:
-            pen.rectangle((left, top + 2, left + TEXT_SIZE, top + 2 + TEXT_SIZE), outline=colour, width=4)
-            left += TEXT_SIZE + GAP // 2
-        pen.text((left, top), text, fill=INK, font=font)
-        left += round(pen.textlength(text, font=font)) + 2 * GAP
+        entries = [(DIVERSE_COLOUR, "kept")] if pruned else []
+    top = GAP + LINE_HEIGHT * len(lines) + GAP
+    for colour, text in entries:
+        box = (GAP, top, GAP + TEXT_SIZE, top + TEXT_SIZE)
+        ImageDraw.Draw(picture).rectangle(box, outline=colour, width=4)
+        _write(picture, [text], GAP + TEXT_SIZE + GAP // 2, top)
+        top += LINE_HEIGHT
+
+
+def _write(picture: Image.Image, lines: Sequence[str], left: int, top: int) -> None:
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(TEXT_SIZE)
+    ink = WRONG_INK if lines and lines[-1].endswith(WRONG) else INK
+    for number, line in enumerate(lines):
+        pen.text((left, top + number * LINE_HEIGHT), line, fill=ink, font=font)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Break a text into lines of at most `width` pixels; a longer word stands alone, and is cut at the border."""
+    font = ImageFont.load_default(TEXT_SIZE)
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def save_png(picture: Image.Image, out: str | os.PathLike[str]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Hashable
@@ -18,6 +19,7 @@ from vispruner import ARCHITECTURES, SELECTORS
 from vispruner.configuration_vispruner import merge_vispruner_config
 
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 EMBEDDED_PREFIX = "embedded/"
 
 FIELDS = (
@@ -32,8 +34,18 @@ FIELDS = (
 )
 WEIGHTS = ("thin", "full")
 BUDGET_FIELDS = ("visual_token_num", "keep_ratio")
-CARD_FIELDS = ("license", "license_name", "license_link", "language", "tags", "citation", "results")
-LIST_CARD_FIELDS = ("language", "tags", "citation", "results")
+CARD_FIELDS = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "tags",
+    "note",
+    "results",
+    "picture",
+    "citation",
+)
+LIST_CARD_FIELDS = ("language", "tags", "results", "citation")
 FILLED_BY_BUILD = {
     "base_model_name_or_path": "set base_model instead",
     "base_model_revision": "set base_revision instead",
@@ -119,7 +131,7 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
         base_revision=_base_revision(path, content),
         architecture=architecture,
         vispruner_config=options,
-        card=_card(path, content.get("card")),
+        card=_card(path, content.get("card"), content["base_model"]),
         weights=_weights(path, content),
         budgets=_budgets(path, content.get("budgets"), options),
     )
@@ -257,7 +269,7 @@ def _vispruner_config(path: Path, options: Any) -> dict[str, Any]:
     return complete
 
 
-def _card(path: Path, card: Any) -> dict[str, Any]:
+def _card(path: Path, card: Any, base_model: str) -> dict[str, Any]:
     if card is None:
         return {}
     if not isinstance(card, dict):
@@ -267,7 +279,40 @@ def _card(path: Path, card: Any) -> dict[str, Any]:
         values = value if name in LIST_CARD_FIELDS and isinstance(value, list) else [value]
         for entry in values:
             _require_text(path, f"card.{name}", entry)
+    for entry in as_list(card.get("citation")):
+        if not entry.lstrip().startswith("@"):
+            raise RepoConfigError(f"{path}: card.citation must be BibTeX, which starts with @, got {entry[:40]!r}")
+    for stem in as_list(card.get("results")):
+        _check_record(path, "results", stem, base_model, ("date", "versions", "rows"))
+    if "picture" in card:
+        _check_record(path, "picture", card["picture"], base_model, ("date", "command", "alt", "caption"))
+        if not (RESULTS / f"{card['picture']}.png").is_file():
+            raise RepoConfigError(f"{path}: card.picture {card['picture']} has no {card['picture']}.png in {RESULTS}")
     return dict(card)
+
+
+def _check_record(path: Path, name: str, stem: str, base_model: str, needed: tuple[str, ...]) -> None:
+    """A card may show only what is on record, and only what is on record about its own base."""
+    found = {record.stem: record for record in RESULTS.glob("*.json")}
+    if stem not in found:
+        raise RepoConfigError(
+            f"{path}: card.{name} {stem} is not on record: give the stem of a .json file in {RESULTS}"
+            + _did_you_mean(stem, list(found))
+        )
+    record = json.loads(found[stem].read_text(encoding="utf-8"))
+    if missing := [field for field in needed if field not in record]:
+        raise RepoConfigError(f"{path}: card.{name} {stem} cannot stand in a card: it records no {', '.join(missing)}")
+    if record.get("base_model") != base_model:
+        raise RepoConfigError(
+            f"{path}: card.{name} {stem} is about the base {record.get('base_model')}, not {base_model}: leave it out"
+        )
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return the values of a card field that holds none, one or several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
 
 
 def _refuse_unknown(path: Path, prefix: str, content: dict[Any, Any], known: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Write tiny random LLaVA checkpoints in the stock Hugging Face format: the demo's base model and the tests' fixtures.
+"""Write tiny random LLaVA checkpoints in the stock Hugging Face format: the fixtures of the tests.
 
 The weights are drawn per tensor from the seed and the tensor's name, so every version of transformers writes the same
 ones. They are scaled so that attention is uneven and logits depend on the image; the answers mean nothing.

@@ -136,7 +136,7 @@ def test_the_card_names_base_license_and_how_to_load(built: Path) -> None:
         "base_model": "llava-hf/llava-1.5-7b-hf",
         "tags": ["vispruner", "visual-token-pruning"],
     }
-    assert 'from_pretrained("someone/pruned", trust_remote_code=True)' in text
+    assert 'from_pretrained("someone/pruned", trust_remote_code=True' in text
     assert "Without `trust_remote_code=True`" in text
 
 
@@ -161,7 +161,15 @@ def test_llava_next_builds_with_its_newline(tiny_llava_next_repo: Path, tmp_path
 def test_the_shipped_config_builds_without_network(tmp_path: Path) -> None:
     out = build_repo("tiny-llava-vispruner", tmp_path / "out", show_progress=False)
     assert read_json(out / "config.json")["vispruner_config"]["base_model_name_or_path"] == "embedded/tiny-llava"
+    assert read_json(out / "config.json")["vispruner_config"]["visual_token_num"] == 18
     assert "base_model" not in yaml.safe_load((out / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+
+
+def test_the_embedded_base_is_the_trained_checkpoint_in_the_package() -> None:
+    folder = resolve_base("embedded/tiny-llava")
+    assert folder == Path(build.__file__).parent / "assets" / "tiny-llava"
+    assert read_json(folder / "config.json")["image_seq_length"] == 144
+    assert (folder / "model.safetensors").stat().st_size < 10_000_000
 
 
 # Every kind of base gives the same weights

@@ -154,6 +154,27 @@ def test_show_of_a_stock_checkpoint_needs_a_budget(
     assert (tmp_path / "kept.png").is_file()
 
 
+def test_show_draws_several_budgets_and_the_answers_to_a_question(
+    repo: Path, photo_file: Path, tmp_path: Path
+) -> None:
+    sizes = []
+    for extra in ([], ["--budgets", "16", "8"], ["--budgets", "16", "8", "--question", "What is this?"]):
+        out = tmp_path / "kept.png"
+        assert cli.main(["show", str(photo_file), "--repo", str(repo), "--out", str(out), *extra]) == 0
+        with Image.open(out) as drawn:
+            sizes.append(drawn.size)
+    one, several, asked = sizes
+    assert several[0] > one[0]
+    assert asked[0] == several[0] and asked[1] > several[1]
+
+
+def test_show_takes_one_budget_or_several(capsys: pytest.CaptureFixture[str]) -> None:
+    budgets = ["--budgets", "8", "4", "--visual-token-num", "4"]
+    with pytest.raises(SystemExit):
+        cli.main(["show", "photo.jpg", "--repo", "repo", "--out", "kept.png", *budgets])
+    assert "not allowed with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"), [(b"not an image", "is not a readable image"), (None, "No such file or directory")]
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 import vispruner
@@ -137,11 +138,13 @@ def test_the_readme_s_check_tells_pruned_from_dense(tiny_llava_repo: Path, tmp_p
         run_python_block(second, tmp_path, {**names, ", trust_remote_code=True)\n": ")\n"})
 
 
-def test_the_package_brings_its_configs_and_its_photo() -> None:
+def test_the_package_brings_its_configs_its_pictures_and_its_checkpoint() -> None:
     assert "tiny-llava-vispruner" in hub_config_names()
     assert Path(conversion.__file__).parent.parent / "hub_configs" == HUB_CONFIGS
-    assets = {path.name for path in (Path(conversion.__file__).parent / "assets").iterdir()}
-    assert {"chelsea.jpg", "README.md"} <= assets
+    folder = Path(conversion.__file__).parent / "assets"
+    assets = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    checkpoint = {f"tiny-llava/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert {"chelsea.jpg", "scene.png", "scene.json", "README.md", *checkpoint} <= assets
 
 
 def test_the_sample_photo_is_small_and_its_licence_is_stated() -> None:
@@ -180,6 +183,15 @@ def test_continuous_integration_runs_the_readme_s_commands() -> None:
         text = script.read_text(encoding="utf-8")
         assert all(command in text for command in COMMANDS), script.name
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_a_release_is_what_every_run_has_built_installed_and_tried() -> None:
+    assert os.access(ROOT / ".ci" / "release", os.X_OK)
+    for script in (".ci/run", ".github/workflows/ci.yml", ".github/workflows/release.yml"):
+        assert re.search(r"^[^#]*\.ci/release \S+", (ROOT / script).read_text(encoding="utf-8"), re.MULTILINE), script
+    workflow = yaml.load((ROOT / ".github" / "workflows" / "release.yml").read_text(), yaml.BaseLoader)
+    assert workflow["on"] == {"push": {"tags": ["v*"]}}
+    assert workflow["jobs"]["publish"]["needs"] == "build"
 
 
 def test_importing_the_package_needs_no_test_dependency() -> None:

@@ -11,17 +11,25 @@ from transformers import AutoProcessor
 
 import vispruner
 from vispruner.conversion.picture import (
-    BACKGROUND,
+    COLUMN_GAP,
     DIVERSE_COLOUR,
     GAP,
     IMPORTANT_COLOUR,
+    TEXT_WIDTH,
+    WRONG_INK,
+    Panel,
     TileView,
     kept_patches_picture,
     open_photo,
     save_png,
+    show,
+    view_budgets,
     view_kept_patches,
 )
+from vispruner.conversion.questions import Question, ask
 from vispruner.token_selection import select_vispruner
+
+LEFT = GAP + TEXT_WIDTH + COLUMN_GAP  # of the first panel
 
 
 def views(repo: Path, photo: Image.Image, **options: object) -> tuple[list[TileView], torch.nn.Module]:
@@ -76,6 +84,7 @@ def test_a_method_without_important_tokens_marks_none(method: str, tiny_llava_re
 def test_a_dense_model_keeps_every_patch(tiny_llava_repo: Path, photo: Image.Image) -> None:
     (tile,), _ = views(tiny_llava_repo, photo, method="none")
     assert bool(tile.kept.all())
+    assert not tile.pruned
 
 
 def test_the_tile_is_the_photo_as_the_processor_crops_it(tiny_llava_repo: Path, photo: Image.Image) -> None:
@@ -94,10 +103,10 @@ def test_kept_patches_keep_their_colour_and_dropped_ones_fade() -> None:
     red = Image.new("RGB", (40, 40), (200, 0, 0))
     kept = torch.tensor([[True, False], [False, True]])
     important = torch.tensor([[True, False], [False, False]])
-    picture = kept_patches_picture([TileView(red, kept, important)])
-    side = (picture.width - 2 * GAP) // 2
+    picture = kept_patches_picture([Panel([TileView(red, kept, important)])])
+    side = (picture.width - LEFT - GAP) // 2
     centre = {
-        (row, column): picture.getpixel((GAP + column * side + side // 2, GAP + row * side + side // 2))
+        (row, column): picture.getpixel((LEFT + column * side + side // 2, GAP + row * side + side // 2))
         for row in (0, 1)
         for column in (0, 1)
     }
@@ -105,16 +114,87 @@ def test_kept_patches_keep_their_colour_and_dropped_ones_fade() -> None:
     faded = centre[0, 1]
     assert len(set(faded)) == 1, "a dropped patch has no colour"
     assert faded[0] > 150, "and is nearly white"
-    assert picture.getpixel((GAP, GAP)) == IMPORTANT_COLOUR
-    assert picture.getpixel((GAP + side, GAP + side)) == DIVERSE_COLOUR
+    assert picture.getpixel((LEFT, GAP)) == IMPORTANT_COLOUR
+    assert picture.getpixel((LEFT + side, GAP + side)) == DIVERSE_COLOUR
 
 
-def test_legend_and_caption_stand_below_the_tiles() -> None:
-    tile = TileView(Image.new("RGB", (28, 28)), torch.ones(2, 2, dtype=torch.bool), None)
-    plain, captioned = kept_patches_picture([tile]), kept_patches_picture([tile], caption="a caption")
-    assert captioned.height > plain.height
-    below = captioned.crop((0, plain.height, captioned.width, captioned.height))
-    assert below.getextrema() != tuple((value, value) for value in BACKGROUND)
+def test_an_unpruned_panel_is_the_plain_image() -> None:
+    blue = Image.new("RGB", (96, 96), (0, 0, 200))
+    picture = kept_patches_picture([Panel([TileView(blue, torch.ones(12, 12, dtype=torch.bool), None, pruned=False)])])
+    panel = picture.crop((LEFT, GAP, picture.width - GAP, GAP + picture.width - GAP - LEFT))
+    assert panel.getcolors() == [(panel.width * panel.height, (0, 0, 200))]
+
+
+def test_the_pixels_of_a_small_picture_stay_pixels() -> None:
+    checks = Image.new("RGB", (2, 2))
+    checks.putdata([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)])
+    small = checks.resize((96, 96), Image.Resampling.NEAREST)
+    whole = torch.ones(12, 12, dtype=torch.bool)
+    picture = kept_patches_picture([Panel([TileView(small, whole, None, pruned=False)])])
+    panel = picture.crop((LEFT, GAP, picture.width - GAP, GAP + picture.width - GAP - LEFT))
+    assert len(panel.getcolors()) == 4
+
+
+def half_kept() -> TileView:
+    return TileView(Image.new("RGB", (28, 28)), torch.tensor([[True, False], [False, True]]), None)
+
+
+def colours_of(picture: Image.Image, box: tuple[int, int, int, int]) -> set[tuple[int, int, int]]:
+    return {colour for _, colour in picture.crop(box).getcolors(2**24)}
+
+
+def test_caption_and_legend_stand_left_of_the_panels() -> None:
+    plain, captioned = (kept_patches_picture([Panel([half_kept()])], caption) for caption in ("", "a caption"))
+    column = (0, 0, LEFT, captioned.height)
+    assert captioned.size == plain.size
+    assert captioned.crop(column).tobytes() != plain.crop(column).tobytes()
+    assert DIVERSE_COLOUR in colours_of(plain, column)
+    assert IMPORTANT_COLOUR not in colours_of(plain, column), "there are none"
+
+
+def test_panels_stand_side_by_side_and_every_question_adds_a_row() -> None:
+    one = kept_patches_picture([Panel([half_kept()])])
+    three = kept_patches_picture([Panel([half_kept()])] * 3)
+    assert three.width > 3 * 300
+    panels = [Panel([half_kept()], ["yes", "no"])] * 3
+    asked = kept_patches_picture(panels, questions=[Question("Is it?"), Question("Is it not?")])
+    assert asked.width == three.width
+    assert asked.height > three.height
+    assert one.height > 300
+
+
+@pytest.mark.parametrize(("answers", "red"), [(("yes", "no"), True), (("yes", "yes"), False)])
+def test_wrong_answers_are_written_in_another_ink_under_their_panel(answers: tuple[str, str], red: bool) -> None:
+    panels = [Panel([half_kept()], [answer]) for answer in answers]
+    picture = kept_patches_picture(panels, questions=[Question("Is it?", answer="yes")])
+    middle = (LEFT + picture.width) // 2
+    assert WRONG_INK not in colours_of(picture, (0, 0, middle, picture.height))
+    assert (WRONG_INK in colours_of(picture, (middle, 0, picture.width, picture.height))) is red
+
+
+def test_every_budget_has_its_panel_after_the_unpruned_one(tiny_llava_repo: Path, photo: Image.Image) -> None:
+    model = vispruner.load(str(tiny_llava_repo), keep_ratio=0.5).eval()
+    processor = AutoProcessor.from_pretrained(tiny_llava_repo)
+    before = dict(model.config.vispruner_config)
+    panels = view_budgets(model, processor, photo, [20, None, 5])
+    assert [int(panel.tiles[0].kept.sum()) for panel in panels] == [64, 20, 32, 5]
+    assert [panel.tiles[0].pruned for panel in panels] == [False, True, True, True]
+    assert model.config.vispruner_config == before
+
+
+def test_each_panel_holds_the_answer_under_its_budget(tiny_llava_repo: Path, photo: Image.Image) -> None:
+    model = vispruner.load(str(tiny_llava_repo), visual_token_num=5).eval()
+    processor = AutoProcessor.from_pretrained(tiny_llava_repo)
+    unpruned, pruned = view_budgets(model, processor, photo, [None], [Question("What is this?")])
+    assert list(pruned.answers) == [ask(model, processor, photo, "What is this?")]
+    model.set_vispruner_config(method="none")
+    assert list(unpruned.answers) == [ask(model, processor, photo, "What is this?")]
+    assert unpruned.answers != pruned.answers
+
+
+def test_show_takes_one_budget_or_several(tiny_llava_repo: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give either --visual-token-num"):
+        show("photo.jpg", str(tiny_llava_repo), tmp_path / "kept.png", visual_token_num=4, budgets=[8, 4])
 
 
 def test_photo_is_read_upright(tmp_path: Path) -> None:

@@ -1,0 +1,288 @@
+"""Write the model card of a repo from what is on record: its YAML, its options, and the figures in benchmarks/results.
+
+The same inputs give the same bytes: dates are those of the recorded results, and no picture is drawn here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCardData
+
+from vispruner import ARCHITECTURES, SELECTORS, VisPrunerOptions, __version__
+
+from .checkpoint_io import read_json
+from .repo_config import EMBEDDED_PREFIX, RESULTS, RepoConfig, as_list
+
+TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
+REQUIRES = "5.17 or a later 5.x"
+TAGS = ("vispruner", "visual-token-pruning")
+TASK = "image-text-to-text"
+UNKNOWN_VERSION = "0+unknown"
+
+# The authors' figures are about these weights and no others.
+PUBLISHED = {"llava-hf/llava-1.5-7b-hf": "llava-1.5", "llava-hf/llava-v1.6-vicuna-7b-hf": "llava-next"}
+
+DATASETS = {
+    "scenes": "on drawn scenes that no training saw (test set of seed {seed})",
+    "easy-vqa": "from the test split of easy-vqa",
+}
+DATASET_NAMES = {"scenes": "drawn scenes", "easy-vqa": "easy-vqa"}
+POSITIONS = {"renumber": "renumbered, as in a shorter prompt", "original": "those of the full prompt"}
+TILES = {
+    "paper": "the kept tokens of an image packed without newlines, as by the authors' code",
+    "native": "packed with newlines, as by the stock model",
+}
+SHOWN_RATIOS = (None, 0.0, 0.5)
+DENSE, DOWNSAMPLE = "none", "downsample"
+
+CITATION = """\
+@inproceedings{zhang2025vispruner,
+  title     = {Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in {VLMs}},
+  author    = {Zhang, Qizhe and Cheng, Aosong and Lu, Ming and Zhang, Renrui and Zhuo, Zhiyong and Cao, Jiajun and
+               Guo, Shaobo and She, Qi and Zhang, Shanghang},
+  booktitle = {Proceedings of the IEEE/CVF International Conference on Computer Vision (ICCV)},
+  pages     = {20857--20867},
+  year      = {2025}
+}"""
+
+
+def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
+    """Return the README.md of a repo.
+
+    revision  the commit of the base that the repo is built from, None for a base without revisions
+    thin      whether the repo leaves its weights with the base
+    """
+    options = repo.vispruner_config
+    results = [read_json(RESULTS / f"{stem}.json") for stem in as_list(repo.card.get("results"))]
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        metadata=_metadata(repo, results).to_yaml(),
+        title=_name(repo),
+        repo_id=repo.repo_id,
+        note=repo.card.get("note", "").strip(),
+        base=_base(repo, revision),
+        thin=thin,
+        pruned=options["method"] != DENSE,
+        budget=_budget_text(repo, options),
+        options=_option_rows(repo),
+        built_by=_version(__version__),
+        requires=REQUIRES,
+        check=_check_line(repo),
+        other_budget=_other_budget(options),
+        branches=[(name, _budget_text(repo, {**options, **_budget(field)})) for name, field in repo.budgets.items()],
+        published=PUBLISHED.get(repo.base_model),
+        measured=[_measured(result, options) for result in results],
+        plot=next((path.name for path in _plots(repo)), None),
+        picture=_picture(repo),
+        tiles=_has_tiles(repo),
+        license=_license(repo.card),
+        citations=[CITATION, *(entry.strip() for entry in as_list(repo.card.get("citation")))],
+    )
+
+
+def card_files(repo: RepoConfig) -> list[Path]:
+    """Return the pictures that the card of a repo shows; they belong beside it."""
+    picture = repo.card.get("picture")
+    return [*_plots(repo), *([] if picture is None else [RESULTS / f"{picture}.png"])]
+
+
+def _plots(repo: RepoConfig) -> list[Path]:
+    """Return the curves of the first result, where they were drawn."""
+    plots = [RESULTS / f"{stem}.png" for stem in as_list(repo.card.get("results"))[:1]]
+    return [path for path in plots if path.is_file()]
+
+
+def _picture(repo: RepoConfig) -> dict[str, Any] | None:
+    stem = repo.card.get("picture")
+    return None if stem is None else {"file": f"{stem}.png", **read_json(RESULTS / f"{stem}.json")}
+
+
+# The metadata
+
+
+def _metadata(repo: RepoConfig, results: list[dict[str, Any]]) -> ModelCardData:
+    # Only a Hub id may stand in the metadata: the Hub refuses anything else there.
+    found = [entry for result in results if (entry := _eval_result(result, repo.vispruner_config))]
+    card = repo.card
+    return ModelCardData(
+        model_name=_name(repo) if found else None,
+        eval_results=found or None,
+        base_model=repo.base_model if repo.base_on_hub else None,
+        library_name="transformers",
+        pipeline_tag=TASK,
+        license=card.get("license"),
+        license_name=card.get("license_name"),
+        license_link=card.get("license_link"),
+        language=card.get("language"),
+        tags=list(dict.fromkeys([*TAGS, *as_list(card.get("tags"))])),
+    )
+
+
+def _eval_result(result: Mapping[str, Any], options: Mapping[str, Any]) -> EvalResult | None:
+    """Return what was measured of a repo with these options; None when no recorded row has them."""
+    row = next((row for row in result["rows"] if _is_own(row, result, options)), None)
+    if row is None:
+        return None
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=result["dataset"],
+        dataset_name=DATASET_NAMES.get(result["dataset"], result["dataset"]),
+        dataset_config=f"seed {result['seed']}",
+        dataset_split="test",
+        dataset_args={"questions": result["questions"], "pictures": result["pictures"]},
+        metric_type="accuracy",
+        metric_name=f"right answers with {row['visual_token_num']} of {result['full_visual_tokens']} visual tokens",
+        metric_value=row["accuracy"],
+    )
+
+
+# What stands in the text
+
+
+def _name(repo: RepoConfig) -> str:
+    return repo.repo_id.split("/")[-1]
+
+
+def _base(repo: RepoConfig, revision: str | None) -> dict[str, str]:
+    """Return the base as the first sentence and as the table name it; of a local folder only the last name."""
+    if repo.base_model.startswith(EMBEDDED_PREFIX):
+        text, where = f"`{repo.base_model.removeprefix(EMBEDDED_PREFIX)}`", " (it is in the `vispruner` package)"
+    elif repo.base_on_hub:
+        text, where = f"[{repo.base_model}](https://huggingface.co/{repo.base_model})", ""
+    else:
+        text, where = f"`{Path(repo.base_model).expanduser().resolve().name}`", " (a local checkpoint)"
+    return {"subject": text, "cell": text + where + (f" at `{revision}`" if revision else "")}
+
+
+def _has_tiles(repo: RepoConfig) -> bool:
+    return repo.architecture == "llava_next"
+
+
+def _budget(field: Mapping[str, Any]) -> dict[str, Any]:
+    return {"visual_token_num": None, "keep_ratio": None, **field}
+
+
+def _budget_text(repo: RepoConfig, options: Mapping[str, Any]) -> str:
+    per = "tile of an image" if _has_tiles(repo) else "image"
+    if options["method"] == DENSE:
+        return "all visual tokens"
+    if options["visual_token_num"] is not None:
+        return f"{options['visual_token_num']} visual tokens per {per}"
+    return f"{100 * options['keep_ratio']:g} % of the visual tokens of each {per}"
+
+
+def _other_budget(options: Mapping[str, Any]) -> dict[str, str]:
+    """Return half the budget as a keyword and as a mapping, to show how to change it."""
+    name = "keep_ratio" if options["visual_token_num"] is None else "visual_token_num"
+    stored = options[name] or 1
+    value = stored / 2 if name == "keep_ratio" else max(1, stored // 2)
+    return {"keyword": f"{name}={value}", "mapping": f'{{"{name}": {value}}}'}
+
+
+def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
+    """Return the rows of the first table that say how it prunes: the options that the method takes, and the rest."""
+    options = repo.vispruner_config
+    rows = [("class", f"`{ARCHITECTURES[repo.architecture].model_class.__name__}`")]
+    if options["method"] == DENSE:
+        return [*rows, ("method", "`none`: nothing is dropped")]
+    selector = SELECTORS[options["method"]]
+    summary = (selector.function.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    layer, policy, tiles = options["attention_layer"], options["position_policy"], options["tile_mode"]
+    meanings = {
+        "important_ratio": "share of the budget for the most attended tokens; the rest is for the least redundant",
+        "dedup_step": "tokens dropped per round of duplicate removal, at most",
+        "seed": "of the draw",
+    }
+    return [
+        *rows,
+        ("method", f"`{options['method']}`: {summary[:1].lower()}{summary[1:]}"),
+        ("budget", _budget_text(repo, options)),
+        *((f"`{name}`", f"{options[name]}: {text}") for name, text in meanings.items() if name in selector.options),
+        ("attention", f"of [CLS], in {'the layer that gives the features' if layer is None else f'layer {layer}'}"),
+        ("positions", POSITIONS[policy or "renumber"]),
+        *([("tiles", TILES[tiles])] if _has_tiles(repo) else []),
+    ]
+
+
+def _check_line(repo: RepoConfig) -> str:
+    name = ARCHITECTURES[repo.architecture].model_class.__name__
+    check = f'assert type(model).__name__ == "{name}"'
+    return f'{check} and model.config.vispruner_config["method"] != "none"'
+
+
+def _license(card: Mapping[str, Any]) -> str:
+    name = card.get("license_name") or card.get("license")
+    link = card.get("license_link")
+    return f"[{name}]({link})" if name and link else name or ""
+
+
+def _version(version: str) -> str:
+    return "vispruner from a checkout" if version == UNKNOWN_VERSION else f"vispruner {version}"
+
+
+def _measured(result: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table of one recorded result: a row per selector, a column per budget."""
+    policies = (None, options["position_policy"] or "renumber")
+    shown = [
+        row
+        for row in result["rows"]
+        if row["visual_token_num"] < result["full_visual_tokens"]
+        and row["position_policy"] in policies
+        and row["important_ratio"] in (*SHOWN_RATIOS, options["important_ratio"])
+    ]
+    budgets = list(dict.fromkeys(row["budget_percent"] for row in shown))
+    counts = {row["budget_percent"]: row["visual_token_num"] for row in shown if row["selector"] != DOWNSAMPLE}
+    cells: dict[str, dict[float, str]] = {}
+    for row in shown:
+        text = _percent(row) if not _is_own(row, result, options) else f"**{_percent(row)}**"
+        cells.setdefault(_row_name(row), {})[row["budget_percent"]] = text
+    versions = {name: text for name, text in result["versions"].items() if name in ("transformers", "torch", "python")}
+    dense = next(row for row in result["rows"] if row["selector"] == DENSE)
+    return {
+        "date": result["date"],
+        "questions": f"{result['questions']:,}",
+        "pictures": result["pictures"],
+        "dataset": DATASETS.get(result["dataset"], result["dataset"]).format(**result),
+        "full": result["full_visual_tokens"],
+        "dense": _percent(dense),
+        "budgets": [counts[budget] for budget in budgets],
+        "rows": [(name, [found.get(budget, "") for budget in budgets]) for name, found in cells.items()],
+        "own": any(_is_own(row, result, options) for row in shown),
+        "versions": ", ".join(
+            [_version(result["versions"]["vispruner"]), *(f"{name} {text}" for name, text in versions.items())]
+        ),
+    }
+
+
+def _is_own(row: Mapping[str, Any], result: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Is this row what a repo with these options does? Only the paper's values of the others were measured."""
+    budget = VisPrunerOptions.from_dict(dict(options)).budget(result["full_visual_tokens"])
+    ratio = None if row["important_ratio"] is None else options["important_ratio"]
+    policy = options["position_policy"] or "renumber"
+    return (
+        options["dedup_step"] == 8
+        and options["attention_layer"] is None
+        and (row["selector"], row["visual_token_num"]) == (options["method"], budget)
+        and row["important_ratio"] == ratio
+        and row["position_policy"] in (None, policy)
+    )
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    if row["selector"] == DOWNSAMPLE:
+        return "a smaller picture instead (the largest square within the budget)"
+    if row["important_ratio"] is not None:
+        return f"`{row['selector']}`, `important_ratio` {row['important_ratio']:g}"
+    draws = len(row.get("accuracy_by_draw", ()))
+    return f"`{row['selector']}`" + (f", mean of {draws} draws" if draws else "")
+
+
+def _percent(row: Mapping[str, Any]) -> str:
+    low, high = row["ci95"]
+    return f"{100 * row['accuracy']:.1f} ± {50 * (high - low):.1f}"
