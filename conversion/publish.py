@@ -37,6 +37,7 @@ from .hub_access import (
 from .repo_config import RepoConfig, load_repo_config
 from .upload_plan import (
     CARD,
+    CONFIG,
     NEUTRAL_FILES,
     BranchPlan,
     LocalFile,
@@ -179,7 +180,9 @@ class PublishJob:
         state = "a new repo" if remote is None else "exists"
         visibility = ", private" if remote is None and self.private else ""
         print(f"\n{self.hub.endpoint}/{repo_id} ({state}{visibility})")
-        print("\n".join(line for plan in plans for line in describe(plan, self._budget_text(plan.branch))))
+        print("\n".join(describe(plans[0])))
+        for plan in plans[1:]:
+            print("\n".join(describe(plan, self._budget_text(plan.branch), main=plans[0])))
         if self.create_pr and not all(plan.is_empty for plan in plans):
             print(f"  as a pull request{'' if push else ' that --push would open'}; budget branches follow main later")
 
@@ -202,10 +205,10 @@ class PublishJob:
         """Return the files that every branch shall hold, the pushed branch first."""
         files = built_files(folder, self.repo)
         wanted = {self.branch: files}
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
         for branch, budget in self.budgets.items():
             text = json.dumps(budget_config(config, budget), indent=2, ensure_ascii=False) + "\n"
-            own = local_file("config.json", text.encode())
+            own = local_file(CONFIG, text.encode())
             wanted[branch] = [own if file.path == own.path else file for file in files]
         return wanted
 
@@ -257,7 +260,7 @@ class PublishJob:
                 "no build makes these files"
                 if ours
                 else f"its config.json is not one built from {self.repo.base_model}"
-                if "config.json" in remote.files
+                if CONFIG in remote.files
                 else "it holds no build"
             )
             raise PublishError(
@@ -267,10 +270,10 @@ class PublishJob:
             )
 
     def _is_ours(self, remote: RemoteBranch) -> bool:
-        if "config.json" not in remote.files:
+        if CONFIG not in remote.files:
             return False
         try:
-            config = json.loads(self._read_text(remote, "config.json"))
+            config = json.loads(self._read_text(remote, CONFIG))
             return config["vispruner_config"]["base_model_name_or_path"] == self.repo.base_model
         except (ValueError, KeyError, TypeError):
             return False
@@ -365,7 +368,7 @@ class PublishJob:
 
     def check_loads(self, folder: Path) -> None:
         """Load every pushed commit from the Hub in a fresh process, as its users will."""
-        config = read_json(folder / "config.json")
+        config = read_json(folder / CONFIG)
         settings = {
             "repo_id": self.repo.repo_id,
             "class_name": ARCHITECTURES[config["model_type"]].model_class.__name__,
@@ -426,4 +429,4 @@ def _is_moved(error: Exception) -> bool:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}

@@ -19,11 +19,11 @@ from .model_card import card_files
 from .repo_config import RepoConfig
 from .verify import UNSAFE_SUFFIXES
 
-CARD = "README.md"
+CARD, CONFIG = "README.md", "config.json"
 INDEX = "model.safetensors.index.json"
 # Files that the Hub or its web pages make, and licences: they are nobody's build and stay where they are.
 NEUTRAL_FILES = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
-PICTURE_SUFFIXES = (".png", ".svg")
+PICTURE_SUFFIX = ".png"
 HASH_BLOCK = 2**20
 
 
@@ -151,35 +151,40 @@ def local_file(path: str, source: Path | bytes, progress: tqdm | None = None) ->
 def _place_in_commit(file: LocalFile) -> tuple[int, str]:
     if file.path.endswith(".safetensors"):
         return 0, file.path
-    return (2 if file.path in ("config.json", CARD) else 1), file.path
+    return (2 if file.path in (CONFIG, CARD) else 1), file.path
 
 
 def made_by_a_build(path: str) -> bool:
     """Say whether a file's name is one that builds write, now or in an older version, or weights in its place."""
     return "/" not in path and (
         path in (CARD, *CONFIG_FILES, *WEIGHT_FILES)
-        or path.endswith((".py", *PICTURE_SUFFIXES, *UNSAFE_SUFFIXES))
+        or path.endswith((".py", PICTURE_SUFFIX, *UNSAFE_SUFFIXES))
         or SHARD_PATTERN.fullmatch(path) is not None
     )
 
 
-def describe(plan: BranchPlan, budget: str = "") -> list[str]:
-    """Return the lines of the summary about one branch."""
+def describe(plan: BranchPlan, budget: str = "", main: BranchPlan | None = None) -> list[str]:
+    """Return the lines of the summary about one branch; one that changes as `main` does takes one line more."""
     about = f"{plan.branch} ({budget})" if budget else plan.branch
     if plan.is_empty:
         return [f"  {about}: nothing to do, {plan.unchanged} files are the same"]
-    lines = [f"  {about}:{'' if plan.exists else ' new branch'}"]
     rows = [("add", file) for file in plan.added] + [("change", file) for file in plan.changed]
+    is_alike = main is not None and set(plan.paths()) - {CONFIG} == set(main.paths()) - {CONFIG}
+    if main is not None and is_alike:
+        if len(plan.paths()) > 1:
+            about += f": what {main.branch} gets, but for"
+        rows = [row for row in rows if row[1].path == CONFIG]
     width = max([len(file.path) for _, file in rows] + [len(file.path) for file in plan.removed] + [1])
+    lines = [f"  {about}:" if plan.exists else f"  new branch {about}:"]
     for action, file in rows:
         lines.append(f"    {action:<7}{file.path:<{width}}  {_size(file.size):>9}  sha256 {file.sha256[:16]}")
+    if is_alike:
+        return lines
     for gone in plan.removed:
         lines.append(f"    {'remove':<7}{gone.path:<{width}}  {_size(gone.size):>9}")
     lines += [f"    {'keep':<7}{path:<{width}}  no build made it" for path in plan.kept if path not in NEUTRAL_FILES]
-    total = sum(file.size for _, file in rows)
-    lines.append(
-        f"    {len(rows)} files, {_size(total)} to send; {plan.unchanged} the same, {len(plan.removed)} removed"
-    )
+    sent = f"{len(rows)} files, {_size(sum(file.size for _, file in rows))} to send"
+    lines.append(f"    {sent}; {plan.unchanged} the same, {len(plan.removed)} removed")
     return lines
 
 

@@ -318,7 +318,7 @@ def test_a_dry_run_shows_files_sizes_and_hashes_and_changes_nothing(
     for file in upload_plan.built_files(built, load_repo_config("tiny-llava-vispruner")):
         assert f"{file.path} " in text
         assert file.sha256[:16] in text
-    assert "v8 (visual_token_num 8): new branch" in text
+    assert "new branch v8 (visual_token_num 8): what main gets, but for:" in text
     assert "dry run" in text
     assert not hub.repos
     assert {method for method, path in hub.requests if path != "/api/validate-yaml"} <= {"GET", "HEAD"}
@@ -738,7 +738,9 @@ def test_a_card_that_the_hub_refuses_stops_before_the_repo_is_made(
 ) -> None:
     bad = Path(shutil.copytree(built, tmp_path / "bad"))
     (bad / "README.md").write_text("---\nlicense: [unclosed\n---\n")
-    monkeypatch.setattr(publish, "build_repo", lambda repo, out, **options: shutil.copytree(bad, out))
+    monkeypatch.setattr(
+        publish, "build_repo", lambda repo, out, **options: shutil.copytree(bad, out, dirs_exist_ok=True)
+    )
     refused(run, ExitCode.CARD_REFUSED)
     assert not hub.repos
     assert run()[0] == ExitCode.CARD_REFUSED
