@@ -249,6 +249,7 @@ class _Handler(BaseHTTPRequestHandler):
     """The wire: reads a request whole, hands it to the hub, writes the answer."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or every answer waits 40 ms for the client's acknowledgement of its headers
     hub: LocalHub
     host: str
 
@@ -478,8 +479,11 @@ class LocalHub:
         try:
             if fault is not None and not fault.after:
                 self._strike(fault, request)
-            with self._lock:
-                answer = self._answer(request)
+            try:
+                with self._lock:
+                    answer = self._answer(request)
+            except Refusal as refusal:
+                answer = refusal.answer
             if fault is not None and fault.after:
                 self._strike(fault, request)
         except Refusal as refusal:
