@@ -895,8 +895,9 @@ class LocalHub:
     def _preupload(self, request: Request, repo: str, revision: str) -> Answer:
         found = self._writable(request, repo, pull_request="create_pr" in request.query)
         present, asked = found.resolve(revision).files, request.json()
+        hosted = self._content(present[".gitignore"]).decode() if ".gitignore" in present else ""
         ignored = [
-            line.strip() for line in asked.get("gitIgnore", "").splitlines() if line.strip()[:1] not in ("", "#")
+            line.strip() for line in asked.get("gitIgnore", hosted).splitlines() if line.strip()[:1] not in ("", "#")
         ]
         decided = []
         for file in asked["files"]:
