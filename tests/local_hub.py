@@ -18,9 +18,13 @@ import json
 import os
 import re
 import secrets
+import shutil
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -221,6 +225,26 @@ def metadata_problems(content: str) -> tuple[list[str], list[str]]:
     return errors, warnings
 
 
+def xet_file(shard: Path, sha256: str) -> tuple[str, int] | None:
+    """Xet hash and size of the file with this sha256, if the shard (records of 48 bytes after a header) has it."""
+    content = shard.read_bytes()
+    records = list(struct.iter_unpack("<32sIIII", content[48 : len(content) // 48 * 48]))
+
+    def as_hex(raw: bytes) -> str:
+        return "".join(f"{word:016x}" for word in struct.unpack("<4Q", raw))
+
+    at = 0
+    while records[at][0] != b"\xff" * 32:
+        name, flags, segments, *_ = records[at]
+        size = sum(record[2] for record in records[at + 1 : at + 1 + segments])
+        at += 1 + segments * (2 if flags >> 31 & 1 else 1)
+        if flags >> 30 & 1:
+            if as_hex(records[at][0]) == sha256:
+                return as_hex(name), size
+            at += 1
+    return None
+
+
 class _Handler(BaseHTTPRequestHandler):
     """The wire: reads a request whole, hands it to the hub, writes the answer."""
 
@@ -293,6 +317,7 @@ class LocalHub:
         self.log: list[Request] = []
         self.errors: list[Exception] = []
         self._faults: list[Fault] = []
+        self._xet_hashes: dict[str, str] = {}
         self._secret = secrets.token_hex(8)
         self._lock = threading.RLock()
         self._servers = {host: self._server(host, port if host == "hub" else 0) for host in ("hub", "storage")}
@@ -305,7 +330,7 @@ class LocalHub:
         return server
 
     def __enter__(self) -> LocalHub:
-        for folder in ("objects", "parts"):
+        for folder in ("objects", "parts", "xet"):
             (self.storage / folder).mkdir(parents=True, exist_ok=True)
         for server in self._servers.values():
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -492,7 +517,7 @@ class LocalHub:
                 except Exception as error:
                     traceback.print_exc()
                     self.errors.append(error)
-                    raise Refusal(500, f"The local hub failed: {error!r}") from error
+                    raise Refusal(501, f"The local hub failed: {error!r}") from error
         raise Refusal(404, f"Sorry, we can't find the page you are looking for: {request.method} {path}")
 
     # Who may do what
@@ -553,6 +578,8 @@ class LocalHub:
     def _large(self, repo: Repo, sha256: str, size: int) -> Entry:
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
         repo.objects[sha256] = size
+        if self.xet:
+            self._into_xet(sha256)
         return Entry(git_blob_id(pointer), size, sha256, len(pointer))
 
     def _is_large(self, path: str, size: int, sample: bytes) -> bool:
@@ -702,6 +729,8 @@ class LocalHub:
             about = {"type": "file", "oid": entry.oid, "size": entry.size, "path": path}
             if entry.sha256:
                 about["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": entry.pointer_size}
+            if entry.sha256 in self._xet_hashes:
+                about["xetHash"] = self._xet_hashes[entry.sha256]
         if expand:
             about["lastCommit"] = {"id": commit.id, "title": commit.title, "date": commit.date}
         return about
@@ -767,6 +796,9 @@ class LocalHub:
             headers["Location"] = f"/api/resolve-cache/models/{repo}/{commit.id}/{quote(path)}"
             return Answer(307, b"Temporary Redirect", headers)
         headers["Location"] = self._signed("GET", f"{repo}/{entry.sha256}")
+        if entry.sha256 in self._xet_hashes:
+            headers["X-Xet-Hash"] = self._xet_hashes[entry.sha256]
+            headers["Link"] = f'<{self.endpoint}/api/models/{repo}/xet-read-token/{commit.id}>; rel="xet-auth"'
         return Answer(302, b"Found", headers)
 
     @route("GET HEAD", "/api/resolve-cache/models/{repo}/{revision}/{path}")
@@ -935,6 +967,8 @@ class LocalHub:
 
     def _known_object(self, repo: Repo, sha256: str) -> int | None:
         """Size of a large file this repo has, or None."""
+        if self.xet and sha256 not in repo.objects:
+            self._from_xet(repo, sha256)
         return repo.objects.get(sha256)
 
     def _signed(self, method: str, key: str, host: str | None = None, **query: str) -> str:
@@ -1021,6 +1055,45 @@ class LocalHub:
         self._check_signature(request, f"{repo}/{oid}")
         content = (self.storage / "objects" / oid).read_bytes()
         return self._ranged(request, content, {"ETag": f'"{hashlib.md5(content).hexdigest()}"'})
+
+    # Xet: hf_xet itself writes to and reads from `local://` folders. A folder belongs to one process at a time, hence
+    # every token comes with a copy of its own, and what a commit refers to is gathered in the folder "all".
+
+    @route("GET", "/api/models/{repo}/xet-{kind}-token/{revision}")
+    def _xet_token(self, request: Request, repo: str, kind: str, revision: str) -> Answer:
+        if kind == "write":
+            self._writable(request, repo, pull_request="create_pr" in request.query)
+        else:
+            self._readable(request, repo, content=True).resolve(revision)
+        folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=self.storage / "xet"))
+        if (self.storage / "xet" / "all").exists():
+            shutil.copytree(self.storage / "xet" / "all", folder, dirs_exist_ok=True)
+        url, token, expiry = f"local://{folder}", secrets.token_hex(16), int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expiry)}
+        return Answer(body={"casUrl": url, "accessToken": token, "exp": expiry}, headers=headers)
+
+    def _into_xet(self, sha256: str) -> None:
+        import hf_xet
+
+        if sha256 not in self._xet_hashes:
+            with hf_xet.XetSession().new_upload_commit(endpoint=f"local://{self.storage / 'xet' / 'all'}") as commit:
+                handle = commit.start_upload_file(str(self.storage / "objects" / sha256), sha256=sha256)
+            self._xet_hashes[sha256] = handle.result().xet_info.hash
+
+    def _from_xet(self, repo: Repo, sha256: str) -> None:
+        """Take over a file from the folder of whichever upload finished it, if one did."""
+        import hf_xet
+
+        for folder in (self.storage / "xet").glob("write-*"):
+            found = next(filter(None, (xet_file(shard, sha256) for shard in folder.rglob("shards/*.mdb"))), None)
+            if found is None:
+                continue
+            with tempfile.TemporaryDirectory(dir=self.storage / "xet") as copy:
+                shutil.copytree(folder, copy, dirs_exist_ok=True)
+                with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{copy}") as group:
+                    group.start_download_file(hf_xet.XetFileInfo(*found), f"{copy}/content")
+                self._accept(repo.id, sha256, found[1], Path(copy, "content").read_bytes())
+            return
 
 
 def main() -> None:
