@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -302,7 +303,8 @@ def explain(error: BaseException, what: str, endpoint: str) -> PublishError | No
         if isinstance(cause, LocalTokenNotFoundError):
             return PublishError(ExitCode.NOT_LOGGED_IN, f"{what}: not logged in: run `hf auth login`")
         if isinstance(cause, HfHubHTTPError):
-            return _explain_answer(cause, what)
+            said = cause.server_message or str(cause).strip()
+            return _explain_answer(cause.response.status_code, said, what)
         if isinstance(cause, ValueError) and "Invalid metadata in README.md" in str(cause):
             return PublishError(ExitCode.CARD_REFUSED, f"{what}: {cause}")
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -310,6 +312,8 @@ def explain(error: BaseException, what: str, endpoint: str) -> PublishError | No
             return PublishError(
                 ExitCode.DISK_FULL, f"{what}: the disk is full{where}: free some space, or give another --out"
             )
+        if isinstance(cause, ConnectionError) and (status := _status_in_text(cause)) is not None:
+            return _explain_answer(status, str(cause), what)
         if isinstance(cause, (HTTP_ERROR, ConnectionError, TimeoutError)):
             return PublishError(
                 ExitCode.CONNECTION_LOST,
@@ -319,9 +323,7 @@ def explain(error: BaseException, what: str, endpoint: str) -> PublishError | No
     return None
 
 
-def _explain_answer(error: HfHubHTTPError, what: str) -> PublishError:
-    status = error.response.status_code
-    said = error.server_message or str(error).strip()
+def _explain_answer(status: int, said: str, what: str) -> PublishError:
     if status == 401:
         return PublishError(ExitCode.WRONG_TOKEN, f"{what}: the Hub does not accept the token: run `hf auth login`")
     if status == 403:
@@ -350,13 +352,24 @@ def _passing_trouble(error: Exception) -> tuple[str, float | None] | None:
         if isinstance(cause, PublishError | OfflineModeIsEnabled):
             return None
         if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            if status == 429:
-                return "the Hub's rate limit is reached", _asked_wait(cause)
-            return (f"the Hub answers {status}", None) if status >= 500 or status == 408 else None
+            return _passing_answer(cause.response.status_code, _asked_wait(cause))
+        if isinstance(cause, ConnectionError) and (status := _status_in_text(cause)) is not None:
+            return _passing_answer(status, None)
         if isinstance(cause, (HTTP_ERROR, ConnectionError, TimeoutError)):
             return f"the connection broke ({cause})", None
     return None
+
+
+def _passing_answer(status: int, asked: float | None) -> tuple[str, float | None] | None:
+    if status == 429:
+        return "the Hub's rate limit is reached", asked
+    return (f"the Hub answers {status}", None) if status >= 500 or status == 408 else None
+
+
+def _status_in_text(error: ConnectionError) -> int | None:
+    """Return the status of an answer that hf_xet got, which it tells by its message alone."""
+    found = re.search(r"HTTP status \w+ error \((\d{3})\b", str(error))
+    return int(found[1]) if found else None
 
 
 def _asked_wait(error: HfHubHTTPError) -> float | None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -757,6 +758,39 @@ def test_another_refusal_is_passed_on(hub: LocalHub, ready: None, run: Callable[
     assert "413" in refused(run, ExitCode.REFUSED_BY_HUB)
 
 
+# Xet, the way that huggingface_hub takes by default
+
+
+@pytest.fixture
+def xet_hub(tmp_path: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.xet = True
+    return hub
+
+
+def test_weights_go_through_xet(xet_hub: LocalHub, repo: RepoConfig, built: Path, tmp_path: Path) -> None:
+    job(repo).push(built)
+    newer = newer_build(built, tmp_path / "newer", weights=True)
+    pushed = job(repo).push(newer)
+    assert any("/xet-write-token/" in path for _, path in xet_hub.requests)
+    assert not [path for method, path in xet_hub.requests if method == "PUT"]
+    assert on_hub(xet_hub, "user/tiny") == contents(newer)
+    assert {branch: xet_hub.refs("user/tiny")[branch] for branch in pushed} == pushed
+    assert job(repo).push(newer) == pushed
+
+
+def test_a_refusal_on_the_way_through_xet(
+    xet_hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], waits: list[float], built: Path
+) -> None:
+    """Server errors are left out: hf_xet itself retries them for minutes before it gives up."""
+    xet_hub.fail_at(lambda request: "/xet-write-token/" in request.path, kind="403", times=ALWAYS)
+    refused(run, ExitCode.READ_ONLY_TOKEN)
+    assert waits == []
+    xet_hub.heal()
+    assert run("--push")[0] == 0
+    assert on_hub(xet_hub, "user/tiny") == contents(built)
+
+
 # Killed at any request, run again: nothing is lost and nothing is half there
 
 
@@ -776,8 +810,9 @@ def die_at(hub: LocalHub, number: int | Callable[[Request], bool], answered: boo
     if pid == 0:
         try:
             push()
-        finally:
-            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(0)
     child.append(pid)
     forked.set()
     _, status = os.waitpid(pid, 0)
