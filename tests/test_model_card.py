@@ -198,7 +198,7 @@ def test_every_card_is_complete_and_the_same_each_time(name: str, thin: bool) ->
 @pytest.mark.parametrize("name", hub_config_names())
 def test_the_first_table_says_how_it_prunes(name: str) -> None:
     repo = load_repo_config(name)
-    (rows,) = tables(card_of(name), "")
+    (rows,) = tables(card_of(name), "property")
     assert COMMIT in rows["base"][0]
     assert rows["budget"][0].startswith(f"{repo.vispruner_config['visual_token_num']} visual tokens per ")
     assert rows["`important_ratio`"][0].startswith("0.5: ")
@@ -220,9 +220,8 @@ def test_the_first_table_says_how_it_prunes(name: str) -> None:
 def test_the_first_table_follows_the_options(
     tmp_path: Path, options: dict[str, Any], shown: dict[str, str], absent: list[str]
 ) -> None:
-    (rows,) = tables(
-        model_card(load_repo_config(write_yaml(tmp_path, None, vispruner_config=options)), None, False), ""
-    )
+    repo = load_repo_config(write_yaml(tmp_path, None, vispruner_config=options))
+    (rows,) = tables(model_card(repo, None, False), "property")
     assert all(rows[name][0].startswith(text) for name, text in shown.items())
     assert not set(absent) & set(rows)
 
