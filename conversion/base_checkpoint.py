@@ -6,13 +6,14 @@ which tensors it has.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -59,7 +60,7 @@ SAFETENSORS_FILES = ("*.safetensors", "*.safetensors.index.json")
 BIN_FILES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 # The library behind huggingface_hub 1.x is httpx, behind 2.x httpx2; what cannot be connected to raises its HTTPError.
-HTTP_ERROR = HfHubHTTPError.__bases__[0]
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 class BuildError(ValueError):
@@ -164,9 +165,13 @@ def snapshot_commit(folder: Path) -> str | None:
 
 def _hub_snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     with hub_errors_explained(repo_id, revision):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+        # Said outright: huggingface_hub 1.x asks the Hub for the file list of a commit even when it is offline.
+        offline = constants.HF_HUB_OFFLINE
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
+        return Path(folder)
 
 
+@functools.cache  # a commit never changes
 def _hub_headers(repo_id: str, commit: str | None) -> dict[str, TensorHeader]:
     """Read the headers of a Hub repo's safetensors files, and check them against its index."""
     found = HfApi().get_safetensors_metadata(repo_id, revision=commit)

@@ -275,7 +275,7 @@ def rename_safetensors(source: Path, target: Path, names: Mapping[str, str], pro
         header = json.loads(reader.read(length))
         metadata = header.pop("__metadata__", None)
         kept = sorted((entry["data_offsets"][0], name) for name, entry in header.items() if name in names)
-        if all(names.get(name) == name for name in header) and metadata == {"format": "pt"}:
+        if all(names.get(name) == name for name in header) and (metadata or {}).get("format") == "pt":
             reader.seek(0)
             with target.open("wb") as writer:
                 _copy_bytes(reader, writer, source.stat().st_size, progress)

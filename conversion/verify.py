@@ -1,7 +1,7 @@
 """Verify a built repo: what it says, what it holds, and, in a fresh process, what it does.
 
 Static checks come first and run here. Only a repo that passes them is loaded, by `verify_worker` in a process of its
-own.
+own. The weights of a thin repo are those of its base: where they are to be loaded, they are downloaded first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import constants
+
 from vispruner import ARCHITECTURES, SELECTORS, auto_map, code_files
 from vispruner.configuration_vispruner import merge_vispruner_config
 
 from . import verify_worker
-from .base_checkpoint import IMAGE_PROCESSOR_FILES, TOKENIZER_FILES, resolve_base
-from .checkpoint_io import checkpoint_shards, iter_checkpoint_tensors, read_json, read_tensor_headers
-from .published_layout import ModelTensors, layout_problems, model_tensors, published_name, published_names
+from .base_checkpoint import (
+    IMAGE_PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    BaseCheckpoint,
+    find_base,
+    is_commit,
+    resolve_base,
+)
+from .checkpoint_io import (
+    WEIGHT_FILES,
+    TensorHeader,
+    checkpoint_shards,
+    iter_checkpoint_tensors,
+    read_json,
+    read_tensor_headers,
+)
+from .published_layout import ModelTensors, layout_problems, model_tensors, published_names
+from .repo_config import is_hub_id
 
 Status = Literal["pass", "fail", "not run"]
 
@@ -105,18 +122,44 @@ def verify_repo(
     checks = list(_static_checks(folder))
     if all(check.status == "pass" for check in checks) and base is not None:
         checks.append(_run("weights equal the base's", lambda: _compare_with_base(folder, os.fspath(base))))
+    if all(check.status == "pass" for check in checks):
+        weights = _weights_of(folder)
+        needed, free = memory_needed(weights), machine_memory() if available_memory is None else available_memory
+        if needed <= free and weights.repo_id is not None:
+            checks.append(_run("base weights", lambda: _download(weights)))
     if any(check.status == "fail" for check in checks):
         checks += [Check(name, "not run", "the checks above failed") for name in (*LIGHT_CHECKS, *MODEL_CHECKS)]
         return Report(folder, tuple(checks))
-    needed, free = memory_needed(folder), machine_memory() if available_memory is None else available_memory
-    checks += _run_worker(folder, _worker_settings(folder, run_models=needed <= free), timeout)
+    checks += _run_worker(folder, _worker_settings(folder, weights, run_models=needed <= free), timeout)
     if needed > free:
-        checks.append(_run("weights hash", lambda: _check_hashes(folder)))
+        if weights.repo_id is None:
+            checks.append(_run("weights hash", lambda: _check_hashes(folder)))
+        else:
+            checks.append(Check("weights hash", "not run", "thin: the weights of the base were not downloaded"))
         if base is None:
             checks.append(Check("weights equal the base's", "not run", "no base was given"))
         reason = f"needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
         checks += [Check(name, "not run", reason) for name in MODEL_CHECKS]
     return Report(folder, tuple(checks))
+
+
+def _weights_of(folder: Path) -> BaseCheckpoint:
+    """Find the checkpoint that holds a repo's weights: its own folder, or the pinned base of a thin one."""
+    options = read_json(folder / "config.json").get("vispruner_config") or {}
+    if options.get("weights", "full") != "thin":
+        return BaseCheckpoint(folder)
+    base, revision = options["base_model_name_or_path"], options["base_model_revision"]
+    if not is_hub_id(base) or not is_commit(revision):
+        raise VerifyError(
+            "the repo is thin, so base_model_name_or_path must be a Hub id and base_model_revision a commit, got "
+            f"{base} and {revision}: build the repo again"
+        )
+    return find_base(base, revision)
+
+
+def _download(weights: BaseCheckpoint) -> str:
+    size = sum(path.stat().st_size for path in checkpoint_shards(weights.with_weights().folder))
+    return f"thin: {weights.repo_id} at {weights.commit}, {size / 1e9:.2f} GB, in the local Hub cache"
 
 
 def _static_checks(folder: Path) -> Iterator[Check]:
@@ -273,6 +316,9 @@ def _check_weights(folder: Path, config: Mapping[str, Any]) -> str:
     unsafe = sorted(path.name for path in folder.rglob("*") if path.suffix in UNSAFE_SUFFIXES)
     if unsafe:
         raise VerifyError(f"{', '.join(unsafe)} can run code when loaded: only safetensors are published")
+    weights = _weights_of(folder)
+    if weights.repo_id is not None:
+        return _check_base_weights(folder, config, weights)
     headers = read_tensor_headers(folder)
     unused = sorted(
         {path.name for path in folder.glob("*.safetensors")} - {path.name for path in checkpoint_shards(folder)}
@@ -285,6 +331,20 @@ def _check_weights(folder: Path, config: Mapping[str, Any]) -> str:
     return f"{len(headers)} tensors, names and shapes are the model's"
 
 
+def _check_base_weights(folder: Path, config: Mapping[str, Any], base: BaseCheckpoint) -> str:
+    """Check a thin repo by what the headers of its base say; unlike in a full repo, they may have other names."""
+    stray = sorted(
+        path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in WEIGHT_FILES
+    )
+    if stray:
+        raise VerifyError(f"the repo is thin, so {', '.join(stray)} would be ignored: build it again, thin or full")
+    headers = base.tensor_headers()
+    found = {published: headers[name].shape for name, published in published_names(headers).items()}
+    if problems := layout_problems(_model_tensors(config), found):
+        raise VerifyError(f"the base {base.repo_id} at {base.commit} does not fit: {'; '.join(problems)}")
+    return f"thin: {len(found)} tensors of {base.repo_id} at {base.commit}, names and shapes are the model's"
+
+
 def _model_tensors(config: Mapping[str, Any]) -> ModelTensors:
     """Return the model's tensors whatever its pruning options, which have a check of their own."""
     return model_tensors(config["model_type"], {**config, "vispruner_config": {"method": "none"}})
@@ -292,18 +352,21 @@ def _model_tensors(config: Mapping[str, Any]) -> ModelTensors:
 
 def _compare_with_base(folder: Path, base: str) -> str:
     """Compare the hash of every tensor with the base's, one tensor of each in memory at a time."""
-    base_folder = resolve_base(base)
-    names = published_names(read_tensor_headers(base_folder))
-    own = {name: verify_worker.tensor_hash(tensor) for name, tensor in iter_checkpoint_tensors(folder)}
-    other = {
-        names[name]: verify_worker.tensor_hash(tensor)
-        for name, tensor in iter_checkpoint_tensors(base_folder)
-        if name in names
-    }
+    own, other = (_hashes(where) for where in (_weights_of(folder).with_weights().folder, resolve_base(base)))
     wrong = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if wrong:
         raise VerifyError(f"{len(wrong)} tensors are not those of {base}: {', '.join(wrong[:8])}")
     return f"{len(own)} tensors hash as in {base}"
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return published name -> hash of every tensor of a checkpoint."""
+    names = published_names(read_tensor_headers(folder))
+    return {
+        names[name]: verify_worker.tensor_hash(tensor)
+        for name, tensor in iter_checkpoint_tensors(folder)
+        if name in names
+    }
 
 
 def _check_hashes(folder: Path) -> str:
@@ -322,9 +385,10 @@ def _check_hashes(folder: Path) -> str:
     return f"all tensors are finite, sha256 {digest.hexdigest()[:16]}"
 
 
-def memory_needed(folder: Path) -> int:
+def memory_needed(checkpoint: BaseCheckpoint) -> int:
     """Return the bytes that running the model once takes: weights, activations, interpreter."""
-    weights = sum(header.dtype.itemsize * _count(header.shape) for header in read_tensor_headers(folder).values())
+    headers = checkpoint.tensor_headers().values()
+    weights = sum(header.dtype.itemsize * _count(header.shape) for header in headers)
     return weights + weights // 4 + 2**30
 
 
@@ -351,20 +415,24 @@ def machine_memory() -> int:
     return max(min(limits), 0)
 
 
-def _worker_settings(folder: Path, run_models: bool) -> dict[str, Any]:
+def _worker_settings(folder: Path, weights: BaseCheckpoint, run_models: bool) -> dict[str, Any]:
     architecture = ARCHITECTURES[read_json(folder / "config.json")["model_type"]]
     return {
         "run_models": run_models,
+        "thin": weights.repo_id is not None,
         "class_name": architecture.model_class.__name__,
-        "published_names": _loaded_to_published(folder),
+        "weights_folder": str(weights.folder),
+        "weight_files": [str(path) for path in checkpoint_shards(weights.folder)] if run_models else [],
+        "stored_names": _loaded_to_stored(weights.tensor_headers()),
     }
 
 
-def _loaded_to_published(folder: Path) -> dict[str, str]:
+def _loaded_to_stored(headers: Mapping[str, TensorHeader]) -> dict[str, str]:
     """Return how a loaded model's tensors are called in the files; transformers nests its CLIP tower differently."""
-    headers = read_tensor_headers(folder)
-    names = {name: published_name(name) or name for name in headers}
-    flat = {name.replace("vision_tower.vision_model.", "vision_tower."): name for name in headers}
+    names = {published: name for name, published in published_names(headers).items()}
+    flat = {
+        published.replace("vision_tower.vision_model.", "vision_tower."): name for published, name in names.items()
+    }
     return {**names, **flat}
 
 
@@ -379,6 +447,8 @@ def _run_worker(folder: Path, settings: Mapping[str, Any], timeout: float) -> li
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(scratch / "home"),
+            # A thin repo's weights are in the user's cache, to which nothing is written offline.
+            "HF_HUB_CACHE": constants.HF_HUB_CACHE if settings["thin"] else str(scratch / "hub"),
             "HF_MODULES_CACHE": str(scratch / "modules"),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONDONTWRITEBYTECODE": "1",

@@ -41,7 +41,9 @@ class Worker:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         self.class_name: str = settings["class_name"]
-        self.published_names: dict[str, str] = settings["published_names"]
+        self.weights_folder = Path(settings["weights_folder"])  # of a thin repo: its base in the Hub cache
+        self.weight_files: list[str] = settings["weight_files"]
+        self.stored_names: dict[str, str] = settings["stored_names"]
         self.model: Any = None
         self.processor: Any = None
 
@@ -88,7 +90,7 @@ class Worker:
         return self.class_name
 
     def check_weights(self) -> str:
-        count = compare_weights(self.model.state_dict(), self.folder, self.published_names)
+        count = compare_weights(self.model.state_dict(), self.weight_files, self.stored_names)
         return f"{count} tensors hash as in the files"
 
     def check_kv_length(self) -> str:
@@ -147,7 +149,7 @@ class Worker:
         gc.collect()
         auto_class: Any = AutoModelForImageTextToText
         stock, report = auto_class.from_pretrained(
-            self.folder, trust_remote_code=False, dtype="auto", output_loading_info=True
+            self.weights_folder, trust_remote_code=False, dtype="auto", output_loading_info=True
         )
         require_clean(report, "the stock class")
         if type(stock).__name__ == self.class_name or not type(stock).__module__.startswith("transformers.models."):
@@ -235,20 +237,19 @@ def require_clean(report: dict[str, Any], loaded_by: str) -> None:
             raise Refused(f"{loaded_by} reports {kind} {', '.join(sorted(found)[:8])} ({len(found)} in all)")
 
 
-def compare_weights(state: dict[str, torch.Tensor], folder: Path, published_names: dict[str, str]) -> int:
-    """Compare the hash of every loaded tensor with the one in the safetensors files; return how many there are."""
-    loaded = {published_names.get(name, name): tensor for name, tensor in state.items()}
+def compare_weights(state: dict[str, torch.Tensor], files: list[str], stored_names: dict[str, str]) -> int:
+    """Compare the hash of every loaded tensor with the one in the weight files; return how many there are."""
+    loaded = {stored_names.get(name, name): tensor for name, tensor in state.items()}
+    published = set(stored_names.values())
     compared: set[str] = set()
     wrong = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                compared.add(name)
-                # Files may hold another dtype than config.json asks for; casting gives one result only.
-                if name not in loaded or tensor_hash(loaded[name]) != tensor_hash(
-                    file.get_tensor(name).to(loaded[name].dtype)
-                ):
-                    wrong.append(name)
+    for name, tensor in stored_tensors(files):
+        if name not in published:
+            continue  # a buffer that models compute themselves
+        compared.add(name)
+        # Files may hold another dtype than config.json asks for; casting gives one result only.
+        if name not in loaded or tensor_hash(loaded[name]) != tensor_hash(tensor.to(loaded[name].dtype)):
+            wrong.append(name)
     if wrong:
         raise Refused(f"{len(wrong)} loaded tensors are not those of the files: {', '.join(sorted(wrong)[:8])}")
     stored = {loaded[name].data_ptr() for name in compared}
@@ -256,6 +257,17 @@ def compare_weights(state: dict[str, torch.Tensor], folder: Path, published_name
     if random:
         raise Refused(f"{len(random)} loaded tensors are in no file: {', '.join(random[:8])}")
     return len(compared)
+
+
+def stored_tensors(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every (name, tensor) of these files; only the base of a thin repo may have .bin files."""
+    for path in files:
+        if path.endswith(".safetensors"):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    yield name, file.get_tensor(name)
+        else:
+            yield from torch.load(path, map_location="cpu", weights_only=True).items()
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:

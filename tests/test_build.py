@@ -248,15 +248,43 @@ def test_every_kind_of_base_gives_the_same_published_weights(
     AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=False)
 
 
+def sha256(path: Path, skip: int = 0) -> str:
+    return hashlib.sha256(path.read_bytes()[skip:]).hexdigest()
+
+
+def header_size(path: Path) -> int:
+    return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
 def test_shards_without_a_name_to_change_are_copied_byte_for_byte(tiny_llava_repo: Path, tmp_path: Path) -> None:
     base = copy_without_weights(tiny_llava_repo, tmp_path / "base")
     published(tiny_llava_repo, base)
-    out = build_repo(write_yaml(tmp_path), tmp_path / "out", base=base, show_progress=False)
     shards = sorted(path.name for path in base.glob("*.safetensors"))
+    save_file(load_file(base / shards[0]), base / shards[0], metadata={"format": "pt", "made_by": "somebody"})
+    out = build_repo(write_yaml(tmp_path), tmp_path / "out", base=base, show_progress=False)
     assert len(shards) > 2
     for name in shards:
-        assert (out / name).read_bytes() == (base / name).read_bytes()
+        assert sha256(out / name) == sha256(base / name)
     assert read_json(out / "model.safetensors.index.json") == read_json(base / "model.safetensors.index.json")
+
+
+def test_a_shard_with_a_name_to_change_keeps_its_bytes_behind_the_header(
+    tiny_llava_repo: Path, tmp_path: Path
+) -> None:
+    base = copy_without_weights(tiny_llava_repo, tmp_path / "base")
+    tensors = {
+        name if name.startswith("vision") else published_name(name) or "": tensor
+        for name, tensor in legacy_names(tiny_llava_repo).items()
+    }
+    write_checkpoint(sorted(tensors.items()), base, max_shard_size=300_000)
+    out = build_repo(write_yaml(tmp_path), tmp_path / "out", base=base, show_progress=False)
+    same = []
+    for path in sorted(base.glob("*.safetensors")):
+        copied = out / path.name
+        assert sha256(copied, header_size(copied)) == sha256(path, header_size(path))
+        same.append(sha256(copied) == sha256(path))
+        assert same[-1] == (not any(name.startswith("vision") for name in load_file(path)))
+    assert True in same and False in same
 
 
 def test_a_built_repo_is_a_base_too(built: Path, tmp_path: Path) -> None:
@@ -364,7 +392,7 @@ def test_a_hub_base_is_pinned_to_the_commit_its_branch_resolved_to(
     snapshot = Path(shutil.copytree(tiny_llava_repo, tmp_path / "hub" / "snapshots" / COMMIT))
     asked = []
 
-    def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(repo_id: str, revision: str | None, allow_patterns: list[str], **settings: Any) -> str:
         asked.append((repo_id, revision, "*.safetensors" in allow_patterns, "pytorch_model*.bin" in allow_patterns))
         return str(snapshot)
 
@@ -381,7 +409,7 @@ def test_bin_files_are_downloaded_only_where_there_are_no_safetensors(
 ) -> None:
     asked = []
 
-    def download(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(repo_id: str, revision: str | None, allow_patterns: list[str], **settings: Any) -> str:
         asked.append([kind for kind in ("safetensors", "bin") if any(kind in pattern for pattern in allow_patterns)])
         return str(tmp_path)
 

@@ -16,6 +16,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNext
 
 from vispruner import ARCHITECTURES, code_files
 from vispruner.conversion import verify, verify_worker
+from vispruner.conversion.base_checkpoint import BaseCheckpoint
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.checkpoint_io import write_checkpoint
 from vispruner.conversion.verify import LIGHT_CHECKS, MODEL_CHECKS, Report, forbidden_imports, verify_repo
@@ -385,7 +386,7 @@ def test_the_process_starts_elsewhere_offline_and_with_caches_of_its_own(
 @pytest.fixture
 def worker(good_repo: Path) -> Worker:
     """A worker that has loaded the good repo with the installed classes."""
-    settings = verify._worker_settings(good_repo, run_models=True)
+    settings = verify._worker_settings(good_repo, BaseCheckpoint(good_repo), run_models=True)
     worker = Worker(good_repo, settings)
     worker.model = ARCHITECTURES["llava"].model_class.from_pretrained(good_repo)
     worker.processor = AutoProcessor.from_pretrained(good_repo)
@@ -402,7 +403,7 @@ def test_a_random_lm_head_is_found_in_a_loaded_model(worker: Worker) -> None:
 def test_a_tensor_that_is_in_no_file_is_found(worker: Worker, repo: Path) -> None:
     edit_tensors(repo, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(Refused, match=r"1 loaded tensors are in no file: lm_head\.weight"):
-        compare_weights(worker.model.state_dict(), repo, worker.published_names)
+        compare_weights(worker.model.state_dict(), [str(repo / "model.safetensors")], worker.stored_names)
 
 
 def test_a_model_that_does_not_prune_is_found_by_its_cache(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +433,7 @@ def test_a_class_that_is_not_the_repos_own_is_refused(worker: Worker) -> None:
 
 def test_native_tiles_are_counted_by_the_cache_too(tiny_llava_next_repo: Path, tmp_path: Path) -> None:
     folder = build(tiny_llava_next_repo, tmp_path, "llava_next", visual_token_num=4, tile_mode="native")
-    worker = Worker(folder, verify._worker_settings(folder, run_models=True))
+    worker = Worker(folder, verify._worker_settings(folder, BaseCheckpoint(folder), run_models=True))
     worker.model = ARCHITECTURES["llava_next"].model_class.from_pretrained(folder)
     worker.processor = AutoProcessor.from_pretrained(folder)
     assert "KV cache" in worker.check_kv_length()
