@@ -225,6 +225,22 @@ def test_the_first_table_follows_the_options(
     assert not set(absent) & set(rows)
 
 
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"visual_token_num": 18}, "visual_token_num=9"),
+        ({"visual_token_num": 1}, "visual_token_num=1"),
+        ({"keep_ratio": 0.5}, "keep_ratio=0.25"),
+        ({"method": "none"}, 'method="vispruner", keep_ratio=0.25'),
+    ],
+)
+def test_the_change_of_budget_it_shows_is_one_of_the_repos_own_kind(
+    tmp_path: Path, options: dict[str, Any], changes: str
+) -> None:
+    repo = load_repo_config(write_yaml(tmp_path, None, vispruner_config=options))
+    assert f"\nmodel.set_vispruner_config({changes})\n" in model_card(repo, None, False)
+
+
 @pytest.mark.parametrize("name", hub_config_names())
 def test_a_card_says_where_the_weights_are_and_what_happens_without_trust_remote_code(name: str) -> None:
     thin, full = card_of(name, thin=True), card_of(name, thin=False)
