@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -438,12 +438,12 @@ class LocalHub:
         return kept | ({} if token is None else {"HF_TOKEN": token}) | more
 
     def run(
-        self, code: str, home: str | Path, token: str | None = None, check: bool = True, **env: str
+        self, code: str, home: str | Path, token: str | None = None, arguments: Iterable[str] = (), **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run Python code in a fresh process against this hub."""
-        command = [sys.executable, "-c", code]
+        """Run Python code in a fresh process against this hub; it has to succeed."""
+        command = [sys.executable, "-c", code, *arguments]
         done = subprocess.run(command, env=self.client_env(home, token, **env), capture_output=True, text=True)
-        if check and done.returncode:
+        if done.returncode:
             raise AssertionError(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 

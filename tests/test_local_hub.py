@@ -23,9 +23,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_session, hf_raise_for_status
 from local_hub import LocalHub, Request
-from transformers import AutoProcessor
 
 import vispruner
+
+# The client's own uploads pass bytes to httpx in a way that httpx now calls old.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 CARD = b"---\nlicense: apache-2.0\ntags:\n- tiny\n---\n# A model\n"
 WEIGHTS = bytes(range(256)) * 10
@@ -263,14 +265,11 @@ def test_content_that_is_not_what_was_announced_is_refused(ada: HfApi) -> None:
     actions = batch(ada, b"x" * 1000)["actions"]
 
     assert get_session().put(actions["upload"]["href"], content=b"y" * 1000).status_code == 400
+    oid = hub_lfs.UploadInfo.from_bytes(b"x" * 1000).sha256.hex()
+    headers = {"Authorization": f"Bearer {ada.token}"}
+    verified = get_session().post(actions["verify"]["href"], json={"oid": oid, "size": 1000}, headers=headers)
     with pytest.raises(HfHubHTTPError, match="was not uploaded"):
-        hub_lfs.lfs_upload.__globals__["hf_raise_for_status"](
-            get_session().post(
-                actions["verify"]["href"],
-                json={"oid": "0" * 64, "size": 1000},
-                headers={"Authorization": f"Bearer {ada.token}"},
-            )
-        )
+        hf_raise_for_status(verified)
 
 
 def test_parts_are_checked_one_by_one_and_as_a_whole(ada: HfApi) -> None:
@@ -452,7 +451,7 @@ def test_listings_come_in_pages(hub: LocalHub, ada: HfApi) -> None:
 def test_history_names_authors(hub: LocalHub, ada: HfApi) -> None:
     ada.upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="ada/model", commit_message="Mine")
     commits = ada.list_repo_commits("ada/model")
-    assert [(commit.title, commit.authors) for commit in commits][0] == ("Mine", ["ada"])
+    assert (commits[0].title, commits[0].authors) == ("Mine", ["ada"])
     assert commits[0].commit_id == hub.refs("ada/model")["main"]
     assert [commit.title for commit in commits] == hub.history("ada/model")
 
@@ -624,15 +623,16 @@ def test_a_lost_connection_leaves_open_whether_a_commit_was_made(
 
 
 def test_a_download_cut_half_way_goes_on_where_it_stopped(
-    hub: LocalHub, ada: HfApi, waits: list[float], tmp_path: Path
+    hub: LocalHub, ada: HfApi, waits: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     hub.commit("ada/model", {"w.bin": WEIGHTS})
     hub.fail_at(lambda request: request.host == "storage", "truncate")
 
     file = ada.hf_hub_download("ada/model", "w.bin", cache_dir=tmp_path)
 
     assert Path(file).read_bytes() == WEIGHTS
-    assert [request.headers.get("Range") for request in hub.cdn_requests] == [None, "bytes=1280-"]
+    assert [request.headers.get("Range") for request in hub.cdn_requests] == [None, "bytes=1000-"]
 
 
 def test_requests_are_counted_from_now_on(hub: LocalHub, ada: HfApi) -> None:
@@ -696,7 +696,14 @@ import torch
 from transformers import AutoModelForImageTextToText
 torch.set_num_threads(1)
 sys.modules["vispruner"] = None
-model = AutoModelForImageTextToText.from_pretrained("ada/model", trust_remote_code=True, revision=sys.argv[1])
+def load(**options):
+    return AutoModelForImageTextToText.from_pretrained("ada/model", trust_remote_code=True, revision="v8", **options)
+if sys.argv[1:]:
+    try:
+        load(token=False)
+    except OSError as error:
+        print("refused" if "ada/model" in str(error) else error)
+model = load()
 print(type(model).__name__, model.config.vispruner_config["visual_token_num"])
 """
 
@@ -706,26 +713,24 @@ def test_a_private_repo_loads_by_name_and_branch_then_offline(
 ) -> None:
     model = vispruner.load(tiny_llava_repo, visual_token_num=16)
     model.save_pretrained(tmp_path / "built")
-    AutoProcessor.from_pretrained(tiny_llava_repo).save_pretrained(tmp_path / "built")
     ada.upload_folder(repo_id="ada/model", folder_path=tmp_path / "built")
     model.set_vispruner_config(visual_token_num=8)
     model.config.save_pretrained(tmp_path / "v8")
     ada.create_branch("ada/model", branch="v8")
-    config = (tmp_path / "v8" / "config.json").read_bytes()
+    config = tmp_path / "v8" / "config.json"
     ada.upload_file(path_or_fileobj=config, path_in_repo="config.json", repo_id="ada/model", revision="v8")
     hub.repos["ada/model"].private = True
     hub.log.clear()
 
-    def load(token: str | None, **env: str) -> str:
-        command = LOAD.replace("sys.argv[1]", '"v8"')
-        return hub.run(command, tmp_path / "home", token, check=token is not None, **env).stdout.strip()
-
-    assert load(None) == ""
-    assert load("hf_ada").endswith("VisPrunerLlavaForConditionalGeneration 8")
-    assert any(request.method == "GET" for request in hub.cdn_requests)
-    assert all(request.token is None for request in hub.cdn_requests)
+    online = hub.run(LOAD, tmp_path / "home", "hf_ada", arguments=["private"])
     seen = len(hub.log)
-    assert load("hf_ada", HF_HUB_OFFLINE="1").endswith("VisPrunerLlavaForConditionalGeneration 8")
+    offline = hub.run(LOAD, tmp_path / "home", HF_HUB_OFFLINE="1")
+
+    loaded = "VisPrunerLlavaForConditionalGeneration 8"
+    assert online.stdout.splitlines() == ["refused", loaded]
+    assert offline.stdout.splitlines() == [loaded]
+    assert [request for request in hub.cdn_requests if request.method == "GET"]
+    assert all(request.token is None for request in hub.cdn_requests)
     assert len(hub.log) == seen
 
 
@@ -821,7 +826,7 @@ def test_a_fresh_process_fetches_what_another_one_uploaded_through_xet(
 
 
 def test_only_those_who_may_write_get_a_xet_write_token(xet: tuple[LocalHub, HfApi]) -> None:
-    hub, api = xet
+    hub, _ = xet
     hub.add_user("eve", "hf_eve", role="read")
     url = f"{hub.endpoint}/api/models/ada/model/xet-{{}}-token/main"
     headers = {"Authorization": "Bearer hf_eve"}
