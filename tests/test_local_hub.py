@@ -362,6 +362,8 @@ def test_only_the_owner_commits(
         client(token).upload_file(path_or_fileobj=b"x", path_in_repo="x.txt", repo_id="ada/model")
     assert error.value.response.status_code == status
     assert hub.history("ada/model") == ["initial commit"]
+    with pytest.raises(HfHubHTTPError):
+        client(token).auth_check("ada/model", write=True)
 
 
 def test_anyone_who_may_write_somewhere_may_open_a_pull_request(
@@ -569,7 +571,10 @@ def test_a_gated_repo_shows_its_page_and_keeps_its_files(
         with pytest.raises(GatedRepoError) as error:
             client(token).hf_hub_download("ada/gated", "config.json", cache_dir=tmp_path)
         assert refusal(error) == (status, "GatedRepo")
+        with pytest.raises(GatedRepoError):
+            client(token).auth_check("ada/gated")
     for token in ("hf_bob", "hf_ada"):
+        client(token).auth_check("ada/gated")
         assert Path(client(token).hf_hub_download("ada/gated", "config.json", cache_dir=tmp_path)).exists()
 
 
@@ -835,3 +840,13 @@ def test_only_those_who_may_write_get_a_xet_write_token(xet: tuple[LocalHub, HfA
     answer = get_session().get(url.format("read"), headers=headers)
     assert answer.json()["casUrl"] == answer.headers["X-Xet-Cas-Url"]
     assert answer.json()["exp"] == int(answer.headers["X-Xet-Token-Expiration"]) > time.time()
+
+
+def test_a_client_that_offers_xet_is_told_to_use_it(xet: tuple[LocalHub, HfApi]) -> None:
+    hub, api = xet
+    info = [hub_lfs.UploadInfo.from_bytes(WEIGHTS)]
+    for transfers, chosen in ((["basic", "xet"], "xet"), (["basic"], "basic")):
+        _, _, transfer = hub_lfs.post_lfs_batch_info(
+            info, api.token, "model", "ada/model", endpoint=hub.endpoint, transfers=transfers
+        )
+        assert transfer == chosen
