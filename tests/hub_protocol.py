@@ -30,7 +30,7 @@ LFS_PATTERNS += " *.safetensors *.tar *.tflite *.tgz *.xz *.zip *.zst *tfevents*
 GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS.split())
 LICENSES = "apache-2.0 mit openrail bigscience-openrail-m cc-by-4.0 cc-by-nc-4.0 cc-by-sa-4.0 cc0-1.0 bsd-3-clause"
 LICENSES += " gpl-3.0 llama2 llama3 llama3.1 llama3.2 gemma unknown other"
-SHA1, SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Refusal(Exception):
@@ -196,14 +196,17 @@ def metadata_problems(content: str) -> tuple[list[str], list[str]]:
         if key in card and not (isinstance(card[key], list) and all(isinstance(item, str) for item in card[key])):
             errors.append(f'"{key}" must be an array of strings')
     bases = card.get("base_model", [])
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases if isinstance(bases, list) else [bases]:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(base)):
             errors.append(f'"base_model" with value "{base}" is not valid. Use a model id from https://hf.co/models.')
-    for index in card.get("model-index", []):
-        for number, result in enumerate(index.get("results", [])):
+    indexes = card.get("model-index", [])
+    if not (isinstance(indexes, list) and all(isinstance(index, dict) and "results" in index for index in indexes)):
+        return [*errors, '"model-index" must be an array of models with results'], warnings
+    for place, index in enumerate(indexes):
+        for number, result in enumerate(index["results"]):
             for key in ("task", "dataset", "metrics"):
                 if key not in result:
-                    errors.append(f'"model-index[0].results[{number}].{key}" is required')
+                    errors.append(f'"model-index[{place}].results[{number}].{key}" is required')
     if "pipeline_tag" in card and not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", str(card["pipeline_tag"])):
         warnings.append(f'"{card["pipeline_tag"]}" is not a known pipeline_tag')
     return errors, warnings
@@ -301,6 +304,13 @@ class HubProtocol:
         if not pull_request and not user.may("repo.write", repo_id.split("/")[0], repo_id):
             raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
+
+    def _own_pull(self, request: Request, repo_id: str, revision: str) -> bool:
+        """Whether the revision is a pull request of the user who asks."""
+        pull = re.fullmatch(r"refs/pr/(\d+)", revision)
+        user, repo = self._user(request), self.repos.get(repo_id)
+        opened = repo.pulls.get(int(pull[1])) if pull and repo else None
+        return opened is not None and user is not None and opened["author"] == user.name
 
     # Commits and contents
 
@@ -441,7 +451,7 @@ class HubProtocol:
             info = {key: info[key] for key in ["_id", "id", *wanted] if key in info}
         return Answer(body=info | ({} if wanted else {"tags": [], "spaces": []}))
 
-    def _describe(self, repo: Repo, commit: Commit, path: str, expand: bool = False) -> dict[str, Any] | None:
+    def _describe(self, commit: Commit, path: str) -> dict[str, Any] | None:
         entry = commit.files.get(path)
         if entry is None:
             inside = sorted((p, e.oid) for p, e in commit.files.items() if p.startswith(f"{path}/"))
@@ -455,8 +465,6 @@ class HubProtocol:
                 about["lfs"] = {"oid": entry.sha256, "size": entry.size, "pointerSize": entry.pointer_size}
             if entry.sha256 in self._xet_hashes:
                 about["xetHash"] = self._xet_hashes[entry.sha256]
-        if expand:
-            about["lastCommit"] = {"id": commit.id, "title": commit.title, "date": commit.date}
         return about
 
     def _page(self, request: Request, items: list[Any]) -> Answer:
@@ -472,11 +480,8 @@ class HubProtocol:
     @route("GET", "/api/models/{repo}/tree/{revision}/{path}")
     @route("GET", "/api/models/{repo}/tree/{revision}")
     def _tree(self, request: Request, repo: str, revision: str, path: str = "") -> Answer:
-        found = self._readable(request, repo)
-        commit = found.resolve(revision)
-        recursive, expand = (
-            request.query.get(key, ["false"])[0].lower() in ("true", "1") for key in ("recursive", "expand")
-        )
+        commit = self._readable(request, repo).resolve(revision)
+        recursive = request.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         prefix = f"{path.strip('/')}/" if path.strip("/") else ""
         names = set()
         for name in (name.removeprefix(prefix) for name in commit.files if name.startswith(prefix)):
@@ -484,19 +489,13 @@ class HubProtocol:
             names |= {"/".join(parts[:depth]) for depth in range(1, len(parts) + 1 if recursive else 2)}
         if prefix and not names:
             raise Refusal(404, f"{path} does not exist on {revision}", "EntryNotFound", X_Repo_Commit=commit.id)
-        return self._page(request, [self._describe(found, commit, prefix + name, expand) for name in sorted(names)])
+        return self._page(request, [self._describe(commit, prefix + name) for name in sorted(names)])
 
     @route("POST", "/api/models/{repo}/paths-info/{revision}")
     def _paths_info(self, request: Request, repo: str, revision: str) -> Answer:
-        found = self._readable(request, repo)
-        commit = found.resolve(revision)
-        if "json" in request.headers.get("Content-Type", ""):
-            asked = request.json()
-            paths, expand = asked["paths"], bool(asked.get("expand"))
-        else:
-            form = parse_qs(request.body.decode())
-            paths, expand = form.get("paths", []), form.get("expand", [""])[0].lower() in ("true", "1")
-        described = (self._describe(found, commit, path.strip("/"), expand) for path in paths)
+        commit = self._readable(request, repo).resolve(revision)
+        paths = parse_qs(request.body.decode()).get("paths", [])
+        described = (self._describe(commit, path.strip("/")) for path in paths)
         return Answer(body=[about for about in described if about is not None])
 
     @route("GET", "/api/models/{repo}/commits/{revision}")
@@ -617,7 +616,8 @@ class HubProtocol:
 
     @route("POST", "/api/models/{repo}/preupload/{revision}")
     def _preupload(self, request: Request, repo: str, revision: str) -> Answer:
-        found = self._writable(request, repo, pull_request="create_pr" in request.query)
+        as_pull = "create_pr" in request.query or self._own_pull(request, repo, revision)
+        found = self._writable(request, repo, as_pull)
         present, asked = found.resolve(revision).files, request.json()
         hosted = self._content(present[".gitignore"]).decode() if ".gitignore" in present else ""
         ignored = [
@@ -629,10 +629,9 @@ class HubProtocol:
             large = self._is_large(path, file["size"], base64.b64decode(file["sample"]))
             about: dict[str, Any] = {"path": path, "uploadMode": "lfs" if large else "regular"}
             about["shouldIgnore"] = any(
-                fnmatch.fnmatch(path, p)
-                or fnmatch.fnmatch(path, f"{p.rstrip('/')}/*")
-                or fnmatch.fnmatch(path, f"*/{p}")
-                for p in ignored
+                fnmatch.fnmatch(path, pattern)
+                for rule in ignored
+                for pattern in (rule, f"*/{rule}", f"{rule.rstrip('/')}/*")
             )
             if path in present:
                 about["oid"] = present[path].sha256 or present[path].oid
@@ -642,13 +641,13 @@ class HubProtocol:
     @route("POST", "/api/models/{repo}/commit/{revision}")
     def _commit(self, request: Request, repo: str, revision: str) -> Answer:
         as_pull = "create_pr" in request.query
-        found = self._writable(request, repo, pull_request=as_pull)
+        found = self._writable(request, repo, as_pull or self._own_pull(request, repo, revision))
         lines = [json.loads(line) for line in request.body.splitlines() if line.strip()]
         if not lines or lines[0]["key"] != "header" or not lines[0]["value"].get("summary"):
             raise Refusal(400, "The first line must be a header with a summary")
         header, head = lines[0]["value"], found.resolve(revision)
-        if SHA1.fullmatch(revision):
-            raise Refusal(400, "Cannot commit to a commit: name a branch")
+        if not as_pull and revision not in found.branches and not revision.startswith("refs/"):
+            raise Refusal(400, f"Cannot commit to {revision}: it is not a branch")
         if header.get("parentCommit") not in (None, head.id):
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
         changes = {}
@@ -790,7 +789,8 @@ class HubProtocol:
     @route("GET", "/api/models/{repo}/xet-{kind}-token/{revision}")
     def _xet_token(self, request: Request, repo: str, kind: str, revision: str) -> Answer:
         if kind == "write":
-            self._writable(request, repo, pull_request="create_pr" in request.query)
+            as_pull = "create_pr" in request.query or self._own_pull(request, repo, revision)
+            self._writable(request, repo, as_pull)
         else:
             self._readable(request, repo, content=True).resolve(revision)
         folder = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=self.storage / "xet"))

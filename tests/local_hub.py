@@ -46,13 +46,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = b""
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
+        size = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(size)
+        if len(body) < size:
+            raise ConnectionError("the client left in the middle of a request")
         return body
 
     def respond(self) -> None:
@@ -101,6 +98,7 @@ class LocalHub(HubProtocol):
         super().__init__(storage, xet)
         self.log: list[Request] = []
         self._faults: list[Fault] = []
+        self._seen = 0
         self._lock = threading.RLock()
         self._servers = {host: self._server(host, port if host == "hub" else 0) for host in ("hub", "storage")}
         self.endpoint = f"http://127.0.0.1:{self._servers['hub'].server_port}"
@@ -181,8 +179,8 @@ class LocalHub(HubProtocol):
         `times` is how many requests are hit, `float("inf")` for every one.
         """
         if isinstance(when, int):
-            target = len(self.log) + when
-            self._faults.append(Fault(lambda _: len(self.log) == target, kind, after, times, retry_after))
+            target = self._seen + when
+            self._faults.append(Fault(lambda _: self._seen == target, kind, after, times, retry_after))
         else:
             self._faults.append(Fault(when, kind, after, times, retry_after))
 
@@ -240,6 +238,7 @@ class LocalHub(HubProtocol):
     def _serve(self, handler: _Handler, request: Request) -> None:
         with self._lock:
             self.log.append(request)
+            self._seen += 1
             fault = next((fault for fault in self._faults if fault.times > 0 and fault.when(request)), None)
             if fault is not None:
                 fault.times -= 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -209,6 +211,8 @@ def test_ignored_files_stay_out(hub: LocalHub, ada: HfApi, folder: Path) -> None
         ("tags: tiny", '"tags" must be an array of strings'),
         ("base_model: 3 apples", '"base_model" with value "3 apples" is not valid'),
         ("tags: [a", "cannot be parsed"),
+        ("base_model: ", '"base_model" with value "None" is not valid'),
+        ("model-index: x", '"model-index" must be an array'),
         ("model-index:\n- name: x\n  results:\n  - task: {type: vqa}", r'results\[0\].dataset" is required'),
     ],
 )
@@ -381,9 +385,18 @@ def test_anyone_who_may_write_somewhere_may_open_a_pull_request(
     assert (pull.ref, pull.target_commit) == ("refs/pr/1", done.oid)
 
 
-def test_a_pull_request_can_be_opened_first_and_filled_later(hub: LocalHub, ada: HfApi) -> None:
-    pull = ada.create_pull_request("ada/model", "Draft")
-    ada.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="ada/model", revision=pull.git_reference)
+def test_a_pull_request_can_be_opened_first_and_filled_later_by_who_opened_it(
+    hub: LocalHub, ada: HfApi, client: Callable[[str | None], HfApi]
+) -> None:
+    hub.add_user("mallory", "hf_mallory")
+    bob = client("hf_bob")
+    pull = bob.create_pull_request("ada/model", "Draft")
+    bob.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="ada/model", revision=pull.git_reference)
+    with pytest.raises(HfHubHTTPError) as error:
+        client("hf_mallory").upload_file(
+            path_or_fileobj=b"y", path_in_repo="y", repo_id="ada/model", revision=pull.git_reference
+        )
+    assert refusal(error) == (403, None)
 
     assert hub.history("ada/model", "refs/pr/1") == ["Upload x with huggingface_hub", "initial commit"]
     assert hub.history("ada/model") == ["initial commit"]
@@ -430,6 +443,9 @@ def test_a_ref_is_made_once_and_from_something_that_exists(hub: LocalHub, ada: H
     ):
         with pytest.raises(RevisionNotFoundError):
             missing()
+    for fixed in ("v1", hub.refs("ada/model")["main"]):
+        with pytest.raises(HfHubHTTPError, match="it is not a branch"):
+            ada.upload_file(path_or_fileobj=b"", path_in_repo="x", repo_id="ada/model", revision=fixed)
     with pytest.raises(HfHubHTTPError, match="Cannot delete the default branch"):
         ada.delete_branch("ada/model", branch="main")
 
@@ -471,6 +487,7 @@ def test_files_are_described_by_git_and_large_ones_by_sha256_too(ada: HfApi, fol
     siblings = {file.rfilename: file for file in ada.model_info("ada/model", files_metadata=True).siblings}
     assert siblings["config.json"].blob_id == config.blob_id
     assert siblings["model.safetensors"].lfs.sha256 == weights.lfs.sha256
+    assert ada.model_info("ada/model", expand=["sha"]).siblings is None
     assert ada.model_info("ada/model", securityStatus=True).sha == ada.list_repo_commits("ada/model")[0].commit_id
 
 
@@ -664,6 +681,17 @@ def test_something_else_can_happen_in_between(hub: LocalHub, ada: HfApi) -> None
     with pytest.raises(HfHubHTTPError) as error:
         ada.create_commit("ada/model", operations, commit_message="Ours", parent_commit=parent)
     assert refusal(error) == (412, None)
+
+
+def test_half_a_request_changes_nothing(hub: LocalHub, ada: HfApi) -> None:
+    line = json.dumps({"key": "header", "value": {"summary": "Half", "description": ""}})
+    head = "POST /api/models/ada/model/commit/main HTTP/1.1\r\nAuthorization: Bearer hf_ada\r\nContent-Length: 999"
+    with socket.create_connection(("127.0.0.1", int(hub.endpoint.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(f"{head}\r\n\r\n{line}\n".encode())
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100) == b""
+    assert [request.status for request in hub.log] == [None]
+    assert hub.history("ada/model") == ["initial commit"]
 
 
 def test_a_mistake_of_the_local_hub_does_not_pass_for_a_refusal(tmp_path: Path) -> None:
