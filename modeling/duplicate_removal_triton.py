@@ -69,8 +69,8 @@ def keep_in_one_kernel(
 
 
 if triton is not None:
-
-    @triton.jit
+    # Left unspecialised, no budget or number of tokens compiles the kernel anew.
+    @triton.jit(do_not_specialize=["tokens", "important_num", "budget", "step"])
     def _keep_kernel(
         cosine,
         order,
@@ -114,7 +114,7 @@ if triton is not None:
             tl.store(duplication + place, best, mask=place < residual)
             tl.debug_barrier()
             a = tl.load(slots + 2 * place, mask=place < a_num, other=0)
-            b = tl.load(slots + 2 * place + 1, mask=place < b_num, other=0)
+            spared = tl.load(slots + 2 * place + 1, mask=place < b_num, other=0)
             mine = tl.load(duplication + a, mask=place < a_num, other=float("-inf"))
             rank = tl.zeros([BLOCK], tl.int32)
             for start in range(0, a_num, ROWS):
@@ -127,19 +127,20 @@ if triton is not None:
                 rank += tl.sum(ahead.to(tl.int32), axis=0)
             tl.debug_barrier()
             tl.store(slots + rank - drop, a, mask=(place < a_num) & (rank >= drop))
-            tl.store(slots + a_num - drop + place, b, mask=place < b_num)
+            tl.store(slots + a_num - drop + place, spared, mask=place < b_num)
             tl.debug_barrier()
             left -= drop
 
-        slot = tl.load(slots + place - important_num, mask=(place >= important_num) & (place < budget), other=0)
-        token = tl.load(order + tl.where(place < important_num, place, important_num + slot), mask=place < budget)
-        rank = tl.zeros([BLOCK], tl.int32)
+        diverse = (place >= important_num) & (place < budget)
+        slot = tl.load(slots + place - important_num, mask=diverse, other=0)
+        token = tl.load(order + tl.where(diverse, important_num + slot, place), mask=place < budget, other=0)
+        smaller = tl.zeros([BLOCK], tl.int32)
         for start in range(0, budget, ROWS):
-            rival_place = start + row
-            valid = rival_place < budget
-            slot = tl.load(slots + rival_place - important_num, mask=(rival_place >= important_num) & valid, other=0)
-            rival = tl.load(
-                order + tl.where(rival_place < important_num, rival_place, important_num + slot), mask=valid
-            )
-            rank += tl.sum(((rival[:, None] < token[None, :]) & valid[:, None]).to(tl.int32), axis=0)
-        tl.store(kept + rank, token, mask=place < budget)
+            kept_place = start + row
+            kept_diverse = (kept_place >= important_num) & (kept_place < budget)
+            kept_slot = tl.load(slots + kept_place - important_num, mask=kept_diverse, other=0)
+            source = order + tl.where(kept_diverse, important_num + kept_slot, kept_place)
+            kept_token = tl.load(source, mask=kept_place < budget, other=0)
+            below = (kept_token[:, None] < token[None, :]) & (kept_place < budget)[:, None]
+            smaller += tl.sum(below.to(tl.int32), axis=0)
+        tl.store(kept + smaller, token, mask=place < budget)
