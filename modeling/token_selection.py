@@ -198,15 +198,14 @@ def _drop_duplicates(
     """
     norms = _norms(features)
     residual = order[:, important_num:]  # (B, R), stays in attention order
-    drops = _drops(residual.shape[1], budget - important_num, step)
     compiling = torch.compiler.is_compiling()
+    if kernel_can_run(features.device) and not compiling:
+        return keep_in_one_kernel(_cosine_matrix(features, norms, residual), order, important_num, budget, step)
+    drops = _drops(residual.shape[1], budget - important_num, step)
     if features.device.type == "cpu" and not compiling:
         diverse = _diverse_image_by_image(features, norms, residual, drops)
     else:
-        cosine = _cosine_matrix(features, norms, residual)
-        if kernel_can_run(features.device) and not compiling:
-            return keep_in_one_kernel(cosine, order, important_num, budget, step)
-        diverse = residual.gather(1, _surviving_slots(cosine, drops))
+        diverse = residual.gather(1, _surviving_slots(_cosine_matrix(features, norms, residual), drops))
     return torch.cat([order[:, :important_num], diverse], dim=-1).sort(dim=-1).values
 
 
