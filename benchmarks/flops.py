@@ -1,8 +1,8 @@
-"""Count what each stage of answering costs, and how fast a device could be at best: FLOPs, bytes, the roofline floor.
+"""Count what each stage of answering costs, and how fast a device could be at best: FLOPs, bytes, roofline floors.
 
-Operations are matrix products and the patch convolution, a multiply-add being two, attention over the full square: what
-PyTorch's FlopCounterMode counts with eager attention, to the last one (`--check` compares the two on meta tensors).
-Left out on both sides are the rotary angles, which some versions of transformers make by a matrix product.
+Operations are matrix products and the patch convolution, a multiply-add being two, attention over the full square:
+what PyTorch's FlopCounterMode counts with eager attention, to the last one (`--check` compares, on meta tensors). Left
+out on both sides are the rotary angles, which some versions of transformers make by a matrix product.
 
 vision    the whole tower, and with ours the [CLS] row of one layer's attention
 select    ours: one matrix of similarities; peer: one of the tokens still in, every round
@@ -11,9 +11,9 @@ prefill   the language model's layers for text and visual tokens
 logits    one row of logits
 decode    one token in the middle of the answer
 
-The roofline floor of a stage is what moving its weights (and when decoding the KV cache) once, or its operations, take
-at least at the device's rates, whichever is longer; activations are left out, so it is a true lower bound. TTFT's floor
-is the sum over the stages that the first token waits for, since each waits for the one before.
+The roofline floor of a stage is what moving its weights (and when decoding the KV cache) once, or its operations,
+take at least at the device's rates, whichever is longer; activations are left out, so it is a true lower bound. The
+first token's floor is the sum over the stages that it waits for, since each waits for the one before.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def counted_stage_flops(
     def decode() -> None:
         cache = prefilled["past_key_values"]
         for layer in cache.layers:  # as if the answer's first half had been decoded
-            layer.keys = layer.keys.new_empty(*layer.keys.shape[:2], text_tokens + kept + new // 2 - 1, layer.keys.shape[3])
+            heads, width = layer.keys.shape[1], layer.keys.shape[3]
+            layer.keys = torch.empty(batch, heads, text_tokens + kept + new // 2 - 1, width, device="meta")
             layer.values = layer.keys.clone()
         model.lm_head(base.language_model(inputs_embeds=embeds[:, -1:], past_key_values=cache).last_hidden_state)
 
@@ -183,7 +184,7 @@ def _counted(run: Any) -> int:
 
 
 def weight_bytes(config: LlavaConfig, bytes_per_value: int = 2) -> dict[str, int]:
-    """Return the weights that each stage reads; the table of input embeddings, of which few rows are read, is in none."""
+    """Return the weights each stage reads; the table of input embeddings, of which few rows are read, is in none."""
     model = empty_model(LlavaForConditionalGeneration, config)
     language = model.model.language_model
     parts = {
@@ -227,7 +228,7 @@ def floors(
 def flops_table(config: LlavaConfig, budgets: Sequence[int], text_tokens: int, bytes_per_value: int) -> str:
     """Return operations by stage for stock and ours at each budget, as Markdown."""
     lines = [
-        f"GFLOP for one image and {text_tokens} text tokens; x: how many times fewer before the first token than stock",
+        f"GFLOP for one image and {text_tokens} text tokens; x: how many times fewer than stock until the first token",
         "",
         "| visual tokens | vision | select | project | prefill | first logit | first token | x | decode | KV MiB |",
         "|---" * 10 + "|",
@@ -288,7 +289,7 @@ def efficiency_table(result: dict[str, Any], rates: Rates | None = None) -> str:
         f"{result['device_name']}, {result['dtype']}: floor / measured in %, at {rates.flops / 1e12:.3g} TFLOP/s and "
         f"{rates.bytes / 1e9:.3g} GB/s ({rates.source}); x: stock / row",
         "",
-        "| batch | depth | visual tokens | row | vision | prefill | decode | first token | x floor | x measured | share |",
+        "| batch | depth | visual tokens | row | vision | prefill | decode | first token | x floor | x seen | share |",
         "|---" * 11 + "|",
     ]
     for setting in result["settings"]:

@@ -7,6 +7,7 @@ index, KV-cache slot and hooks; only its parameters are another layer's.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -161,7 +162,7 @@ class RandomWeights:
 def empty_model(model_class: Any, config: Any) -> PreTrainedModel:
     """Return a model in evaluation mode whose parameters are on the meta device and whose buffers are real."""
     with init_empty_weights(include_buffers=False):
-        model = model_class(config)
+        model = model_class(copy.deepcopy(config))  # its own, because choosing an attention changes the config
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()

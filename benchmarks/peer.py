@@ -6,8 +6,8 @@ this does too:
 * cosine similarities are computed again in every round, from the tokens still in
 * all N visual tokens pass the projector, and the kept ones are gathered afterwards
 * the prompt's embeddings are spliced by hand and handed to `generate` as `inputs_embeds`
-It is fair where it could be slower: it prunes a whole batch at once, never waits for the device within a round, and its
-language model uses the same attention kernels and KV cache as stock and ours.
+It is fair where it could be slower: it prunes a whole batch at once, never waits for the device within a round, and
+its language model uses the same attention kernels and KV cache as stock and ours.
 """
 
 from __future__ import annotations
