@@ -265,7 +265,7 @@ def _row_result(
     dense = stage_flops(models.config, STOCK, 0, batch, plan.text_tokens, plan.new_tokens)
     ratios = {
         name: spread(a[name] / b[name] for a, b in zip(stock, observed, strict=True) if name in a)
-        for name in ("ttft", "e2e", "decode")
+        for name in ("ttft", "prefill", "e2e", "decode")
     }
     ideal = first_token_flops(dense) / first_token_flops(flops)
     length = plan.text_tokens + row.visual_token_num + plan.new_tokens - 1
@@ -420,8 +420,8 @@ def tables(result: dict[str, Any]) -> str:
 def speed_table(setting: dict[str, Any], new_tokens: int) -> str:
     """Return TTFT, decode and end-to-end times with their ratios to stock."""
     lines = [
-        f"| tokens | row | TTFT s (low, high) | x | FLOP ideal | share | decode s | e2e {new_tokens} s | x |",
-        "|---" * 9 + "|",
+        f"| tokens | row | TTFT s (low, high) | x | FLOP ideal | share | prefill x | decode s | e2e {new_tokens} s | x |",
+        "|---" * 10 + "|",
     ]
     for row in setting["rows"]:
         seconds, ratio = row["seconds"], row["ratio_to_stock"]
@@ -430,6 +430,7 @@ def speed_table(setting: dict[str, Any], new_tokens: int) -> str:
             f"| {row['visual_token_num']} | {row['row']} | "
             f"{ttft['median']:.3g} ({ttft['low']:.3g}, {ttft['high']:.3g}) | "
             f"{ratio['ttft']['median']:.2f} | {row['flop_ideal']:.2f} | {100 * row['share_of_flop_ideal']:.0f} % | "
+            f"{ratio['prefill']['median']:.2f} | "
             f"{seconds['decode']['median']:.3g} | {e2e['median']:.3g} | {ratio['e2e']['median']:.2f} |"
         )
     return "\n".join(lines)
@@ -472,10 +473,11 @@ def bars(result: dict[str, Any]) -> str:
     for setting in result["settings"]:
         where = f"batch {setting['batch']}, depth 1/{setting['depth_divisor']}"
         by_row = {(row["row"], row["visual_token_num"]): row for row in setting["rows"]}
+        full = setting["rows"][0]["visual_token_num"]
         for (name, budget), row in by_row.items():
             if name != OURS:
                 continue
-            if budget in BARS:
+            if budget in BARS and budget < full:
                 share = row["share_of_flop_ideal"]
                 lines.append(f"{_verdict(share >= BARS[budget])} {where}, {budget}: {share:.1%} of the FLOP ideal")
             peer, ours = by_row[PEER, budget]["seconds"]["ttft"], row["seconds"]["ttft"]
@@ -580,7 +582,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="an answer (default: 16 on the CPU, 128 on CUDA)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="runs of a row (default: 5 on the CPU, 20 on CUDA)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="runs of a row (default: 3 on the CPU, 20 on CUDA)")
     parser.add_argument(
         "--long-rounds",
         type=int,
@@ -628,7 +630,7 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
         raise BenchmarkError("--device cuda: torch sees no CUDA device")
     name = parsed.geometry or ("tiny" if parsed.quick else "llava-1.5-7b")
     config = load_geometry(name)
-    rounds = parsed.rounds or (2 if parsed.quick else 20 if cuda else 5)
+    rounds = parsed.rounds or (2 if parsed.quick else 20 if cuda else 3)
     long_rounds = parsed.long_rounds or (rounds if cuda else min(2, rounds))
     distinct = parsed.distinct_layers if parsed.distinct_layers is not None else (0 if cuda else DISTINCT_ON_CPU)
     budgets = sorted({patches_of(config), *(parsed.budgets or budgets_of(config))}, reverse=True)
@@ -657,7 +659,9 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
 
 def result_name(result: dict[str, Any]) -> str:
     device = result["device_name"] + (f" {result['threads']} threads" if result["threads"] else "")
-    parts = ("latency", result["device"], device, Path(result["geometry"]).stem, result["dtype"])
+    path = Path(result["geometry"])
+    geometry = path.name if path.suffix != ".json" else path.absolute().parent.name
+    parts = ("latency", result["device"], device, geometry, result["dtype"])
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower())
 
 
