@@ -171,6 +171,22 @@ def test_all_models_read_one_set_of_weights(latency: ModuleType, weights: Any) -
     assert pointers[0] == pointers[1] >= pointers[2]
 
 
+@pytest.mark.parametrize(("arguments", "strides"), [([], (64, 64, 1)), (["--as-is"], (76 * 64, 64, 1))])
+def test_first_logits_are_of_a_compact_row_unless_left_as_they_are(
+    latency: ModuleType, arguments: list[str], strides: tuple[int, ...]
+) -> None:
+    """In bfloat16 on the CPU a slice would have the weights copied."""
+    parsed = latency.parse_arguments(["--quick", "--dtype", "bfloat16", "--text-tokens", str(TEXT), *arguments])
+    plan = latency.plan_of(parsed)
+    models = latency.Models(plan, plan.config, latency.RandomWeights(plan.dtype, plan.device))
+    for name in latency.MODEL_CLASSES:
+        seen: list[tuple[int, ...]] = []
+        lm_head = models.models[name].lm_head
+        lm_head.register_forward_hook(lambda module, given, made, seen=seen: seen.append(given[0].stride()))
+        models.run(latency.Row(name, FULL), models.inputs(1), 2)
+        assert seen == [strides, (64, 64, 1)]
+
+
 @pytest.mark.parametrize("kept", [33, 16, 7, 1])
 def test_the_peer_selects_by_the_specification(latency: ModuleType, weights: Any, kept: int) -> None:
     peer = weights.model(latency.MODEL_CLASSES["peer"], latency.load_geometry("tiny"))
