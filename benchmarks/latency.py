@@ -19,10 +19,10 @@ KV         bytes of the cache after the prompt and all new tokens but the last
 images at a cap    how many images' prompts and answers fit beside the weights of the whole geometry; images/s is that
            of the measured batch, and with --at-cap that of the largest batch that fits
 
-First logits. In half precision on the CPU, PyTorch (2.13, too) copies the whole of lm_head's weights, once for every
-prompt of the batch, when it multiplies a slice, the last row of a longer tensor: 0.6 s each for a 7B model in bfloat16.
-It is no part of pruning and falls on every row, but it hides what pruning gains; taken out of one row alone it would
-add to it. So here all three rows hand lm_head a row of its own; --as-is leaves them as they are.
+First logits. In bfloat16 on the CPU, PyTorch (2.13, too) copies the whole of lm_head's weights, once for every prompt
+of the batch, when it multiplies a slice, the last row of a longer tensor: 0.6 s each for a 7B model. It is no part of
+pruning and falls on every row, but it hides what pruning gains; taken out of one row alone it would add to it. So here
+all three rows hand lm_head a row of its own; --as-is leaves them as they are.
 
 Checked in every run: the class, the length of the KV cache, its bytes, and that peer and ours keep as many tokens.
 
@@ -48,10 +48,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 from tqdm import tqdm
 from transformers import LlavaConfig
 from transformers.utils import logging
@@ -358,11 +360,11 @@ def probe(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> dic
     """Return the rates this device reaches: a large matrix product, and reading weights for a single row."""
     size = 4096 if device.type == "cuda" else 2048
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    many = [torch.randn(size, 4 * size, device=device, dtype=dtype) for _ in range(8)]
+    many = [torch.randn(4 * size, size, device=device, dtype=dtype) for _ in range(8)]
     single = torch.randn(1, size, device=device, dtype=dtype)
-    places = iter(range(10**9))
-    product = _best_seconds(lambda: left @ right, device, seconds)
-    read = _best_seconds(lambda: single @ many[next(places) % len(many)], device, seconds)
+    turn = cycle(many)
+    product = _best_seconds(lambda: linear(left, right), device, seconds)
+    read = _best_seconds(lambda: linear(single, next(turn)), device, seconds)
     return {"flops_per_second": 2 * size**3 / product, "bytes_per_second": many[0].nbytes / read}
 
 
@@ -597,13 +599,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="images at once, and what both depths are divided by (default: 1 8/8 on the CPU, 1 8 on CUDA)",
     )
     parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, metavar="N", help="an answer (default: 16 on the CPU, 128 on CUDA)")
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="an answer (default: 16 on the CPU, 64 on CUDA)")
     parser.add_argument("--rounds", type=int, metavar="N", help="runs of a row (default: 3 on the CPU, 20 on CUDA)")
     parser.add_argument(
         "--long-rounds",
         type=int,
         metavar="N",
-        help="rounds with the whole answer, the others stop at its first token (default: 2 on the CPU, all on CUDA)",
+        help="rounds with the whole answer, the others stop at its first token (default: 2 on the CPU, 5 on CUDA)",
     )
     parser.add_argument(
         "--distinct-layers",
@@ -643,12 +645,15 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
     cuda = device.type == "cuda"
     if device.type not in MEMORY:
         raise BenchmarkError(f"--device must be cpu or cuda, got {parsed.device}")
-    if cuda and not torch.cuda.is_available():
-        raise BenchmarkError("--device cuda: torch sees no CUDA device")
+    if cuda:
+        if not torch.cuda.is_available():
+            raise BenchmarkError("--device cuda: torch sees no CUDA device")
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
     name = parsed.geometry or ("tiny" if parsed.quick else "llava-1.5-7b")
     config = load_geometry(name)
     rounds = parsed.rounds or (2 if parsed.quick else 20 if cuda else 3)
-    long_rounds = parsed.long_rounds or (rounds if cuda else min(2, rounds))
+    long_rounds = parsed.long_rounds or (5 if cuda else 2)
     distinct = parsed.distinct_layers if parsed.distinct_layers is not None else (0 if cuda else DISTINCT_ON_CPU)
     dtype = getattr(torch, parsed.dtype or ("float32" if parsed.quick else "bfloat16"))
     budgets = sorted({patches_of(config), *(parsed.budgets or budgets_of(config))}, reverse=True)
@@ -663,7 +668,7 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
         budgets=tuple(budgets),
         batches=tuple(parsed.batches or ([(1, 1), (8, 1)] if cuda else [(1, 1), (8, 2 if parsed.quick else 8)])),
         text_tokens=parsed.text_tokens,
-        new_tokens=parsed.new_tokens or (4 if parsed.quick else 128 if cuda else 16),
+        new_tokens=parsed.new_tokens or (4 if parsed.quick else 64 if cuda else 16),
         rounds=rounds,
         long_rounds=min(long_rounds, rounds),
         warmups=2 if cuda else 0,
@@ -671,7 +676,7 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
         cap_bytes=int(parsed.memory_cap_gib * 2**30),
         at_cap=cuda if parsed.at_cap is None else parsed.at_cap,
         max_batch=parsed.max_batch,
-        compact_logits=not (parsed.as_is or cuda or dtype == torch.float32),
+        compact_logits=dtype == torch.bfloat16 and not (parsed.as_is or cuda),
         seed=parsed.seed,
     )
 

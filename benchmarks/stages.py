@@ -107,7 +107,11 @@ class CudaMemory:
 
 
 def memory_meter(device: torch.device) -> TensorMemory | CudaMemory:
-    return CudaMemory() if device.type == "cuda" else TensorMemory()
+    return CudaMemory() if on_cuda(device) else TensorMemory()
+
+
+def on_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 # Time
@@ -126,7 +130,7 @@ class Watch:
         self.peaks: dict[str, int] = defaultdict(int)
         self.operations: dict[str, int] = defaultdict(int)
         self._highest = 0
-        self._cuda = model.device.type == "cuda"
+        self._cuda = on_cuda(model.device)
         self._begun: dict[str, tuple[Any, int, int]] = {}
         self._hooks: list[Any] = []
         self.puts: list[float] = []
@@ -251,5 +255,5 @@ def _patches(model: Any, inputs: dict[str, Any]) -> int:
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if on_cuda(device):
+        torch.cuda.synchronize()

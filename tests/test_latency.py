@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -211,6 +213,47 @@ def test_live_bytes_are_counted_once_and_given_back() -> None:
         assert (memory.held, memory.highest) == (1024, 2048)
         memory.start_peak()
         assert memory.highest == 1024 == second.nbytes
+
+
+class HostEvent:
+    """Stands in for a CUDA event: reading it is only allowed after `torch.cuda.synchronize`."""
+
+    synchronized = False
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        HostEvent.synchronized = False
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, later: HostEvent) -> float:
+        assert HostEvent.synchronized
+        return 1e3 * (later.time - self.time)
+
+
+def test_on_cuda_stages_are_events_read_when_the_device_is_done(
+    latency: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA branches with a pretended device, whose memory rises by a byte at every look."""
+    looks = itertools.count()
+    monkeypatch.setattr(sys.modules["stages"], "on_cuda", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Event", HostEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: setattr(HostEvent, "synchronized", True))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(looks))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1000 + next(looks))
+    resets: list[int] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(next(looks)))
+    plan = latency.plan_of(latency.parse_arguments(["--quick", "--text-tokens", str(TEXT)]))
+    models = latency.Models(plan, plan.config, latency.RandomWeights(plan.dtype, plan.device))
+    seen = models.run(latency.Row("ours", 16), models.inputs(1), 3, memory=True)
+    assert all(seconds > 0 for seconds in seen.stages.values()) and sum(seen.stages.values()) == pytest.approx(
+        seen.ttft
+    )
+    assert {"vision", "select", "project", "language", "logits"} < seen.peak.keys()
+    assert (
+        all(1000 < peak < 1100 for peak in seen.peak.values()) and len(resets) == 1 + 3 + 2 * 3
+    )  # stages, three tokens
 
 
 def test_a_model_that_does_not_prune_is_refused(
