@@ -177,7 +177,7 @@ class PublishJob:
             card = next((file for plan in plans for file in (*plan.added, *plan.changed) if file.path == CARD), None)
             if card is not None:
                 self.hub.check_card(card.text())
-        state = "a new repo" if remote is None else "exists"
+        state = "exists" if remote is not None else "a new repo" if self.hub.token else "a new repo, or a private one"
         visibility = ", private" if remote is None and self.private else ""
         print(f"\n{self.hub.endpoint}/{repo_id} ({state}{visibility})")
         print("\n".join(describe(plans[0])))

@@ -9,6 +9,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -304,6 +306,30 @@ def test_private_makes_a_private_repo_and_never_writes_to_a_public_one(
     assert "user/open is public" in text
 
 
+def test_a_visitor_can_propose_a_build(
+    hub: LocalHub, repo: RepoConfig, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job(repo).push(built)
+    before, newer = state(hub, "user/tiny"), newer_build(built, tmp_path / "newer")
+    hub.add_user("visitor", "hf_visitor")
+    monkeypatch.setenv("HF_TOKEN", "hf_visitor")
+    proposal = job(repo, create_pr=True)
+    proposal.check_access(push=True)
+    assert on_hub(hub, "user/tiny", proposal.push(newer)["main"]) == contents(newer)
+    assert state(hub, "user/tiny") == before
+
+
+def test_a_pull_request_needs_a_repo(hub: LocalHub, never_built: None, run: Callable[..., tuple[int, str]]) -> None:
+    assert "nothing --create-pr could change" in refused(run, ExitCode.BAD_INPUT, "--create-pr")
+
+
+def test_weights_in_parts(hub: LocalHub, repo: RepoConfig, built: Path) -> None:
+    hub.part_size = 1 << 18
+    job(repo).push(built)
+    assert on_hub(hub, "user/tiny") == contents(built)
+    assert len([path for method, path in hub.requests if method == "PUT"]) > 4
+
+
 def changed(config: Path, name: str, **more: Any) -> dict[str, Any]:
     return {**yaml.safe_load(config.read_text()), "repo_id": f"user/{name}", **more}
 
@@ -578,6 +604,52 @@ def test_a_repo_fresh_from_the_website_is_not_foreign(
     if files:
         hub.commit("user/tiny", files)
     assert run("--push")[0] == 0
+
+
+def test_exit_status_and_endpoint_of_a_real_process(hub: LocalHub, config: Path, tmp_path: Path) -> None:
+    environment = hub.client_env(tmp_path, "hf_mistyped", HF_ENDPOINT="http://127.0.0.1:9")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "upload.py"), str(config), "--push", "--endpoint", hub.endpoint],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == ExitCode.WRONG_TOKEN
+    assert done.stderr.splitlines()[-1].startswith("upload: error: ")
+    assert "hf_mistyped" not in done.stdout + done.stderr
+    assert hub.requests[-1] == ("GET", "/api/whoami-v2")
+
+
+def test_an_interruption(hub: LocalHub, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "build_repo", interrupt)
+    status, text = run("--push")
+    assert status == ExitCode.INTERRUPTED
+    assert "run the same command again" in text
+
+
+def test_a_fault_shows_its_traceback_without_the_token(
+    hub: LocalHub, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise KeyError(f"Bearer {TOKEN}")
+
+    monkeypatch.setattr(publish, "build_repo", fail)
+    for arguments in (("--push",), ("--push", "--traceback")):
+        status, text = run(*arguments)  # which looks for the token in all that was printed
+        assert status == ExitCode.FAULT
+        assert "KeyError: 'Bearer [token]'" in text
+
+
+def test_offline_mode_is_named(
+    hub: LocalHub, never_built: None, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE is set" in refused(run, ExitCode.CONNECTION_LOST)
 
 
 def test_what_verify_refuses_is_not_published(
