@@ -36,6 +36,7 @@ exit status:
    6  not your namespace               15  the Hub refuses the model card's metadata
    7  no access to the base            16  what is on the Hub is not what was built
    8  no such revision of the base     17  the Hub refuses for another reason
+  70  a fault of upload.py            130  interrupted
 """
 
 

@@ -91,6 +91,7 @@ def publish(
         if push:
             job.push_branches(wanted)
             job.check_loads(folder)
+            print(f"done: {hub.endpoint}/{job.repo.repo_id}")
     if not push:
         print("this was a dry run: nothing was changed on the Hub; add --push to publish")
 
