@@ -119,6 +119,7 @@ class PublishJob:
         self.branch = revision or DEFAULT_BRANCH
         self.force = force
         self.commits: dict[str, str] = {}
+        self.other_branches: list[str] = []
 
     @property
     def budgets(self) -> dict[str, dict[str, Any]]:
@@ -184,6 +185,8 @@ class PublishJob:
         print("\n".join(describe(plans[0])))
         for plan in plans[1:]:
             print("\n".join(describe(plan, self._budget_text(plan.branch), main=plans[0])))
+        if self.other_branches:
+            print(f"  other branches stay as they are: {', '.join(self.other_branches)}")
         if self.create_pr and not all(plan.is_empty for plan in plans):
             print(f"  as a pull request{'' if push else ' that --push would open'}; budget branches follow main later")
 
@@ -220,6 +223,7 @@ class PublishJob:
         except RepositoryNotFoundError:
             return None
         heads = {ref.name: ref.target_commit for ref in refs.branches}
+        self.other_branches = sorted(heads.keys() - {self.branch, *self.budgets})
         return {
             branch: RemoteBranch(heads[branch], self._read_files(heads[branch]))
             for branch in (self.branch, *self.budgets)

@@ -380,6 +380,13 @@ def test_a_dry_run_tells_what_a_new_build_changes(
     assert actions == [["change", "model.safetensors"], ["change", "README.md"], ["remove", "modeling_old.py"]]
 
 
+def test_a_dry_run_names_the_branches_that_no_longer_follow(
+    hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], repo: RepoConfig, built: Path
+) -> None:
+    job(replace(repo, budgets={**BUDGETS, "v4": {"visual_token_num": 4}})).push(built)
+    assert "other branches stay as they are: v4" in run()[1]
+
+
 def test_the_help_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         upload.main(["--help"])
@@ -544,6 +551,17 @@ def test_a_base_that_cannot_be_had(
     )
     assert base in text
     assert says in text
+
+
+def test_a_thin_repo_of_a_folder_needs_the_commit_of_its_base_too(
+    hub: LocalHub, run: Callable[..., tuple[int, str]], config: Path, tmp_path: Path, tiny_llava_repo: Path
+) -> None:
+    hub.add_repo("user/base")
+    lost = write_yaml(tmp_path / "lost.yaml", **changed(config, "tiny", base_model="user/base", base_revision="gone"))
+    arguments = ("--base", str(tiny_llava_repo), "--thin")
+    assert "user/base" in refused(run, ExitCode.BASE_REVISION_NOT_FOUND, *arguments, config=lost)
+    lost = write_yaml(tmp_path / "lost.yaml", **changed(config, "tiny", base_model="lab/none", base_revision="main"))
+    assert "lab/none" in refused(run, ExitCode.NO_ACCESS_TO_BASE, *arguments, config=lost)
 
 
 def test_a_branch_of_the_base_is_pinned_before_the_build(
