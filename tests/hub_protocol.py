@@ -187,7 +187,8 @@ def metadata_problems(content: str) -> tuple[list[str], list[str]]:
         return [f"YAML metadata cannot be parsed: {error}"], []
     if not isinstance(card, dict):
         return ["YAML metadata must be a mapping"], []
-    errors, warnings = [], []
+    errors: list[str] = []
+    warnings: list[str] = []
     licenses = card.get("license", "unknown")
     for name in licenses if isinstance(licenses, list) else [licenses]:
         if name not in LICENSES.split():
@@ -304,6 +305,12 @@ class HubProtocol:
         if not pull_request and not user.may("repo.write", repo_id.split("/")[0], repo_id):
             raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
+
+    def _author(self, request: Request) -> str:
+        user = self._user(request)
+        if user is None:
+            raise Refusal(401, "Invalid username or password.")
+        return user.name
 
     def _own_pull(self, request: Request, repo_id: str, revision: str) -> bool:
         """Whether the revision is a pull request of the user who asks."""
@@ -443,7 +450,12 @@ class HubProtocol:
                 if entry.sha256:
                     about["lfs"] = {"sha256": entry.sha256, "size": entry.size, "pointerSize": entry.pointer_size}
             siblings.append(about)
-        info = {"_id": git_blob_id(repo.encode())[:24], "id": repo, "modelId": repo, "author": repo.split("/")[0]}
+        info: dict[str, Any] = {
+            "_id": git_blob_id(repo.encode())[:24],
+            "id": repo,
+            "modelId": repo,
+            "author": repo.split("/")[0],
+        }
         info |= {"sha": commit.id, "lastModified": commit.date, "createdAt": commit.date, "siblings": siblings}
         info |= {"private": found.private, "gated": found.gated, "disabled": False, "downloads": 0, "likes": 0}
         wanted = request.query.get("expand")
@@ -598,7 +610,7 @@ class HubProtocol:
             listed = [self._discussion(request, repo, str(number)).body for number in found.pulls]
             return Answer(body={"discussions": listed, "count": len(listed), "start": 0})
         found, wanted = self._writable(request, repo, pull_request=True), request.json()
-        author = self._user(request).name
+        author = self._author(request)
         number = self._open_pull(found, wanted["title"], wanted["description"], author, found.resolve("main"))
         return Answer(body={"num": number, "pullRequest": True})
 
@@ -650,10 +662,10 @@ class HubProtocol:
             raise Refusal(400, f"Cannot commit to {revision}: it is not a branch")
         if header.get("parentCommit") not in (None, head.id):
             raise Refusal(412, "A commit has happened since. Please refresh and try again.")
-        changes = {}
+        changes: dict[str, Entry | None] = {}
         for line in lines[1:]:
             changes |= self._operation(found, head, line["key"], line["value"])
-        author = self._user(request).name
+        author = self._author(request)
         body: dict[str, Any] = {"success": True, "hookOutput": ""}
         if as_pull:
             number = self._open_pull(found, header["summary"], header.get("description", ""), author, head)
