@@ -6,6 +6,7 @@ fields, and weight files change only in the names they carry. A thin repo has no
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 from vispruner import ARCHITECTURES, __version__, auto_map, code_files
+from vispruner import configuration_vispruner as configuration
 from vispruner.configuration_vispruner import merge_vispruner_config
 
 from .base_checkpoint import (
@@ -39,7 +41,13 @@ from .checkpoint_io import (
     write_checkpoint,
 )
 from .model_card import card_files, model_card
-from .published_layout import ModelTensors, layout_problems, model_tensors, published_names
+from .published_layout import (
+    ModelTensors,
+    layout_problems,
+    model_tensors,
+    published_names,
+    without_dropped_layers,
+)
 from .repo_config import RepoConfig, load_repo_config
 
 COPY_BLOCK = 16 * 2**20
@@ -53,6 +61,7 @@ def build_repo(
     thin: bool | None = None,
     overwrite: bool = False,
     show_progress: bool = True,
+    drop_unused_vision_layers: bool = False,
 ) -> Path:
     """Build the repo that one YAML describes into the folder `out`, which appears only when it is complete.
 
@@ -60,6 +69,7 @@ def build_repo(
     base       where to read the base from instead of the YAML's `base_model`: a folder or a Hub id
     thin       leave the weights in the base's repo; None is what the YAML says, else thin for bases over 2 GB
     overwrite  replace a non-empty `out`
+    drop_unused_vision_layers   leave out the vision layers that nothing is read from, as the YAML's field does
     Raises BuildError, RepoConfigError, LayoutError or CheckpointError; `out` is then as it was before.
     """
     repo = config if isinstance(config, RepoConfig) else load_repo_config(config)
@@ -77,6 +87,9 @@ def build_repo(
         revision = _base_revision(repo, source if base is None else None, thin)
         config_json = _repo_config_json(base_config, repo, revision, thin)
         names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
+        if drop_unused_vision_layers or repo.drop_unused_vision_layers:
+            config_json = _without_unused_layers(config_json)
+            names, expected = without_dropped_layers(names, config_json), model_tensors(repo.architecture, config_json)
         _write_json(staging / "config.json", config_json)
         _write_json(staging / "generation_config.json", _generation_config(folder, base_config, processor.tokenizer))
         (staging / "README.md").write_text(model_card(repo, revision, thin), encoding="utf-8")
@@ -214,6 +227,19 @@ def _repo_config_json(
         "architectures": [ARCHITECTURES[repo.architecture].model_class.__name__],
         "auto_map": auto_map(repo.architecture),
         "vispruner_config": {**repo.vispruner_config, **bookkeeping},
+    }
+
+
+def _without_unused_layers(config_json: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json of a vision encoder that ends at the last layer in use."""
+    config = ARCHITECTURES[config_json["model_type"]].config_class.from_dict(copy.deepcopy(config_json))
+    configuration.drop_unused_vision_layers(config)
+    layers = config.vision_config.num_hidden_layers
+    return {
+        **config_json,
+        "vision_config": {**config_json["vision_config"], "num_hidden_layers": layers},
+        "vision_feature_layer": config.vision_feature_layer,
+        "vispruner_config": config.vispruner_config,
     }
 
 

@@ -107,6 +107,13 @@ def _add_build(commands: Any) -> None:
         "else for bases over 2 GB)",
     )
     weights.add_argument("--full", action="store_const", const=False, dest="thin", help="copy the weights")
+    parser.add_argument(
+        "--drop-unused-vision-layers",
+        action="store_true",
+        help="leave out the vision layers above the last one that features or attention are read from (of LLaVA's 24 "
+        "the last one): the answers stay the same, encoding is faster, and the weight files, which lack these layers, "
+        "are no longer the base's byte for byte",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
 
 
@@ -171,10 +178,10 @@ def _demo(**options: Any) -> int:
     return 0
 
 
-def _build(config: str, out: str, base: str | None, thin: bool | None, overwrite: bool) -> int:
+def _build(config: str, out: str, **options: Any) -> int:
     from .build import build_repo
 
-    folder = build_repo(config, out, base=base, thin=thin, overwrite=overwrite)
+    folder = build_repo(config, out, **options)
     print(f"built {folder}; check it with: vispruner verify {folder}")
     return 0
 

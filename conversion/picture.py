@@ -97,7 +97,8 @@ def show(
     out = _png_path(out)
     photo = open_photo(image)
     first = budgets[0] if budgets else visual_token_num
-    model = vispruner.load(repo, dtype="auto", **({} if first is None else {"visual_token_num": first})).eval()
+    budget: dict[str, Any] = {} if first is None else {"visual_token_num": first}
+    model = vispruner.load(repo, dtype="auto", **budget).eval()
     processor = AutoProcessor.from_pretrained(repo)
     questions = [] if question is None else [Question(question)]
     if budgets or questions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ PUBLISHED_PREFIXES = (
 )
 # Buffers that old versions of transformers saved and that every model now computes itself.
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
+
+
+VISION_LAYER = re.compile(r"model\.vision_tower\.vision_model\.encoder\.layers\.(\d+)\.")
 
 
 class LayoutError(ValueError):
@@ -78,6 +82,16 @@ def model_tensors(architecture: str, config: Mapping[str, Any]) -> ModelTensors:
         {name: shape for name, shape in shapes.items() if name is not None},
         frozenset(name for name in tied if name is not None),
     )
+
+
+def without_dropped_layers(names: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """Leave out of base name -> published name the vision layers above those that config.json has."""
+    layers = config["vision_config"].get("num_hidden_layers")
+    return {
+        name: published
+        for name, published in names.items()
+        if layers is None or not (layer := VISION_LAYER.match(published)) or int(layer[1]) < layers
+    }
 
 
 def layout_problems(expected: ModelTensors, found: Mapping[str, tuple[int, ...]]) -> list[str]:

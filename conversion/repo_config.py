@@ -30,6 +30,7 @@ FIELDS = (
     "vispruner_config",
     "weights",
     "budgets",
+    "drop_unused_vision_layers",
     "card",
 )
 WEIGHTS = ("thin", "full")
@@ -66,6 +67,7 @@ class RepoConfig:
     """One validated YAML; `vispruner_config` is complete, with the defaults filled in.
 
     weights  "thin", "full", or None to let the size of the base decide
+    drop_unused_vision_layers  leave out the vision layers that nothing is read from
     budgets  name of a further branch -> the one budget field that its config.json has in place of the main one's
     """
 
@@ -78,6 +80,7 @@ class RepoConfig:
     card: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    drop_unused_vision_layers: bool = False
 
     @property
     def base_on_hub(self) -> bool:
@@ -134,7 +137,15 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
         card=_card(path, content.get("card"), content["base_model"]),
         weights=_weights(path, content),
         budgets=_budgets(path, content.get("budgets"), options),
+        drop_unused_vision_layers=_flag(path, content, "drop_unused_vision_layers"),
     )
+
+
+def _flag(path: Path, content: dict[str, Any], name: str) -> bool:
+    value = content.get(name, False)
+    if not isinstance(value, bool):
+        raise RepoConfigError(f"{path}: {name} must be true or false, got {_shown(value)}")
+    return value
 
 
 def is_hub_id(base_model: str) -> bool:

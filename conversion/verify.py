@@ -42,7 +42,13 @@ from .checkpoint_io import (
     read_json,
     read_tensor_headers,
 )
-from .published_layout import ModelTensors, layout_problems, model_tensors, published_names
+from .published_layout import (
+    ModelTensors,
+    layout_problems,
+    model_tensors,
+    published_names,
+    without_dropped_layers,
+)
 from .repo_config import is_hub_id
 
 Status = Literal["pass", "fail", "not run"]
@@ -339,7 +345,8 @@ def _check_base_weights(folder: Path, config: Mapping[str, Any], base: BaseCheck
     if stray:
         raise VerifyError(f"the repo is thin, so {', '.join(stray)} would be ignored: build it again, thin or full")
     headers = base.tensor_headers()
-    found = {published: headers[name].shape for name, published in published_names(headers).items()}
+    names = without_dropped_layers(published_names(headers), config)
+    found = {published: headers[name].shape for name, published in names.items()}
     if problems := layout_problems(_model_tensors(config), found):
         raise VerifyError(f"the base {base.repo_id} at {base.commit} does not fit: {'; '.join(problems)}")
     return f"thin: {len(found)} tensors of {base.repo_id} at {base.commit}, names and shapes are the model's"
@@ -352,16 +359,18 @@ def _model_tensors(config: Mapping[str, Any]) -> ModelTensors:
 
 def _compare_with_base(folder: Path, base: str) -> str:
     """Compare the hash of every tensor with the base's, one tensor of each in memory at a time."""
-    own, other = (_hashes(where) for where in (_weights_of(folder).with_weights().folder, resolve_base(base)))
+    config = read_json(folder / "config.json")
+    places = (_weights_of(folder).with_weights().folder, resolve_base(base))
+    own, other = (_hashes(where, config) for where in places)
     wrong = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
     if wrong:
         raise VerifyError(f"{len(wrong)} tensors are not those of {base}: {', '.join(wrong[:8])}")
     return f"{len(own)} tensors hash as in {base}"
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """Return published name -> hash of every tensor of a checkpoint."""
-    names = published_names(read_tensor_headers(folder))
+def _hashes(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Return published name -> hash of every tensor of a checkpoint, but for layers that `config` leaves out."""
+    names = without_dropped_layers(published_names(read_tensor_headers(folder)), config)
     return {
         names[name]: verify_worker.tensor_hash(tensor)
         for name, tensor in iter_checkpoint_tensors(folder)
@@ -416,20 +425,21 @@ def machine_memory() -> int:
 
 
 def _worker_settings(folder: Path, weights: BaseCheckpoint, run_models: bool) -> dict[str, Any]:
-    architecture = ARCHITECTURES[read_json(folder / "config.json")["model_type"]]
+    config = read_json(folder / "config.json")
+    architecture = ARCHITECTURES[config["model_type"]]
     return {
         "run_models": run_models,
         "thin": weights.repo_id is not None,
         "class_name": architecture.model_class.__name__,
         "weights_folder": str(weights.folder),
         "weight_files": [str(path) for path in checkpoint_shards(weights.folder)] if run_models else [],
-        "stored_names": _loaded_to_stored(weights.tensor_headers()),
+        "stored_names": _loaded_to_stored(weights.tensor_headers(), config),
     }
 
 
-def _loaded_to_stored(headers: Mapping[str, TensorHeader]) -> dict[str, str]:
+def _loaded_to_stored(headers: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> dict[str, str]:
     """Return how a loaded model's tensors are called in the files; transformers nests its CLIP tower differently."""
-    names = {published: name for name, published in published_names(headers).items()}
+    names = {published: name for name, published in without_dropped_layers(published_names(headers), config).items()}
     flat = {
         published.replace("vision_tower.vision_model.", "vision_tower."): name for published, name in names.items()
     }

@@ -77,7 +77,7 @@ def __getattr__(name: str) -> Any:
 class Architecture:
     """The two classes that one `model_type` is loaded with."""
 
-    config_class: type
+    config_class: Any
     model_class: Any
 
 
@@ -112,21 +112,28 @@ def auto_map(architecture: str) -> dict[str, str]:
     return architecture_of(architecture).model_class.vispruner_auto_map()
 
 
-def load(base: str | PathLike[str], **options: Any) -> "PreTrainedModel":
+def load(base: str | PathLike[str], *, drop_unused_vision_layers: bool = False, **options: Any) -> "PreTrainedModel":
     """Load a stock (or pruned) checkpoint as a pruned model, without building a repo first.
 
     Keywords that are fields of `vispruner_config` (visual_token_num=64, keep_ratio=0.1, ...) go there; all others
     (dtype, device_map, revision, token ...) go to `from_pretrained`. Raises ValueError for an unsupported model_type.
+
+    drop_unused_vision_layers  neither load nor run the vision layers above the last one in use; the answers stay the
+                               same (of LLaVA's 24 layers it saves the last one)
     """
     from transformers import AutoConfig
 
-    from .configuration_vispruner import FIELD_NAMES
+    from . import configuration_vispruner as configuration
 
-    vispruner_config = {name: options.pop(name) for name in FIELD_NAMES if name in options}
+    vispruner_config = {name: options.pop(name) for name in configuration.FIELD_NAMES if name in options}
     if "vispruner_config" in options:
         vispruner_config = {**(options.pop("vispruner_config") or {}), **vispruner_config}
     where = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
     hub_options = {name: options[name] for name in where if name in options}
     base_config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options)
-    model_class = architecture_of(base_config.model_type).model_class
-    return model_class.from_pretrained(base, vispruner_config=vispruner_config, **options)
+    architecture = architecture_of(base_config.model_type)
+    if not drop_unused_vision_layers:
+        return architecture.model_class.from_pretrained(base, vispruner_config=vispruner_config, **options)
+    config = architecture.config_class.from_pretrained(base, vispruner_config=vispruner_config, **hub_options)
+    configuration.drop_unused_vision_layers(config)
+    return architecture.model_class.from_pretrained(base, config=config, **options)

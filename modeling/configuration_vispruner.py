@@ -144,6 +144,34 @@ def _is_number(value: Any) -> bool:
     return _is_int(value) or isinstance(value, float)
 
 
+def used_vision_layers(config: Any) -> int:
+    """Return how many encoder layers, from the first on, a model must run for the features and attention it reads."""
+    layers, features = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    used = [index % (layers + 1) for index in ([features] if isinstance(features, int) else features)]
+    attention = (getattr(config, "vispruner_config", None) or {}).get("attention_layer")
+    if attention is not None:
+        used.append(attention % layers + 1)
+    return max(1, *used)
+
+
+def drop_unused_vision_layers(config: Any) -> None:
+    """Change `config` to a vision encoder that ends at the last layer it uses; what it computes stays the same.
+
+    Indices counted from the end are adapted: of 24 layers with vision_feature_layer -2, 23 stay with -1.
+    """
+    layers, used = config.vision_config.num_hidden_layers, used_vision_layers(config)
+
+    def adapted(index: int) -> int:
+        return index + layers - used if index < 0 else index
+
+    features = config.vision_feature_layer
+    config.vision_feature_layer = adapted(features) if isinstance(features, int) else [adapted(i) for i in features]
+    options = getattr(config, "vispruner_config", None)
+    if options is not None and options.get("attention_layer") is not None:
+        config.vispruner_config = {**options, "attention_layer": adapted(options["attention_layer"])}
+    config.vision_config.num_hidden_layers = used
+
+
 class _VisPrunerConfigMixin:
     """Validates `vispruner_config` and merges a partial one given at load time over the stored one."""
 

@@ -71,7 +71,7 @@ def keep_in_one_kernel(
 if triton is not None:
     # Left unspecialised, no budget or number of tokens compiles the kernel anew.
     @triton.jit(do_not_specialize=["tokens", "important_num", "budget", "step"])
-    def _keep_kernel(
+    def _keep_kernel(  # type: ignore[no-untyped-def]
         cosine,
         order,
         slots,

@@ -8,6 +8,7 @@ from transformers import Cache, GenerationMixin, LlavaForConditionalGeneration, 
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerLlavaConfig
+from .encoded_images import EncodedImages
 from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, inherit_checkpoint_conversion
 from .pruning_mixin import VisPrunerMixin
 
@@ -94,6 +95,7 @@ class VisPrunerLlavaForConditionalGeneration(VisPrunerMixin, LlavaForConditional
         logits_to_keep: int | torch.Tensor = 0,
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        encoded_images: EncodedImages | None = None,
         **kwargs: Any,
     ) -> Any:
         """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
@@ -110,6 +112,7 @@ class VisPrunerLlavaForConditionalGeneration(VisPrunerMixin, LlavaForConditional
             logits_to_keep=logits_to_keep,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
             **kwargs,
         )
         return self.pruned_forward(super().forward, inputs)

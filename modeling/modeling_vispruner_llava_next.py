@@ -4,6 +4,7 @@ tile_mode "paper": the kept tokens of the base tile, then those of the other til
 grid; T tokens a tile, no newlines. "native": stock packing of the kept tokens that survive unpadding, newlines kept.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerLlavaNextConfig
+from .encoded_images import EncodedImages
 from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, inherit_checkpoint_conversion
 from .pruning_mixin import VisPrunerMixin
 
@@ -42,15 +44,15 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         """Patches along one side of a tile."""
         return self.config.vision_config.image_size // self.config.vision_config.patch_size
 
-    def tile_grid(self, image_size: torch.Tensor) -> tuple[int, int]:
+    def tile_grid(self, image_size: torch.Tensor | Sequence[int]) -> tuple[int, int]:
         """Return rows and columns of the tiles beside the base tile, for an original image (height, width)."""
         size = [int(value) for value in image_size]
         return get_anyres_image_grid_shape(
             size, self.config.image_grid_pinpoints, self.config.vision_config.image_size
         )
 
-    def stock_packing(self, image_size: torch.Tensor) -> torch.Tensor:
-        """Return the stock order of one image's tokens: tile * N + patch, newline = -1, padding left out."""
+    def stock_packing(self, image_size: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Return the stock order of one image's tokens: tile * N + patch, newline = -1, no padding; on the CPU."""
         rows, columns = self.tile_grid(image_size)
         tiles, patches = 1 + rows * columns, self.side**2
         numbers = torch.arange(tiles * patches, dtype=torch.float64).view(tiles, patches, 1)
@@ -65,15 +67,14 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         """Return per image the visual tokens of a full (native) prompt and those that are kept."""
         if image_sizes is None:
             raise ValueError("image_sizes is missing: pass the processor's image_sizes together with pixel_values")
-        packings = [self.stock_packing(size) for size in image_sizes]
-        kept = [
-            self._kept_count(packing, tiles) for packing, tiles in zip(packings, self._tiles(image_sizes), strict=True)
-        ]
+        sizes = _on_host(image_sizes)
+        packings = [self.stock_packing(size) for size in sizes]
+        kept = [self._kept_count(packing, tiles) for packing, tiles in zip(packings, self._tiles(sizes), strict=True)]
         return [len(packing) for packing in packings], kept
 
-    def _tiles(self, image_sizes: torch.Tensor) -> list[int]:
+    def _tiles(self, sizes: list[list[int]]) -> list[int]:
         """Return per image how many tiles it is cut into, the base tile included."""
-        return [1 + rows * columns for rows, columns in map(self.tile_grid, image_sizes)]
+        return [1 + rows * columns for rows, columns in map(self.tile_grid, sizes)]
 
     def _kept_count(self, packing: torch.Tensor, tiles: int) -> int:
         options, patches = self.vispruner_options, self.side**2
@@ -95,8 +96,8 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         **kwargs: Any,
     ) -> PrunedImageFeatures:
         """Encode (images, tiles, 3, h, w) or (all tiles, 3, h, w), select per tile, project, pack."""
-        options, patches = self.vispruner_options, self.side**2
-        packings = [self.stock_packing(size) for size in image_sizes]
+        options, patches, sizes = self.vispruner_options, self.side**2, _on_host(image_sizes)
+        packings = [self.stock_packing(size) for size in sizes]
         if options.method == "none" or (self.keeps_all(patches) and options.tile_mode == "native"):
             outputs = super().get_image_features(
                 pixel_values,
@@ -107,23 +108,23 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
             )
             return self.keep_everything(outputs, packings)
         self.require_patches(vision_feature_select_strategy)
-        tiles = self._tiles(image_sizes)
+        tiles = self._tiles(sizes)
         if pixel_values.dim() == 5:
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         outputs, features, saliency = self.encode_with_saliency(pixel_values, layer, **kwargs)
-        packings = [packing.to(features.device) for packing in packings]
         if options.tile_mode == "paper":
             placeholders, kept = None, self.select(features, saliency, options.budget(patches)).split(tiles)
-            grids = map(self.tile_grid, image_sizes)
+            grids = map(self.tile_grid, sizes)
             orders = [self._paper_order(image, *grid) for image, grid in zip(kept, grids, strict=True)]
+            newlines = [0] * len(orders)
         else:
-            placeholders = self._native_placeholders(features, saliency, packings, tiles)
-            orders = [packing[chosen] for packing, chosen in zip(packings, placeholders, strict=True)]
+            placeholders, orders = self._select_native(features, saliency, packings, tiles)
+            newlines = [int((packing == NEWLINE).sum()) for packing in packings]
         return PrunedImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
-            pooler_output=self._project(features, orders, tiles),
+            pooler_output=self._project(features, orders, tiles, newlines),
             kept_indices=orders,
             placeholders=placeholders,
             saliency=saliency,
@@ -140,43 +141,67 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         raster = (y * (columns * side) + x).flatten().argsort()
         return torch.cat([flat[0], flat[1:].flatten()[raster]])
 
-    def _native_placeholders(
+    def _select_native(
         self, features: torch.Tensor, saliency: torch.Tensor, packings: list[torch.Tensor], tiles: list[int]
-    ) -> list[torch.Tensor]:
-        """Select among the patches of each tile that survive unpadding; return which tokens of the packing stay."""
-        patches = saliency.shape[1]
-        masks = [torch.zeros(count * patches, dtype=torch.bool, device=saliency.device) for count in tiles]
-        for mask, packing in zip(masks, packings, strict=True):
-            mask[packing[packing != NEWLINE]] = True
-        survives = torch.cat(masks).view(-1, patches)
-        keep = torch.zeros_like(survives)
-        survivors = survives.sum(1)
-        for count in survivors.unique().tolist():  # tiles with equally many survivors are selected from together
-            if count == 0:
-                continue
-            group = (survivors == count).nonzero()[:, 0]
-            columns = survives[group].nonzero()[:, 1].view(len(group), count)
-            candidates = self.take_tokens(features[group], columns)
-            budget = min(self.vispruner_options.budget(patches), count)
-            chosen = columns.gather(1, self.select(candidates, saliency[group].gather(1, columns), budget))
-            keep[group[:, None], chosen] = True
-        return [
-            ((packing == NEWLINE) | image.flatten()[packing.clamp(min=0)]).nonzero()[:, 0]
-            for packing, image in zip(packings, keep.split(tiles), strict=True)
-        ]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Select among the patches of each tile that survive unpadding.
 
-    def _project(self, features: torch.Tensor, orders: list[torch.Tensor], tiles: list[int]) -> list[torch.Tensor]:
+        Returns per image which tokens of the packing stay, and these tokens themselves.
+        """
+        survivors = [
+            tile for packing, count in zip(packings, tiles, strict=True) for tile in self._survivors(packing, count)
+        ]
+        keep = torch.zeros_like(saliency, dtype=torch.bool)
+        for count in {len(tile) for tile in survivors} - {0}:  # tiles with equally many are selected from together
+            numbers = [number for number, tile in enumerate(survivors) if len(tile) == count]
+            group = torch.tensor(numbers)[:, None].to(saliency.device, non_blocking=True)
+            columns = torch.stack([survivors[number] for number in numbers]).to(saliency.device, non_blocking=True)
+            budget = min(self.vispruner_options.budget(saliency.shape[1]), count)
+            chosen = self.select(features[group, columns], saliency[group, columns], budget)
+            keep[group, columns.gather(1, chosen)] = True
+        placeholders, orders = [], []
+        for packing, image in zip(packings, keep.split(tiles), strict=True):
+            kept = self._kept_count(packing, len(image))
+            packing = packing.to(keep.device, non_blocking=True)
+            stays = (packing == NEWLINE) | image.flatten()[packing.clamp(min=0)]
+            placeholders.append(_true_places(stays, kept))
+            orders.append(packing[placeholders[-1]])
+        return placeholders, orders
+
+    def _survivors(self, packing: torch.Tensor, tiles: int) -> tuple[torch.Tensor, ...]:
+        """Return per tile of an image the patches that its packing has."""
+        patches = packing[packing != NEWLINE].sort().values
+        counts = (patches // self.side**2).bincount(minlength=tiles).tolist()
+        return (patches % self.side**2).split(counts)
+
+    def _project(
+        self, features: torch.Tensor, orders: list[torch.Tensor], tiles: list[int], newlines: list[int]
+    ) -> list[torch.Tensor]:
         """Project the patches that `orders` name and put the newline embedding where they say so."""
-        images = features.split(tiles)
-        patches = [image.flatten(0, 1)[order[order != NEWLINE]] for image, order in zip(images, orders, strict=True)]
+        patches, whole = [], self.side**2
+        for image, order, lines in zip(features.split(tiles), orders, newlines, strict=True):
+            named = order[_true_places(order != NEWLINE, len(order) - lines)] if lines else order
+            patches.append(image[named // whole, named % whole])
         projected = self.multi_modal_projector(torch.cat(patches)).split([len(patch) for patch in patches])
-        if self.vispruner_options.tile_mode == "paper":
+        if not any(newlines):
             return list(projected)
         newline = self.image_newline.to(features.device, projected[0].dtype)
         return [
             newline.expand(len(order), -1).masked_scatter((order != NEWLINE)[:, None], tokens)
             for order, tokens in zip(orders, projected, strict=True)
         ]
+
+
+def _on_host(image_sizes: Any) -> list[list[int]]:
+    """Read sizes (images, 2) from the device at once."""
+    if isinstance(image_sizes, torch.Tensor):
+        return image_sizes.tolist()
+    return [[int(value) for value in size] for size in image_sizes]
+
+
+def _true_places(flags: torch.Tensor, count: int) -> torch.Tensor:
+    """Return where `count` flags are true; as the count is known, nothing waits for the device."""
+    return torch.arange(len(flags), device=flags.device).repeat_interleave(flags.long(), output_size=count)
 
 
 class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForConditionalGeneration, GenerationMixin):
@@ -205,6 +230,7 @@ class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForCon
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        encoded_images: EncodedImages | None = None,
         **kwargs: Any,
     ) -> Any:
         """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
@@ -222,6 +248,7 @@ class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForCon
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
             **kwargs,
         )
         return self.pruned_forward(super().forward, inputs)

@@ -42,42 +42,103 @@ class ShortenedPrompt:
         return self.take(mask, 0)
 
 
+@dataclass(frozen=True)
+class PromptLayout:
+    """What the host must know of a prompt (B, S) to shorten it; all else stays on the device.
+
+    placeholders   image placeholders of each row
+    outside        those among them that lie in the padding at either end of the row
+    seen           columns of each row without that padding
+    padded_left    True unless some row ends in padding
+    """
+
+    placeholders: list[int]
+    outside: list[int]
+    seen: list[int]
+    padded_left: bool
+
+
+def read_layout(
+    input_ids: torch.Tensor, image_token_id: int, attention_mask: torch.Tensor | None = None
+) -> PromptLayout:
+    """Count a prompt's placeholders and padding: the one time that shortening waits for the device."""
+    is_image = input_ids == image_token_id
+    if attention_mask is None:
+        counts = is_image.sum(1).tolist()
+        rows = len(counts)
+        return PromptLayout(counts, [0] * rows, [input_ids.shape[1]] * rows, padded_left=True)
+    mask = attention_mask.to(input_ids.device)
+    inside = _without_outer_padding(mask)
+    columns = (is_image.sum(1), (is_image & ~inside).sum(1), inside.sum(1), mask[:, -1].bool().long())
+    placeholders, outside, seen, last = torch.stack(columns).tolist()
+    return PromptLayout(placeholders, outside, seen, padded_left=all(last))
+
+
 def shorten_prompt(
     input_ids: torch.Tensor,
     image_token_id: int,
     full_counts: Sequence[int],
     kept: Sequence[torch.Tensor],
     attention_mask: torch.Tensor | None = None,
+    layout: PromptLayout | None = None,
 ) -> ShortenedPrompt:
     """Choose the columns of a full prompt that stay.
 
     input_ids    (B, S) with full_counts[j] placeholders for image j, images in reading order over the rows
-    kept         per image the placeholders that stay, as indices into its full_counts[j]
+    kept         per image the placeholders that stay, as indices into its full_counts[j]; one may stay repeatedly
+    layout       of this prompt, where it was read before
     Rows that lose different numbers of placeholders are padded anew, on the side that was padded before.
     Raises ValueError when the placeholders of one image are spread over two rows.
     """
     batch, width = input_ids.shape
-    ids = input_ids.flatten().cpu()
-    is_image = ids == image_token_id
-    text, images = (~is_image).nonzero()[:, 0], is_image.nonzero()[:, 0]
-    chosen = []
-    for number, (columns, keep) in enumerate(zip(images.split(list(full_counts)), kept, strict=True)):
-        if columns[0] // width != columns[-1] // width:
+    layout = read_layout(input_ids, image_token_id, attention_mask) if layout is None else layout
+    change = [0] * batch  # by how many columns each row grows; below 0, shrinks
+    for row, full, keep in zip(rows_of_images(layout.placeholders, full_counts), full_counts, kept, strict=True):
+        change[row] += len(keep) - full
+    is_image = input_ids == image_token_id
+    copies = torch.ones_like(input_ids)
+    lengths = [width + more for more in change]
+    if len(set(change)) > 1 and attention_mask is not None:
+        if any(layout.outside):
+            raise ValueError("image placeholders must not lie in the padding of attention_mask")
+        copies = _without_outer_padding(attention_mask.to(input_ids.device)).long()
+        lengths = [seen + more for seen, more in zip(layout.seen, change, strict=True)]
+    image = is_image.flatten().cumsum(0).sub(1).clamp(min=0).view_as(input_ids)
+    copies = copies.where(~is_image, _copies_of_placeholders(full_counts, kept, input_ids.device)[image])
+    index, valid = _align_rows(copies, lengths, layout.padded_left)
+    taken = is_image.gather(1, index)
+    taken = taken if valid is None else taken & valid
+    shift = taken.cumsum(1) - is_image.cumsum(1).gather(1, index)
+    return ShortenedPrompt(index, valid, shift if valid is None else shift.masked_fill(~valid, 0), width)
+
+
+def rows_of_images(placeholders: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Return the row of each image, given the placeholders of each row and of each image, in reading order.
+
+    Raises ValueError when the placeholders of one image are spread over two rows.
+    """
+    rows, row, left = [], -1, 0
+    for number, count in enumerate(counts):
+        while left == 0:
+            row += 1
+            left = placeholders[row]
+        if count > left:
             raise ValueError(f"the placeholders of image {number} are spread over two rows of input_ids")
-        chosen.append(columns[keep.cpu()])
-    columns = torch.cat([text, *chosen]).sort().values
-    rows = columns // width
-    if rows.bincount(minlength=batch).unique().numel() > 1 and attention_mask is not None:
-        inside = _without_outer_padding(attention_mask).flatten().cpu()[columns]
-        columns, rows = columns[inside], rows[inside]
-    index, valid = _align_rows(rows, columns % width, batch, left=_padded_left(attention_mask))
-    full_rank = is_image.view(batch, width).cumsum(1).gather(1, index)
-    kept_rank = (is_image.view(batch, width).gather(1, index) & valid).cumsum(1)
-    device = input_ids.device
-    all_valid = bool(valid.all())
-    return ShortenedPrompt(
-        index.to(device), None if all_valid else valid.to(device), (kept_rank - full_rank).to(device), width
-    )
+        left -= count
+        rows.append(row)
+    return rows
+
+
+def _copies_of_placeholders(
+    full_counts: Sequence[int], kept: Sequence[torch.Tensor], device: torch.device
+) -> torch.Tensor:
+    """Return for each placeholder of a full prompt, in reading order, how often it occurs in the shortened one."""
+    total, places = 0, []
+    for full, keep in zip(full_counts, kept, strict=True):
+        places.append(keep.to(device) + total)
+        total += full
+    place = torch.cat(places)
+    return torch.zeros(total, dtype=torch.long, device=device).scatter_add(0, place, torch.ones_like(place))
 
 
 def holds_unbroken_images(input_ids: torch.Tensor, image_token_id: int, counts: Sequence[int]) -> bool:
@@ -91,20 +152,23 @@ def _without_outer_padding(attention_mask: torch.Tensor) -> torch.Tensor:
     return (seen.cumsum(1) > 0) & (seen.flip(1).cumsum(1).flip(1) > 0)
 
 
-def _padded_left(attention_mask: torch.Tensor | None) -> bool:
-    return attention_mask is None or bool(attention_mask[:, -1].all())
+def _align_rows(copies: torch.Tensor, lengths: list[int], left: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the columns (B, W) that `copies` (B, S) of each column make, and where they are no padding.
 
-
-def _align_rows(
-    rows: torch.Tensor, columns: torch.Tensor, batch: int, left: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = rows.bincount(minlength=batch)
-    width = int(lengths.max())
-    offset = torch.arange(width).expand(batch, width)
-    valid = offset >= (width - lengths)[:, None] if left else offset < lengths[:, None]
-    index = torch.zeros(batch, width, dtype=torch.long)
-    index[valid] = columns
-    return index, valid
+    lengths  the sum of each row of `copies`, known beforehand so that no shape has to be read from the device
+    """
+    batch, width = len(lengths), max(lengths)
+    valid = None
+    if min(lengths) < width:  # the outermost column stands in for the padding
+        length = copies.sum(1, keepdim=True)
+        offset = torch.arange(width, device=copies.device).expand(batch, width)
+        valid = offset >= width - length if left else offset < length
+        padding = torch.zeros_like(copies)
+        padding[:, 0 if left else -1] = width - length[:, 0]
+        copies = copies + padding
+    columns = torch.arange(copies.shape[1], device=copies.device).repeat(batch)
+    index = columns.repeat_interleave(copies.flatten(), output_size=batch * width)
+    return index.view(batch, width), valid
 
 
 @dataclass(frozen=True)

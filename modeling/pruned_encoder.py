@@ -12,12 +12,15 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
+from transformers.utils.import_utils import torch_compilable_check
 
-from .configuration_vispruner import VisPrunerOptions
+from .configuration_vispruner import VisPrunerOptions, used_vision_layers
 from .token_selection import SELECTORS, select_tokens
 from .visual_attention import encode_with_saliency, make_tappable, resolve_attention_layer
 
 logger = logging.get_logger(__name__)
+
+DROPPED_LAYERS = r"vision_tower\.(vision_model\.)?encoder\.layers\.\d+\."
 
 
 @dataclass
@@ -56,6 +59,7 @@ class VisPrunerModelMixin:
 
     config: Any
     vision_tower: Any
+    _keys_to_ignore_on_load_unexpected: Any
 
     def prepare_pruning(self) -> None:
         """Check that this config can be pruned and make the tower tappable. Raises ValueError with the remedy."""
@@ -74,6 +78,9 @@ class VisPrunerModelMixin:
             self._check_layers_and_budget(options)
         if self.config.vision_config.model_type == "clip_vision_model":
             make_tappable([layer.self_attn for layer in self.vision_layers])
+            if used_vision_layers(self.config) == len(self.vision_layers):
+                # Layers above those are not missed: loading need not warn of a base that still has them.
+                self._keys_to_ignore_on_load_unexpected.add(DROPPED_LAYERS)
 
     def _check_layers_and_budget(self, options: VisPrunerOptions) -> None:
         feature_layer, vision = self.config.vision_feature_layer, self.config.vision_config
@@ -138,6 +145,26 @@ class VisPrunerModelMixin:
         counts = [len(image) for image in outputs.pooler_output]
         placeholders = [torch.arange(count, device=outputs.pooler_output[0].device) for count in counts]
         return PrunedImageFeatures(**outputs, kept_indices=kept_indices, placeholders=placeholders, full_counts=counts)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Stock, but for its message, which waits for the device once more: it is written only when the check fails.
+
+        So a prompt that is shortened, which takes one look at its ids, is waited for no more often than a stock one.
+        """
+        if input_ids is None:
+            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[misc]
+        mask = input_ids == self.config.image_token_id
+        tokens = mask.sum()
+        torch_compilable_check(
+            tokens * inputs_embeds.shape[-1] == image_features.numel(),
+            lambda: (
+                f"the prompt has {tokens} image placeholders (id {self.config.image_token_id}), but the images have "
+                f"{image_features.numel() // inputs_embeds.shape[-1]} visual tokens"
+            ),
+        )
+        return mask[..., None].to(inputs_embeds.device)
 
     def take_tokens(self, features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Gather (B, N, C) at (B, T) -> (B, T, C)."""

@@ -12,16 +12,21 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin, LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .base_weights import find_thin_repo
 from .configuration_vispruner import merge_vispruner_config
+from .encoded_images import EncodedImages
 from .prompt_shortening import (
     CachedPrompt,
     FullPromptHook,
     FullPromptStreamer,
+    PromptLayout,
     ShortenedPrompt,
     holds_unbroken_images,
+    read_layout,
+    rows_of_images,
     see_full_prompt,
     shorten_prompt,
     with_full_prompt,
@@ -38,10 +43,11 @@ MODEL_INPUTS = (
     "pixel_values",
     "image_sizes",
     "mm_encoder_outputs",
+    "encoded_images",
     "streamer",
 )
-# Without it (transformers 5.17) generate repeats raw pixel values per image for beams, and cannot chunk image prompts.
-GENERATE_ENCODES_ONCE = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+# Without it (transformers 5.17) stock takes no features, so they are put into the embedded prompt here.
+STOCK_TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
 
 
 class VisPrunerMixin(GenerationMixin):
@@ -50,6 +56,7 @@ class VisPrunerMixin(GenerationMixin):
     Modifications against stock:
     * a prompt may carry the full or the kept number of placeholders per image; any other number raises ValueError
     * `generate` returns the caller's own prompt followed by the new tokens, and counts lengths from that prompt
+    * both take `encoded_images`, made by `encode_images`, in place of pixel values
     * `save_pretrained` writes the code files and `auto_map`; `from_pretrained` refuses missing weights, and takes
       those of a thin repo from its base
     """
@@ -122,50 +129,84 @@ class VisPrunerMixin(GenerationMixin):
         """Return per image the visual tokens of a full prompt and those that are kept."""
         return self.model.visual_token_counts(pixel_values, image_sizes)
 
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None) -> EncodedImages:
+        """Encode, select and project images once, without gradients, for any number of questions about them.
+
+        The result goes to `generate` or `forward` as `encoded_images`, beside the processor's other tensors. Prompts
+        are written as ever; one that carries `encoded_images.kept_counts` placeholders needs no image processor.
+        """
+        sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
+        features = self.model.get_image_features(pixel_values=pixel_values, **sizes, return_dict=True)
+        return EncodedImages.from_features(features, self.config.vispruner_config)
+
     def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
         """Call `stock_forward(**inputs)` on a prompt as short as its image features; `inputs` are forward's own."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        self._use_encoded_images(inputs)
+        encoded = bool(inputs.get("mm_encoder_outputs"))
         if self._is_stock(inputs):
-            return stock_forward(**inputs)
+            return self._run_stock(stock_forward, inputs)
         if torch.compiler.is_compiling() or "input_ids" not in inputs:
-            if "pixel_values" in inputs:
+            if "pixel_values" in inputs or encoded:
                 self._require_known_positions(inputs)
-            return stock_forward(**inputs)  # a short prompt is required here, and the stock check enforces it
-        if "pixel_values" not in inputs and not inputs.get("mm_encoder_outputs"):
+            return self._run_stock(stock_forward, inputs)  # its check enforces the short prompt required here
+        if "pixel_values" not in inputs and not encoded:
             self._check_text_only(inputs)
             return stock_forward(**inputs)
         full, kept = self._count_visual_tokens(inputs)
-        original = self._keeps_original_positions
         earlier = _cached_prompt(inputs)
         prompt = None
-        if self._is_full_prompt(inputs["input_ids"], full, kept):
-            prompt = self._shorten_for_forward(inputs, full, kept)
-        elif full != kept:
-            self._require_known_positions(inputs)
-        if original and "position_ids" in inputs and "attention_mask" not in inputs:
+        if full != kept:  # else nothing can be shortened, and the stock check finds a wrong number of placeholders
+            layout = self._read_layout(inputs)
+            if self._is_full_prompt(inputs["input_ids"], layout, full, kept):
+                prompt = self._shorten_for_forward(inputs, layout, full, kept)
+            else:
+                self._require_known_positions(inputs)
+        if self._keeps_original_positions and "position_ids" in inputs and "attention_mask" not in inputs:
             self._mask_everything_seen(inputs)
-        if original and prompt is not None:
-            self._merge_features(inputs)
-        outputs = stock_forward(**inputs)
+        outputs = self._run_stock(stock_forward, inputs)
         if (cache := getattr(outputs, "past_key_values", None)) is not None:
             cache.vispruner_prompt = self._remember(full, kept, prompt).after(earlier)
         return outputs
+
+    def _use_encoded_images(self, inputs: dict[str, Any]) -> None:
+        """Replace `encoded_images` by the name that stock has for features."""
+        if "encoded_images" not in inputs:
+            return
+        images = inputs.pop("encoded_images")
+        for name in ("pixel_values", "mm_encoder_outputs"):
+            if inputs.pop(name, None) is not None:
+                raise ValueError(f"encoded_images stand in place of {name}: pass one of them")
+        inputs.pop("image_sizes", None)
+        if not hasattr(images, "to_features"):
+            raise TypeError(f"encoded_images must be what encode_images returns, got {type(images).__name__}")
+        images.require_made_with(self.config.vispruner_config)
+        inputs["mm_encoder_outputs"] = {"image": images.to_features()}
+
+    def _run_stock(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
+        if not STOCK_TAKES_FEATURES and (encoded := inputs.pop("mm_encoder_outputs", None)):
+            self._merge_features(inputs, encoded["image"].pooler_output)
+        return stock_forward(**inputs)
 
     def _is_stock(self, inputs: dict[str, Any]) -> bool:
         """True for the dense model, unless it is handed the cache of a pruned prompt."""
         return self.model.vispruner_options.method == "none" and _cached_prompt(inputs) is None
 
-    def _shorten_for_forward(self, inputs: dict[str, Any], full: list[int], kept: list[int]) -> ShortenedPrompt:
+    def _shorten_for_forward(
+        self, inputs: dict[str, Any], layout: PromptLayout, full: list[int], kept: list[int]
+    ) -> ShortenedPrompt:
         if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
             raise ValueError("logits_to_keep must be an integer for a full prompt: logits are shorter than its ids")
         if not self._keeps_original_positions:
-            return self._shorten(inputs, full, _leading_placeholders(full, kept))
+            staying = _leading_placeholders(full, kept, inputs["input_ids"].device)
+            return self._shorten(inputs, layout, full, staying)
         if "position_ids" not in inputs:
             self._require_contiguous_cache(inputs)
             ids = inputs["input_ids"]
             positions = _cached_length(inputs) + torch.arange(ids.shape[1], device=ids.device)
             inputs["position_ids"] = positions.expand_as(ids)
-        return self._shorten(inputs, full, self._encode_images(inputs))
+        return self._shorten(inputs, layout, full, self._encode_here(inputs))
 
     def _remember(self, full: list[int], kept: list[int], prompt: ShortenedPrompt | None) -> CachedPrompt:
         return CachedPrompt(
@@ -184,12 +225,10 @@ class VisPrunerMixin(GenerationMixin):
     def _keeps_original_positions(self) -> bool:
         return self._position_policy == "original"
 
-    def _merge_features(self, inputs: dict[str, Any]) -> None:
-        """Put the features already encoded into the embedded prompt (transformers 5.17 takes them no other way)."""
-        features = torch.cat(inputs.pop("mm_encoder_outputs")["image"].pooler_output)
-        input_ids = inputs.pop("input_ids")
-        embeds = self.get_input_embeddings()(input_ids)
-        features = features.to(embeds.device, embeds.dtype)
+    def _merge_features(self, inputs: dict[str, Any], tokens: list[torch.Tensor]) -> None:
+        input_ids = inputs.pop("input_ids", None)
+        embeds = inputs["inputs_embeds"] if input_ids is None else self.get_input_embeddings()(input_ids)
+        features = torch.cat(tokens).to(embeds.device, embeds.dtype)
         mask = self.model.get_placeholder_mask(input_ids, embeds, features)
         inputs["inputs_embeds"] = embeds.masked_scatter(mask, features)
 
@@ -203,16 +242,18 @@ class VisPrunerMixin(GenerationMixin):
         """Refuse what stock would get wrong: placeholders without an image, full-length masks on a shortened cache."""
         cache, input_ids = inputs.get("past_key_values"), inputs["input_ids"]
         if cache is None:  # generate, which always brings a cache, has checked its whole prompt
-            self._is_full_prompt(input_ids, [], [])
-        prompt = _cached_prompt(inputs)
+            self._is_full_prompt(input_ids, read_layout(input_ids, self.config.image_token_id), [], [])
+        prompt: CachedPrompt | None = getattr(cache, "vispruner_prompt", None)
         if prompt is None or prompt.dropped == 0:
             return
-        past, mask = _cached_length(inputs), inputs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and mask.shape[1] != past + input_ids.shape[1]:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns, but the cache holds {past} tokens of a pruned prompt "
-                f"and {input_ids.shape[1]} are new: leave out the columns of the {prompt.dropped} dropped tokens"
-            )
+        if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 2:
+            past = _cached_length(inputs)
+            if past and mask.shape[1] != past + input_ids.shape[1]:
+                raise ValueError(
+                    f"attention_mask has {mask.shape[1]} columns, but the cache holds {past} tokens of a pruned "
+                    f"prompt and {input_ids.shape[1]} are new: leave out the columns of the {prompt.dropped} dropped "
+                    "tokens"
+                )
         if "position_ids" not in inputs:
             self._require_contiguous_cache(inputs)
 
@@ -233,9 +274,15 @@ class VisPrunerMixin(GenerationMixin):
             return [], []
         return self.model.visual_token_counts(inputs["pixel_values"], inputs.get("image_sizes"))
 
-    def _is_full_prompt(self, input_ids: torch.Tensor, full: list[int], kept: list[int]) -> bool:
+    def _read_layout(self, inputs: dict[str, Any]) -> PromptLayout:
+        input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is not None and mask.shape != input_ids.shape:  # no mask that a full prompt could have
+            mask = None
+        return read_layout(input_ids, self.config.image_token_id, mask)
+
+    def _is_full_prompt(self, input_ids: torch.Tensor, layout: PromptLayout, full: list[int], kept: list[int]) -> bool:
         """True for the full number of placeholders, False for the kept number; any other raises ValueError."""
-        placeholders = int((input_ids == self.config.image_token_id).sum())
+        placeholders = sum(layout.placeholders)
         if placeholders == sum(full) == sum(kept):  # by chance, with several images in the paper's tile mode
             return full != kept and holds_unbroken_images(input_ids, self.config.image_token_id, full)
         if placeholders in (sum(full), sum(kept)):
@@ -255,15 +302,17 @@ class VisPrunerMixin(GenerationMixin):
                 "positions its visual tokens had; pass the full prompt or position_ids"
             )
 
-    def _encode_images(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    def _encode_here(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """Replace the pixels in `inputs` by features; return per image the placeholders its kept tokens stand for."""
-        if "mm_encoder_outputs" not in inputs:
+        if not inputs.get("mm_encoder_outputs"):
             names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
             pixels = {name: inputs.pop(name) for name in names if name in inputs}
             inputs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels, return_dict=True)}
         return inputs["mm_encoder_outputs"]["image"].placeholders
 
-    def _shorten(self, inputs: dict[str, Any], full: list[int], staying: list[torch.Tensor]) -> ShortenedPrompt:
+    def _shorten(
+        self, inputs: dict[str, Any], layout: PromptLayout, full: list[int], staying: list[torch.Tensor]
+    ) -> ShortenedPrompt:
         """Shorten every per-token entry of `inputs`; `staying` says per image which of its placeholders stay."""
         input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if mask is not None and mask.shape != input_ids.shape:
@@ -271,7 +320,7 @@ class VisPrunerMixin(GenerationMixin):
                 "attention_mask must be 2-D and as long as input_ids to shorten a full prompt, got "
                 f"{tuple(mask.shape)} for {tuple(input_ids.shape)}"
             )
-        prompt = shorten_prompt(input_ids, self.config.image_token_id, full, staying, mask)
+        prompt = shorten_prompt(input_ids, self.config.image_token_id, full, staying, mask, layout)
         inputs["input_ids"] = prompt.take(input_ids, self._padding_id())
         if "labels" in inputs:
             inputs["labels"] = prompt.take(inputs["labels"], -100)
@@ -306,16 +355,21 @@ class VisPrunerMixin(GenerationMixin):
             "stopping_criteria": stopping_criteria,
             "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
         }
+        self._use_encoded_images(kwargs)
         has_ids = (inputs is not None or "input_ids" in kwargs) and "inputs_embeds" not in kwargs
         if not has_ids or self._is_stock(kwargs):
             return super().generate(inputs, generation_config, **hooks, **kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         arguments = {**kwargs, "input_ids": input_ids}
-        full, kept = self._images_of(arguments)
-        prompt = self._shorten_for_generate(arguments, generation_config, full, kept)
+        if "attention_mask" not in arguments:
+            self._infer_mask(arguments, generation_config)
+        layout = self._read_layout(arguments)
+        full, kept = self._images_of(arguments, layout)
+        prompt = self._shorten_for_generate(arguments, layout, full, kept)
         if kept:
-            self._refuse_what_stock_gets_wrong(arguments, generation_config, kept)
+            self._refuse_what_stock_gets_wrong(arguments, generation_config)
             self._never_look_up_placeholders(arguments, generation_config)
+            self._hand_over_features(arguments)
         if prompt is not None:
             hooks = see_full_prompt(hooks, input_ids, prompt.length)
             generation_config = self._count_lengths_from_full_prompt(arguments, generation_config, prompt.dropped)
@@ -336,14 +390,15 @@ class VisPrunerMixin(GenerationMixin):
         merged = super()._merge_criteria_processor_list(default_list, type(custom_list)(unwrapped))
         return type(merged)(wrappers.get(id(hook), hook) for hook in merged)
 
-    def _images_of(self, arguments: dict[str, Any]) -> tuple[list[int], list[int]]:
+    def _images_of(self, arguments: dict[str, Any], layout: PromptLayout) -> tuple[list[int], list[int]]:
         """Count the visual tokens of the prompt's images; on a later turn they are known from the cache."""
         past = _cached_length(arguments)
         prompt = _cached_prompt(arguments)
-        is_image = arguments["input_ids"] == self.config.image_token_id
-        if prompt is None and not is_image[:, :past].any():  # no image is in the cache yet
-            return self._count_visual_tokens(arguments)
-        placeholders = int(is_image.sum())
+        if prompt is None:
+            cached = arguments["input_ids"][:, :past] == self.config.image_token_id
+            if past == 0 or not cached.any():  # no image is in the cache yet
+                return self._count_visual_tokens(arguments)
+        placeholders = sum(layout.placeholders)
         if prompt is None or not prompt.uniform or placeholders not in prompt.possible_placeholders:
             raise ValueError(
                 f"cannot continue from this cache of {past} tokens and a prompt of {placeholders} image placeholders: "
@@ -356,31 +411,62 @@ class VisPrunerMixin(GenerationMixin):
                 f'this cache was filled with vispruner_config.position_policy "{prompt.position_policy}": set that '
                 "policy again, or start again without past_key_values"
             )
-        for name in ("pixel_values", "image_sizes"):  # their tokens are in the cache already
+        for name in ("pixel_values", "image_sizes", "mm_encoder_outputs"):  # their tokens are in the cache already
             arguments.pop(name, None)
         return list(prompt.full_counts), list(prompt.kept_counts)
 
     def _shorten_for_generate(
-        self, arguments: dict[str, Any], config: Any, full: list[int], kept: list[int]
+        self, arguments: dict[str, Any], layout: PromptLayout, full: list[int], kept: list[int]
     ) -> ShortenedPrompt | None:
-        if not self._is_full_prompt(arguments["input_ids"], full, kept):
+        if not self._is_full_prompt(arguments["input_ids"], layout, full, kept):
             if full != kept:
                 self._require_known_positions(arguments)
             return None
-        if "attention_mask" not in arguments:
-            self._infer_mask(arguments, config)
         original, cached = self._keeps_original_positions, _cached_prompt(arguments)
         if original and "position_ids" not in arguments:
             mask = arguments.get("attention_mask", torch.ones_like(arguments["input_ids"]))
             arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        staying = _leading_placeholders(full, kept)  # for cached tokens too: their positions are in the cache
+        # For cached tokens too: their positions are in the cache.
+        staying = _leading_placeholders(full, kept, arguments["input_ids"].device)
         if original and cached is None:
-            # Without mm_encoder_outputs stock encodes again; selection is deterministic, so the same tokens stay.
-            staying = self._encode_images(arguments if GENERATE_ENCODES_ONCE else dict(arguments))
-        prompt = self._shorten(arguments, full, staying)
+            # Where stock encodes too, the same tokens stay, because selection is deterministic.
+            staying = self._encode_here(arguments if _may_encode_here(arguments) else dict(arguments))
+        prompt = self._shorten(arguments, layout, full, staying)
         if cached is not None:
             self._check_cache_covers_images(arguments, cached, prompt)
         return prompt
+
+    def _hand_over_features(self, arguments: dict[str, Any]) -> None:
+        """Encode before stock would, and leave out what the prompt's full form was: it has its final length by now."""
+        if "pixel_values" in arguments and _may_encode_here(arguments):
+            self._encode_here(arguments)
+        if encoded := arguments.get("mm_encoder_outputs"):  # stock changes what it is given, so not the caller's own
+            features = BaseModelOutputWithPooling(pooler_output=list(encoded["image"].pooler_output))
+            arguments["mm_encoder_outputs"] = {**encoded, "image": features}
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> Any:
+        """Stock, with the features of each row repeated for its copies where stock does not know of features."""
+        encoded = inputs.get("mm_encoder_outputs")
+        if encoded and expand_size > 1 and not STOCK_TAKES_FEATURES:
+            tokens = encoded["image"].pooler_output
+            layout = read_layout(inputs["input_ids"], self.config.image_token_id)
+            rows = rows_of_images(layout.placeholders, [len(image) for image in tokens])
+            copies = [
+                image
+                for row in range(len(layout.placeholders))
+                for _ in range(expand_size)
+                for image, own in zip(tokens, rows, strict=True)
+                if own == row
+            ]
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=copies)}
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Stock, without the features once they are in the cache (stock of 5.17 would hand them to every step)."""
+        model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        if not STOCK_TAKES_FEATURES and model_kwargs.get("use_cache", True):
+            model_kwargs.pop("mm_encoder_outputs", None)
+        return model_kwargs
 
     def _check_cache_covers_images(
         self, arguments: dict[str, Any], cached: CachedPrompt, prompt: ShortenedPrompt
@@ -398,7 +484,7 @@ class VisPrunerMixin(GenerationMixin):
         """As stock does without a mask: padding is told by its id, unless that id also ends a sequence."""
         pad, eos = (self._generation_option(name, arguments, config) for name in ("pad_token_id", "eos_token_id"))
         ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
-        if pad is not None and pad not in ends and bool((arguments["input_ids"] == pad).any()):
+        if pad is not None and pad not in ends:
             arguments["attention_mask"] = (arguments["input_ids"] != pad).long()
 
     def _generation_option(self, name: str, arguments: dict[str, Any], config: Any) -> Any:
@@ -407,17 +493,9 @@ class VisPrunerMixin(GenerationMixin):
         value = getattr(config, name, None)
         return getattr(self.generation_config, name, None) if value is None else value
 
-    def _refuse_what_stock_gets_wrong(self, arguments: dict[str, Any], config: Any, kept: list[int]) -> None:
-        if GENERATE_ENCODES_ONCE:
+    def _refuse_what_stock_gets_wrong(self, arguments: dict[str, Any], config: Any) -> None:
+        if STOCK_TAKES_FEATURES:
             return
-        names = ("num_beams", "num_return_sequences")
-        copies = max(self._generation_option(name, arguments, config) or 1 for name in names)
-        rows_with_images = int((arguments["input_ids"] == self.config.image_token_id).any(1).sum())
-        if copies > 1 and len(kept) > rows_with_images:
-            raise ValueError(
-                "this version of transformers mixes up the images of a prompt with several of them when num_beams or "
-                "num_return_sequences is above 1: upgrade transformers (5.23 is right), or pass one image per prompt"
-            )
         if self._generation_option("prefill_chunk_size", arguments, config) is not None:
             raise ValueError(
                 "this version of transformers cannot chunk the prefill of a prompt with images: upgrade transformers "
@@ -458,6 +536,12 @@ def _cached_length(inputs: dict[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _leading_placeholders(full: list[int], kept: list[int]) -> list[torch.Tensor]:
+def _may_encode_here(arguments: dict[str, Any]) -> bool:
+    """Stock of 5.17 hands an assistant the pixels, of which it makes features of its own size."""
+    return STOCK_TAKES_FEATURES or "assistant_model" not in arguments
+
+
+def _leading_placeholders(full: list[int], kept: list[int], device: torch.device) -> list[torch.Tensor]:
     """Placeholders are all alike, so the first stay; the last repeats where paper tiles outnumber stock packing."""
-    return [torch.arange(count).clamp(max=whole - 1) for whole, count in zip(full, kept, strict=True)]
+    counts = zip(full, kept, strict=True)
+    return [torch.arange(count, device=device).clamp(max=whole - 1) for whole, count in counts]

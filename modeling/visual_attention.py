@@ -14,8 +14,12 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
 
 from .token_selection import without_autocast
+
+# Where transformers can, only the hidden states that are features are kept; 5.17 keeps all, as its own models do.
+KEEPS_NAMED_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")
 
 # The registry is one for the whole process, which may hold this file several times: installed, and once per repo.
 TAPPED_ATTENTION = f"vispruner_tapped_attention:{__name__}"
@@ -152,9 +156,8 @@ def encode_with_saliency(
     """
     indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     attention_layer = resolve_attention_layer(attention_layer, indices, len(layers))
-    # An index keeps only that hidden state, where transformers can; a list means another thing to 5.17.
-    every = bool(kwargs.pop("output_hidden_states", None)) or len(indices) > 1
-    wanted = True if every else indices[0]
+    every = bool(kwargs.pop("output_hidden_states", None)) or not KEEPS_NAMED_HIDDEN_STATES
+    wanted = True if every else indices
     with SaliencyTap(layers[attention_layer].self_attn) as tap:
         outputs = vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted, **kwargs)
     if tap.saliency is None:
@@ -162,5 +165,6 @@ def encode_with_saliency(
             f"no attention was recorded in layer {attention_layer} of {type(vision_tower).__name__}: it did not call "
             "the attention function its config names, so tokens cannot be ranked"
         )
-    features = torch.cat([outputs.hidden_states[index][:, 1:] for index in indices], dim=-1)
+    states = [outputs.hidden_states[index][:, 1:] for index in indices]
+    features = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
     return outputs, features, tap.saliency

@@ -10,6 +10,7 @@ import torch
 from cases import NEW, NONE, ONE, TWO, answers, generate
 from transformers import (
     AutoModelForCausalLM,
+    CompileConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 import vispruner
-from vispruner.pruning_mixin import GENERATE_ENCODES_ONCE
+from vispruner.pruning_mixin import STOCK_TAKES_FEATURES
 
 
 class TestGenerationModes:
@@ -41,10 +42,6 @@ class TestGenerationModes:
 
     def test_beams_of_uneven_image_counts(self, case):
         inputs = case.inputs([TWO, ONE], case.pictures)
-        if not GENERATE_ENCODES_ONCE:
-            with pytest.raises(ValueError, match="upgrade transformers"):
-                answers(case.model, inputs, num_beams=2)
-            return
         result = answers(case.model, inputs, num_beams=2, eos_token_id=None)
         for row, (text, chosen) in enumerate([(TWO, case.pictures[:2]), (ONE, case.pictures[2:])]):
             assert torch.equal(
@@ -97,20 +94,43 @@ class TestGenerationModes:
         values = {**case.model.generation_config.to_dict(), **changes}
         return type(case.model.generation_config).from_dict(values)
 
-    def test_static_cache(self, case):
-        inputs = case.inputs(ONE, case.pictures[:1])
-        result = generate(
-            case.model,
-            inputs,
-            cache_implementation="static",
-            eos_token_id=None,
-            disable_compile=True,
-            return_dict_in_generate=True,
-        )
+    @pytest.mark.parametrize("policy", ["renumber", "original"])
+    @pytest.mark.parametrize("count", [1, 3])
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_a_static_cache_is_as_long_as_the_pruned_prompt(self, case, monkeypatch, policy, count, compiled):
+        """Compiled, all decoding steps are one graph, and a second call compiles nothing."""
+        if policy == "original" and case.tile_mode == "paper":
+            pytest.skip("kept padding has no original position")
+        case.model.set_vispruner_config(position_policy=policy)
+        monkeypatch.setattr(case.model, "_previous_max_cache_length", -1, raising=False)  # of earlier, longer prompts
+        inputs = case.inputs([ONE] if count == 1 else [TWO, ONE], case.pictures[:count])
+        graphs = []
+        options = self.compiling(graphs) if compiled else {"disable_compile": True}
+        options |= {"cache_implementation": "static", "return_dict_in_generate": True, "eos_token_id": None}
+        result = generate(case.model, inputs, **options)
         assert torch.equal(result.sequences[:, inputs["input_ids"].shape[1] :], self.greedy_reference(case, inputs))
         assert isinstance(result.past_key_values, StaticCache)
-        pruned = inputs["input_ids"].shape[1] - sum(case.counts(inputs)[0]) + sum(case.counts(inputs)[1])
-        assert result.past_key_values.layers[0].max_cache_len <= pruned + NEW
+        lost = [full - kept for full, kept in zip(*case.counts(inputs), strict=True)]
+        lost = lost if count == 1 else [lost[0] + lost[1], lost[2]]
+        pruned = max(int(seen) - fewer for seen, fewer in zip(inputs["attention_mask"].sum(1), lost, strict=True))
+        layer = result.past_key_values.layers[0]
+        assert layer.max_cache_len == layer.keys.shape[-2] == pruned + NEW - 1
+        assert len(graphs) == compiled
+        generate(case.model, inputs, **options)
+        assert len(graphs) == compiled
+
+    @staticmethod
+    def compiling(graphs):
+        """Options that compile every decoding step as one graph, into which no Python may break."""
+
+        def backend(graph, example_inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch.compiler.reset()
+        config = CompileConfig(fullgraph=True, dynamic=False, mode=None, backend=backend)
+        config._compile_all_devices = True
+        return {"compile_config": config}
 
     def test_without_a_cache(self, case):
         inputs = case.inputs(ONE, case.pictures[:1])
@@ -133,7 +153,7 @@ class TestGenerationModes:
         assistant = AutoModelForCausalLM.from_config(case.model.config.text_config).eval()
         assistant.generation_config.pad_token_id = case.model.generation_config.pad_token_id
         inputs = case.inputs(ONE, case.pictures[:1])
-        if not GENERATE_ENCODES_ONCE:  # stock hands the pixels to the assistant, and refuses them
+        if not STOCK_TAKES_FEATURES:  # stock hands the pixels to the assistant, and refuses them
             with pytest.raises(ValueError, match="pixel_values"):
                 answers(case.model, inputs, assistant_model=assistant)
             return
@@ -152,7 +172,7 @@ class TestGenerationModes:
 
     def test_chunked_prefill(self, case):
         inputs = case.inputs(ONE, case.pictures[:1])
-        if not GENERATE_ENCODES_ONCE:
+        if not STOCK_TAKES_FEATURES:
             with pytest.raises(ValueError, match="prefill_chunk_size"):
                 answers(case.model, inputs, prefill_chunk_size=6)
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from cases import NEW, ONE, Case, answers, generate
+from cases import NEW, ONE, TWO, Case, answers, generate
 from oracle import vispruner_oracle
 
 import vispruner
@@ -47,3 +48,49 @@ def test_half_precision_prunes_by_the_same_count(case: Case, dtype: torch.dtype)
     features = model.get_image_features(**{k: inputs[k] for k in ("pixel_values", "image_sizes") if k in inputs})
     assert [len(image) for image in features.pooler_output] == case.counts(inputs)[1]
     assert torch.isfinite(model(**inputs).logits).all()
+
+
+def synchronisations(model, inputs, run):
+    """How often `run` waits for the device."""
+    run(model, inputs)  # what is done once only
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run(model, inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_shortening_waits_for_the_device_no_more_often_than_stock(case: Case, count: int) -> None:
+    model = vispruner.load(case.repo, visual_token_num=case.budget, device_map="cuda", **case.options).eval()
+    stock = case.stock_class.from_pretrained(case.repo, device_map="cuda").eval()
+    inputs = case.inputs([ONE] if count == 1 else [TWO, ONE], case.pictures[:count]).to("cuda")
+
+    def forward(model, inputs):
+        with torch.no_grad():
+            model(**inputs)
+
+    for run in (forward, lambda model, inputs: generate(model, inputs, eos_token_id=None)):
+        assert synchronisations(model, inputs, run) <= synchronisations(stock, inputs, run)
+
+
+def test_encoded_images_wait_on_the_cpu_for_a_question(case: Case) -> None:
+    model = vispruner.load(case.repo, visual_token_num=case.budget, device_map="cuda", **case.options).eval()
+    inputs = dict(case.inputs([TWO, ONE], case.pictures).to("cuda"))
+    expected = answers(model, inputs, eos_token_id=None)
+    pixels = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes") if name in inputs}
+    images = model.encode_images(**pixels).to("cpu")
+    assert torch.equal(answers(model, inputs, encoded_images=images, eos_token_id=None), expected)
+
+
+def test_static_cache_and_compiled_decoding(case: Case) -> None:
+    model = vispruner.load(case.repo, visual_token_num=case.budget, device_map="cuda", **case.options).eval()
+    inputs = case.inputs(ONE, case.pictures[:1]).to("cuda")
+    options = {"cache_implementation": "static", "return_dict_in_generate": True, "eos_token_id": None}
+    result = generate(model, inputs, **options)
+    (full,), (kept,) = case.counts(inputs)
+    assert result.past_key_values.layers[0].max_cache_len == inputs["input_ids"].shape[1] - full + kept + NEW - 1
+    assert torch.equal(result.sequences, generate(model, inputs, eos_token_id=None))

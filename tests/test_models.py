@@ -212,6 +212,16 @@ class TestPrompts:
             with pytest.raises(ValueError, match="image placeholders"):
                 call(**inputs)
 
+    @packed_as_stock
+    def test_a_wrong_number_raises_too_where_nothing_is_dropped(self, case):
+        case.model.set_vispruner_config(keep_ratio=1.0)
+        inputs = dict(case.inputs(ONE, case.pictures[:1]))
+        (full,) = case.counts(inputs)[0]
+        inputs["input_ids"][:, -1] = case.model.config.image_token_id
+        for call in (case.model, case.model.generate):
+            with pytest.raises(ValueError, match=f"{full + 1} image placeholders.* {full} "):
+                call(**inputs)
+
     def test_an_image_without_placeholder_and_the_reverse_raise(self, case):
         image, text = case.inputs(ONE, case.pictures[:1]), case.inputs(NONE)
         pixels = {name: image[name] for name in ("pixel_values", "image_sizes") if name in image}
@@ -417,9 +427,8 @@ class TestTraining:
 class TestSignature:
     def test_forward_keeps_the_stock_parameters(self, case):
         ours, stock = (list(inspect.signature(model.forward).parameters) for model in (case.model, case.stock))
-        assert [name for name in ours if name != "mm_encoder_outputs"] == [
-            name for name in stock if name != "mm_encoder_outputs"
-        ]
+        added = ("mm_encoder_outputs", "encoded_images")  # the first is stock's own since 5.23
+        assert [name for name in ours if name not in added] == [name for name in stock if name not in added]
 
     def test_a_tensor_of_logits_to_keep_is_refused_for_a_full_prompt(self, case):
         with pytest.raises(ValueError, match="logits_to_keep"):

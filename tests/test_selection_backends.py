@@ -374,6 +374,37 @@ def test_a_gpu_is_given_at_most_fifteen_kernels(monkeypatch, batch):
     assert sum(LAUNCHES[name] * count for name, count in counted.seen.items()) + 1 <= 15
 
 
+# The benchmark
+
+
+def test_the_benchmark_measures_forms_that_choose_alike(tmp_path):
+    benchmark = str(Path(__file__).parent.parent / "benchmarks" / "selection.py")
+    out = tmp_path / "results" / "selection.json"
+    sizes = ["--tokens", "64", "--channels", "32", "--budgets", "16", "9", "--batches", "1", "3"]
+    arguments = [benchmark, *sizes, "--repeats", "2", "--images", "1", "--stages", "--study", "--json", str(out)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(out.read_text())
+    assert [(row["batch"], row["visual_token_num"]) for row in result["selection"]] == [
+        (1, 16),
+        (1, 9),
+        (3, 16),
+        (3, 9),
+    ]
+    assert all(row["same_tokens"] and row["ratio"]["median"] > 0 for row in result["selection"])
+    assert len(result["stages"]) == len(result["study"]) == 2
+    assert os.listdir(out.parent) == ["selection.json"]
+
+
+def test_the_recorded_run_is_of_forms_that_choose_alike():
+    recorded = json.loads((Path(__file__).parent.parent / "benchmarks" / "results" / "selection.json").read_text())
+    rows = {(row["batch"], row["visual_token_num"]): row for row in recorded["selection"]}
+    assert set(rows) == {(batch, budget) for batch in (1, 16) for budget in (128, 64, 32)}
+    assert all(row["same_tokens"] for row in rows.values())
+    assert all(row["half_product_equals_whole_bit_for_bit"] for row in recorded["stages"])
+
+
 # On a GPU
 
 
