@@ -5,6 +5,7 @@ The same inputs give the same bytes: dates are those of the recorded results, an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,18 @@ def _budget_text(repo: RepoConfig, options: Mapping[str, Any]) -> str:
 
 
 def _other_budget(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return half the budget as a keyword and as a mapping, to show how to change it."""
-    name = "keep_ratio" if options["visual_token_num"] is None else "visual_token_num"
-    stored = options[name] or 1
-    value = stored / 2 if name == "keep_ratio" else max(1, stored // 2)
-    return {"keyword": f"{name}={value}", "mapping": f'{{"{name}": {value}}}'}
+    """Return half the budget, as keywords and as a mapping, to show how to change it."""
+    changes: dict[str, Any]
+    if options["method"] == DENSE:
+        changes = {"method": "vispruner", "keep_ratio": 0.25}
+    elif options["visual_token_num"] is None:
+        changes = {"keep_ratio": options["keep_ratio"] / 2}
+    else:
+        changes = {"visual_token_num": max(1, options["visual_token_num"] // 2)}
+    return {
+        "keyword": ", ".join(f"{name}={json.dumps(value)}" for name, value in changes.items()),
+        "mapping": json.dumps(changes),
+    }
 
 
 def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:

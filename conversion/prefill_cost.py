@@ -16,14 +16,25 @@ def prefill_flops(config: PreTrainedConfig, sequence_length: int, visual_tokens:
     sequence_length  tokens the language model reads, visual ones included
     visual_tokens    tokens that pass the projector
     """
+    visual, logits = projector_flops(config, visual_tokens), logits_flops(config)
+    return visual + language_model_flops(config, sequence_length) + logits
+
+
+def language_model_flops(config: PreTrainedConfig, new_tokens: int, cached_tokens: int = 0) -> int:
+    """Return the operations of the language model's layers for `new_tokens` after `cached_tokens`, without logits."""
     text = config.get_text_config()
     width = text.hidden_size
     queries, keys = text.num_attention_heads * _head_dim(text), text.num_key_value_heads * _head_dim(text)
     attention_weights = width * queries + 2 * width * keys + queries * width
     mlp_weights = 3 * width * text.intermediate_size
-    per_layer = 2 * sequence_length * (attention_weights + mlp_weights) + 4 * sequence_length**2 * queries
-    last_logits = 2 * width * text.vocab_size
-    return projector_flops(config, visual_tokens) + text.num_hidden_layers * per_layer + last_logits
+    attention = 4 * new_tokens * (cached_tokens + new_tokens) * queries
+    return text.num_hidden_layers * (2 * new_tokens * (attention_weights + mlp_weights) + attention)
+
+
+def logits_flops(config: PreTrainedConfig) -> int:
+    """Return the operations of one row of logits."""
+    text = config.get_text_config()
+    return 2 * text.hidden_size * text.vocab_size
 
 
 def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:

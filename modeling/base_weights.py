@@ -52,7 +52,11 @@ class ThinRepo:
         # Given, so that neither the base's is taken nor the base searched for code that replaces `generate`.
         if arguments.get("generation_config") is None:
             arguments["generation_config"] = GenerationConfig.from_pretrained(self.name, **where)
-        return {**arguments, **where, "config": config, "revision": self.revision}
+        # Where no adapter was asked for, stock looks for one beside the weights: at that commit, and no other.
+        adapter = arguments.pop("adapter_kwargs", None) or {}
+        if "_adapter_model_path" not in adapter:
+            adapter = {**adapter, "revision": self.revision}
+        return {**arguments, **where, "config": config, "revision": self.revision, "adapter_kwargs": adapter}
 
     @contextmanager
     def errors_name_the_base(self, arguments: dict[str, Any]) -> Iterator[None]:

@@ -10,9 +10,11 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
+
+from .duplicate_removal_triton import keep_in_one_kernel, kernel_can_run
 
 
 class Selector(NamedTuple):
@@ -87,12 +89,9 @@ def select_vispruner(
     if budget == tokens:
         return torch.arange(tokens, device=saliency.device).repeat(batch, 1)
     order = _most_attended_first(saliency)
-    kept = order[:, :important_num]
-    if important_num < budget:
-        residual = order[:, important_num:]  # (B, R), stays in attention order
-        diverse = _drop_duplicates(features.detach(), residual, budget - important_num, dedup_step)  # (B, T_div)
-        kept = torch.cat([kept, diverse], dim=-1)
-    return kept.sort(dim=-1).values
+    if important_num == budget:
+        return order[:, :budget].sort(dim=-1).values
+    return _drop_duplicates(features.detach(), order, important_num, budget, dedup_step)
 
 
 def important_tokens(saliency: torch.Tensor, visual_token_num: int, important_ratio: float = 0.5) -> torch.Tensor:
@@ -189,38 +188,115 @@ def _most_attended_first(saliency: torch.Tensor) -> torch.Tensor:
     return saliency.argsort(dim=-1, descending=True, stable=True)
 
 
-def _drop_duplicates(features: torch.Tensor, residual: torch.Tensor, keep: int, step: int) -> torch.Tensor:
-    """Drop the most duplicated tokens, at most `step` a round, until `keep` are left.
+def _drop_duplicates(
+    features: torch.Tensor, order: torch.Tensor, important_num: int, budget: int, step: int
+) -> torch.Tensor:
+    """Keep the first tokens of `order` and, of the rest, what is left when the most duplicated are dropped.
 
-    features (B, N, C), residual (B, R) -> (B, keep). How many are dropped in each round follows from R, keep and step
-    alone, so shapes are static; similarities do not change between rounds, so they are computed once.
+    features (B, N, C), order (B, N) -> (B, budget) ascending. Similarities do not change between rounds, so they are
+    computed once. The rounds run in the form that suits the device; every form gives the same tokens.
     """
-    cosine = _cosine_matrix(features, residual)  # (B, R, R)
-    batch, left = residual.shape
-    images = torch.arange(batch, device=residual.device)[:, None, None]
-    slots = torch.arange(left, device=residual.device).repeat(batch, 1)  # rows and columns of `cosine` still in
+    norms = _norms(features)
+    residual = order[:, important_num:]  # (B, R), stays in attention order
+    compiling = torch.compiler.is_compiling()
+    if kernel_can_run(features.device) and not compiling:
+        return keep_in_one_kernel(_cosine_matrix(features, norms, residual), order, important_num, budget, step)
+    drops = _drops(residual.shape[1], budget - important_num, step)
+    if features.device.type == "cpu" and not compiling:
+        diverse = _diverse_image_by_image(features, norms, residual, drops)
+    else:
+        diverse = residual.gather(1, _surviving_slots(_cosine_matrix(features, norms, residual), drops))
+    return torch.cat([order[:, :important_num], diverse], dim=-1).sort(dim=-1).values
+
+
+def _drops(left: int, keep: int, step: int) -> list[int]:
+    """Return how many tokens each round drops, at most `step`, until `keep` are left: known before any is compared."""
+    drops = []
     while left > keep:
-        drop = min(step, left - keep, (left + 1) // 2)
+        drops.append(min(step, left - keep, (left + 1) // 2))
+        left -= drops[-1]
+    return drops
+
+
+def _surviving_slots(cosine: torch.Tensor, drops: list[int]) -> torch.Tensor:
+    """Run the rounds as tensor operations of static shapes, without a host sync: (B, R, R) -> (B, R - sum(drops))."""
+    batch, left = cosine.shape[:2]
+    images = torch.arange(batch, device=cosine.device)[:, None, None]
+    slots = torch.arange(left, device=cosine.device).repeat(batch, 1)  # rows and columns of `cosine` still in
+    for drop in drops:
         a, b = slots[:, 0::2], slots[:, 1::2]
         duplication = cosine[images, a[:, :, None], b[:, None, :]].amax(dim=-1)  # (B, ceil(left / 2))
         most_duplicated_first = duplication.argsort(dim=-1, descending=True, stable=True)
         # The survivors' order counts: it decides how the next round splits them.
         slots = torch.cat([a.gather(1, most_duplicated_first[:, drop:]), b], dim=-1)
+    return slots
+
+
+def _diverse_image_by_image(
+    features: torch.Tensor, norms: torch.Tensor, residual: torch.Tensor, drops: list[int]
+) -> torch.Tensor:
+    """Compare and drop on the CPU, image by image so that one matrix stays in cache.
+
+    features (B, N, C), norms (B, N, 1), residual (B, R) -> (B, R - sum(drops))
+    """
+    batch, left = residual.shape
+    unit = features.new_empty(left, features.shape[-1])
+    cosine = features.new_empty(left, left)
+    diverse = residual.new_empty(batch, left - sum(drops))
+    for image in range(batch):
+        torch.index_select(features[image], 0, residual[image], out=unit)
+        unit.div_(norms[image].index_select(0, residual[image]))
+        _multiply_by_own_transpose(unit, cosine)
+        # numpy knows no bfloat16 and is slow in float16; a wider type keeps every comparison as it was.
+        values = cosine if cosine.dtype in (torch.float32, torch.float64) else cosine.float()
+        slots = torch.from_numpy(_surviving_slots_on_cpu(values.numpy(), drops))
+        torch.index_select(residual[image], 0, slots, out=diverse[image])
+    return diverse
+
+
+def _multiply_by_own_transpose(rows: torch.Tensor, out: torch.Tensor, block: int = 128) -> None:
+    """Fill `out` (R, R) with rows @ rows.T. It is symmetric, so blocks below the diagonal are copied."""
+    with without_autocast(rows.device):
+        for start in range(0, len(rows), block):
+            stop = start + block
+            torch.mm(rows[start:stop], rows[start:].T, out=out[start:stop, start:])
+            out[stop:, start:stop] = out[start:stop, stop:].T
+
+
+def _surviving_slots_on_cpu(cosine: Any, drops: list[int]) -> Any:
+    """`_surviving_slots` of one image on a numpy array (R, R): a call there costs a tenth of a tensor operation's."""
+    left = len(cosine)
+    numbers = names = slots = torch.arange(left).numpy()
+    rows = cosine[: left // 2].copy()
+    for drop in drops:
+        a, b = slots[0::2], slots[1::2]
+        # Symmetric: the best b for each column, read in whole rows. "clip" because "raise" buffers what it takes.
+        duplication = cosine.take(b, 0, rows[: len(b)], "clip").max(0).take(a)
+        survivors = a.take((-duplication).argsort(kind="stable")[drop:])
         left -= drop
-    return residual.gather(1, slots)
+        slots = slots[:left].copy()
+        slots[: len(survivors)], slots[len(survivors) :] = survivors, b
+        if 2 * left < len(cosine):
+            cosine, names = cosine.take(slots, 0).take(slots, 1), names.take(slots)
+            slots, rows = numbers[:left], rows[:, :left].copy()
+    return names.take(slots)
 
 
-def _cosine_matrix(features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Compare the named tokens with each other: (B, N, C), (B, R) -> (B, R, R) in the dtype of the features."""
-    norms = torch.linalg.vector_norm(features, dim=-1, keepdim=True)  # (B, N, 1)
-    _refuse_if(
-        ~norms.isfinite().all(),
+def _norms(features: torch.Tensor) -> torch.Tensor:
+    """Return what to divide each row by, (B, N, C) -> (B, N, 1): its norm, infinity where that is nearly zero."""
+    norms = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    _refuse_unless(
+        (norms < float("inf")).all(),
         f"features hold NaN, infinity or a norm too large for {features.dtype}: check pixel_values, "
         "or load the model in bfloat16 or float32",
     )
     # A row too short to be normalised resembles nothing, rather than being NaN.
-    unit = (features / norms).masked_fill(norms < torch.finfo(features.dtype).tiny, 0)
-    unit = unit.gather(1, tokens[:, :, None].expand(-1, -1, features.shape[-1]))
+    return torch.nn.functional.threshold(norms, torch.finfo(features.dtype).tiny, float("inf"))
+
+
+def _cosine_matrix(features: torch.Tensor, norms: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Compare the named tokens with each other: (B, N, C), (B, N, 1), (B, R) -> (B, R, R), the features' dtype."""
+    unit = (features / norms).gather(1, tokens[:, :, None].expand(-1, -1, features.shape[-1]))
     with without_autocast(features.device):
         return unit @ unit.mT
 
@@ -258,8 +334,8 @@ def _check_saliency(saliency: torch.Tensor) -> None:
             "saliency must be a floating-point tensor (B, N) with at least one token, "
             f"got {saliency.dtype} {tuple(saliency.shape)}"
         )
-    _refuse_if(
-        saliency.isnan().any(),
+    _refuse_unless(
+        (saliency == saliency).all(),  # NaN alone differs from itself
         "saliency holds NaN: the vision encoder's attention is not finite; check pixel_values, "
         "or load the model in bfloat16 or float32",
     )
@@ -280,11 +356,11 @@ def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _refuse_if(bad: torch.Tensor, message: str) -> None:
-    """Raise ValueError; where reading `bad` would wait for the device or break the graph, assert on the device."""
-    if bad.device.type == "meta":
+def _refuse_unless(good: torch.Tensor, message: str) -> None:
+    """Raise ValueError; where reading `good` would wait for the device or break the graph, assert on the device."""
+    if good.device.type == "meta":
         return
-    if bad.device.type == "cuda" or torch.compiler.is_compiling():
-        torch._assert_async(~bad, message)
-    elif bad:
+    if good.device.type == "cuda" or torch.compiler.is_compiling():
+        torch._assert_async(good, message)
+    elif not good:
         raise ValueError(message)

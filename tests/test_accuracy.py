@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +57,7 @@ def rows(result: dict[str, Any], selector: str, budget: float) -> list[dict[str,
 def test_every_row_answers_the_same_questions_and_has_the_promised_fields(result: dict[str, Any]) -> None:
     assert {row["n"] for row in result["rows"]} == {QUESTIONS}
     assert result["seed"] == 0 and result["dataset"] == "scenes" and "torch" in result["versions"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
     for row in result["rows"]:
         low, high = row["ci95"]
         assert low <= row["accuracy"] <= high

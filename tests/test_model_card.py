@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from local_hub import LocalHub
 from PIL import Image, ImageChops
 from transformers import AutoProcessor
 
@@ -198,7 +197,7 @@ def test_every_card_is_complete_and_the_same_each_time(name: str, thin: bool) ->
 @pytest.mark.parametrize("name", hub_config_names())
 def test_the_first_table_says_how_it_prunes(name: str) -> None:
     repo = load_repo_config(name)
-    (rows,) = tables(card_of(name), "")
+    (rows,) = tables(card_of(name), "property")
     assert COMMIT in rows["base"][0]
     assert rows["budget"][0].startswith(f"{repo.vispruner_config['visual_token_num']} visual tokens per ")
     assert rows["`important_ratio`"][0].startswith("0.5: ")
@@ -220,11 +219,26 @@ def test_the_first_table_says_how_it_prunes(name: str) -> None:
 def test_the_first_table_follows_the_options(
     tmp_path: Path, options: dict[str, Any], shown: dict[str, str], absent: list[str]
 ) -> None:
-    (rows,) = tables(
-        model_card(load_repo_config(write_yaml(tmp_path, None, vispruner_config=options)), None, False), ""
-    )
+    repo = load_repo_config(write_yaml(tmp_path, None, vispruner_config=options))
+    (rows,) = tables(model_card(repo, None, False), "property")
     assert all(rows[name][0].startswith(text) for name, text in shown.items())
     assert not set(absent) & set(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"visual_token_num": 18}, "visual_token_num=9"),
+        ({"visual_token_num": 1}, "visual_token_num=1"),
+        ({"keep_ratio": 0.5}, "keep_ratio=0.25"),
+        ({"method": "none"}, 'method="vispruner", keep_ratio=0.25'),
+    ],
+)
+def test_the_change_of_budget_it_shows_is_one_of_the_repos_own_kind(
+    tmp_path: Path, options: dict[str, Any], changes: str
+) -> None:
+    repo = load_repo_config(write_yaml(tmp_path, None, vispruner_config=options))
+    assert f"\nmodel.set_vispruner_config({changes})\n" in model_card(repo, None, False)
 
 
 @pytest.mark.parametrize("name", hub_config_names())
@@ -393,7 +407,7 @@ def test_figures_of_another_base_are_refused(tmp_path: Path, card: dict[str, Any
         load_repo_config(write_yaml(tmp_path, card, base_model="llava-hf/llava-1.5-7b-hf", base_revision="main"))
 
 
-# What a reader runs, from a Hub cache in a fresh process
+# What a reader runs, in a fresh process and from a Hub
 
 NO_PACKAGE = "import sys\nsys.modules['vispruner'] = None\n"
 REPORT = """
@@ -403,36 +417,24 @@ print('::' + json.dumps([
     type(shown).__name__, type(shown).__module__.partition('.')[0], shown.config.vispruner_config['visual_token_num']
 ]))
 """
-
-
-def add_to_cache(cache: Path, repo_id: str, commit: str, branches: list[str], folder: Path) -> None:
-    """Lay a repo's files out as huggingface_hub keeps what it has downloaded."""
-    home = cache / f"models--{repo_id.replace('/', '--')}"
-    shutil.copytree(folder, home / "snapshots" / commit)
-    (home / "refs").mkdir(exist_ok=True)
-    for branch in branches:
-        (home / "refs" / branch).write_text(commit)
-
-
-def add_repo_with_branches(cache: Path, repo: RepoConfig, built: Path, scratch: Path) -> None:
-    add_to_cache(cache, repo.repo_id, "a" * 40, ["main"], built)
-    for number, (branch, budget) in enumerate(repo.budgets.items()):
-        copy = Path(shutil.copytree(built, scratch / branch))
-        config = budget_config(json.loads((copy / "config.json").read_text()), budget)
-        (copy / "config.json").write_text(json.dumps(config))
-        add_to_cache(cache, repo.repo_id, str(number) * 40, [branch], copy)
-
-
 Run = Callable[[str], "subprocess.CompletedProcess[str]"]
 
 
-def reader_of(cache: Path, home: Path) -> Run:
-    """Return what runs a script as a reader of the card does, who has a photo and no network."""
+def publish(hub: LocalHub, repo: RepoConfig, built: Path) -> None:
+    """Put a built repo on the Hub with its budget branches."""
+    hub.add_repo(repo.repo_id)
+    hub.commit(repo.repo_id, {path.name: path.read_bytes() for path in built.iterdir()})
+    for branch, budget in repo.budgets.items():
+        config = budget_config(json.loads((built / "config.json").read_text(encoding="utf-8")), budget)
+        hub.commit(repo.repo_id, {"config.json": json.dumps(config).encode()}, revision=branch)
+
+
+def reader_of(hub: LocalHub, home: Path) -> Run:
+    """Return what runs a script as a reader of the card does, who has a photo and an empty cache."""
     home.mkdir()
     with Image.open(SCENE) as image:
         image.convert("RGB").save(home / "photo.jpg")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    environment["HF_MODULES_CACHE"] = str(home / "modules")
+    environment = hub.client_env(home / "cache", OMP_NUM_THREADS="1")
 
     def run(script: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", script]
@@ -442,15 +444,21 @@ def reader_of(cache: Path, home: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def tiny_card(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Run]:
-    """The card of the tiny repo as built, and a reader who has downloaded it with its branches."""
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
+    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def tiny_card(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Run]:
+    """The card of the tiny repo as built, and a reader."""
     folder = tmp_path_factory.mktemp("card")
     repo = load_repo_config(TINY)
     built = build_repo(repo, folder / "built", show_progress=False)
     for path in card_files(repo):
         assert (built / path.name).read_bytes() == path.read_bytes()
-    add_repo_with_branches(folder / "cache", repo, built, folder)
-    return (built / "README.md").read_text(encoding="utf-8"), reader_of(folder / "cache", folder / "home")
+    publish(hub, repo, built)
+    return (built / "README.md").read_text(encoding="utf-8"), reader_of(hub, folder / "home")
 
 
 def reported(done: subprocess.CompletedProcess[str]) -> list[list[Any]]:
@@ -460,6 +468,16 @@ def reported(done: subprocess.CompletedProcess[str]) -> list[list[Any]]:
 
 def with_reports(blocks: list[str]) -> str:
     return "".join(block + REPORT.format(pipe="pipe = pipeline" in block) for block in blocks)
+
+
+def test_the_hub_accepts_the_metadata_of_every_card(hub: LocalHub) -> None:
+    hub.add_user("someone", "hf_token")
+    hub.add_repo("someone/cards")
+    cards = [card_of(name, thin).encode() for name in hub_config_names() for thin in (False, True)]
+    with hub.online("hf_token") as api:
+        for card in cards:
+            api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="someone/cards")
+            assert hub.files("someone/cards")["README.md"] == card
 
 
 def test_the_built_card_is_the_rendered_one(tiny_card: tuple[str, Run]) -> None:
@@ -495,20 +513,21 @@ def test_without_trust_remote_code_a_full_repo_is_silently_dense_and_the_check_r
     assert "trust_remote_code" not in done.stderr
 
 
-# The same of a thin repo, whose base is in the cache too
+# The same of a thin repo
 
 
 @pytest.fixture(scope="module")
-def thin_card(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Run]:
+def thin_card(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Run]:
     folder = tmp_path_factory.mktemp("thin-card")
     base, budgets = SCENE.parent / "tiny-llava", {"v36": {"keep_ratio": 0.25}}
-    where = {"repo_id": "someone/thin", "base_model": "someone/base", "base_revision": COMMIT, "budgets": budgets}
+    hub.add_repo("someone/base")
+    commit = hub.commit("someone/base", {path.name: path.read_bytes() for path in base.iterdir()})
+    where = {"repo_id": "someone/thin", "base_model": "someone/base", "base_revision": commit, "budgets": budgets}
     repo = load_repo_config(write_yaml(folder, {"license": "apache-2.0"}, **where))
     built = build_repo(repo, folder / "built", base=base, thin=True, show_progress=False)
     assert not list(built.glob("*.safetensors"))
-    add_to_cache(folder / "cache", "someone/base", COMMIT, [], base)
-    add_repo_with_branches(folder / "cache", repo, built, folder)
-    return (built / "README.md").read_text(encoding="utf-8"), reader_of(folder / "cache", folder / "home")
+    publish(hub, repo, built)
+    return (built / "README.md").read_text(encoding="utf-8"), reader_of(hub, folder / "home")
 
 
 def test_the_snippets_of_a_thin_repo_run(thin_card: tuple[str, Run]) -> None:

@@ -17,13 +17,17 @@ from vispruner import ARCHITECTURES, SELECTORS, code_files, register_selector
 
 PACKAGE = Path(vispruner.__file__).parent
 ALLOWED = frozenset(sys.stdlib_module_names) | {"torch", "transformers"}
+OPTIONAL = frozenset({"triton"})  # where it is not installed, `try:` catches that
 
 
 def forbidden_imports(source: str, siblings: set[str]) -> Iterator[str]:
     """Yield what in `source` would not load from a Hub repo whose other files are `siblings`."""
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    tried = {id(statement) for block in ast.walk(tree) if isinstance(block, ast.Try) for statement in block.body}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] not in ALLOWED)
+            allowed = ALLOWED | OPTIONAL if id(node) in tried else ALLOWED
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] not in allowed)
         elif isinstance(node, ast.ImportFrom):
             if node.level == 0 and node.module.split(".")[0] not in ALLOWED:
                 yield node.module
@@ -54,6 +58,8 @@ def test_published_files_import_only_what_every_user_has(architecture: str) -> N
     ("source", "found"),
     [
         ("import numpy as np", ["numpy"]),
+        ("import triton.language as tl", ["triton.language"]),
+        ("try:\n    import triton, numpy\nexcept ImportError:\n    import triton", ["numpy", "triton"]),
         ("def f():\n    from PIL import Image", ["PIL"]),
         ("import vispruner", ["vispruner"]),
         ("from vispruner.token_selection import select_tokens", ["vispruner.token_selection"]),

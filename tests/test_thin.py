@@ -11,14 +11,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from local_hub import LocalHub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_build import (
@@ -275,9 +277,12 @@ def test_every_way_to_load_gives_the_pruned_base(
     assert torch.equal(logits(model, prompt), expected)
 
 
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}], ids=["auto", "cpu"])
 @every_way
-def test_options_given_at_load_time_hold(load: Any, base: Path, thin: Path, prompt: dict[str, torch.Tensor]) -> None:
-    settings = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+def test_options_given_at_load_time_hold(
+    load: Any, device_map: Any, base: Path, thin: Path, prompt: dict[str, torch.Tensor]
+) -> None:
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": device_map}
     if load is not LOADERS["pipeline"]:  # which takes no options of the config
         settings |= {"attn_implementation": "eager", "vispruner_config": {"visual_token_num": 9}}
     model = load(thin, **settings)
@@ -633,6 +638,151 @@ def test_a_fresh_process_loads_a_thin_hub_repo_offline(
     assert found.keys() == {"AutoModel", "AutoModelForImageTextToText", "pipeline"}
     assert all(torch.equal(logits, expected) for logits in found.values())
     assert "does not appear to have a file named" in process.stdout
+
+
+# Over HTTP
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_llava_repo: Path) -> Iterator[LocalHub]:
+    with LocalHub(tmp_path / "storage") as hub:
+        hub.add_user("ada", "hf_ada")
+        hub.add_repo(BASE)
+        hub.commit(BASE, contents(tiny_llava_repo))
+        yield hub
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_thin_build_reads_the_headers_of_the_weights_and_no_more(
+    hub: LocalHub, tiny_llava_repo: Path, tmp_path: Path
+) -> None:
+    sharded = copy_without_weights(tiny_llava_repo, tmp_path / "sharded")
+    legacy_in_shards(tiny_llava_repo, sharded)
+    hub.add_repo("llava-hf/sharded")
+    hub.commit("llava-hf/sharded", contents(sharded))
+    for name, base_model in (("one", BASE), ("many", "llava-hf/sharded")):
+        (tmp_path / name).mkdir()
+        write_yaml(tmp_path / name, base_model=base_model)
+    code = """
+        from pathlib import Path
+        from vispruner.conversion import build
+        build.build_repo("one/pruned.yaml", "one/asked", thin=True)
+        build.THIN_ABOVE = 10**6
+        build.build_repo("one/pruned.yaml", "one/by-size")
+        build.build_repo("many/pruned.yaml", "many/asked", thin=True)
+    """
+    hub.run(f"import os; os.chdir({str(tmp_path)!r})\n{dedent(code)}", home=tmp_path / "home")
+    for out in ("one/asked", "one/by-size", "many/asked"):
+        assert options_of(tmp_path / out)["weights"] == "thin"
+    revisions = [options_of(tmp_path / name / "asked")["base_model_revision"] for name in ("one", "many")]
+    assert revisions == [hub.refs(BASE)["main"], hub.refs("llava-hf/sharded")["main"]]
+    fetched = [request for request in hub.cdn_requests if request.method == "GET"]
+    assert len(fetched) == 1 + len(list(sharded.glob("*.safetensors")))  # the headers of a commit are read once
+    assert {request.headers.get("Range") for request in fetched} == {"bytes=0-100000"}
+
+
+def test_a_base_of_bin_files_is_downloaded_to_be_checked_and_that_is_said(
+    hub: LocalHub, tiny_llava_repo: Path, tmp_path: Path
+) -> None:
+    folder = copy_without_weights(tiny_llava_repo, tmp_path / "bin")
+    legacy_bin(tiny_llava_repo, folder)
+    hub.add_repo("llava-hf/bin")
+    hub.commit("llava-hf/bin", contents(folder))
+    config, out = write_yaml(tmp_path, base_model="llava-hf/bin"), tmp_path / "out"
+    code = f"from vispruner.conversion.build import build_repo\nbuild_repo({str(config)!r}, {str(out)!r}, thin=True)"
+    done = hub.run(code, home=tmp_path / "home")
+    assert "llava-hf/bin has no safetensors files: its .bin files are downloaded" in done.stdout
+    assert options_of(out)["weights"] == "thin" and not list(out.glob("*.bin"))
+
+
+LOAD_MANY = """
+import json, sys
+sys.modules["vispruner"] = None
+import torch
+from transformers import AutoModelForImageTextToText
+
+torch.set_num_threads(1)
+found = {}
+for repo, settings in REPOS:
+    name = repo + settings.get("revision", "")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(repo, **settings)
+        found[name] = [type(model).__name__, model.config.vispruner_config["visual_token_num"]]
+    except OSError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+def load_many(hub: LocalHub, home: Path, repos: list[tuple[str, dict[str, Any]]], **settings: Any) -> dict[str, Any]:
+    done = hub.run(LOAD_MANY.replace("REPOS", repr(repos)), home=home, **settings)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_over_http_a_base_loads_or_is_named(hub: LocalHub, thin: Path, tiny_llava_repo: Path, tmp_path: Path) -> None:
+    commit = hub.refs(BASE)["main"]
+    bases = {"open": BASE, "private": "ada/secret", "gated": "ada/gated", "gone": "ada/gone", "rewritten": "ada/other"}
+    hub.add_repo("ada/secret", private=True)
+    hub.add_repo("ada/gated", gated="manual")
+    hub.add_repo("ada/other")
+    for name, base_model in bases.items():
+        if base_model in hub.repos and base_model != BASE:
+            hub.commit(base_model, contents(tiny_llava_repo))
+        pinned = commit if name in ("open", "gone", "rewritten") else hub.refs(base_model)["main"]
+        edit_options(thin, base_model_name_or_path=base_model, base_model_revision=pinned)
+        hub.add_repo(f"ada/{name}-thin")
+        hub.commit(f"ada/{name}-thin", contents(thin))
+    edit_options(thin, base_model_name_or_path=BASE, base_model_revision=commit, visual_token_num=9)
+    hub.commit("ada/open-thin", {"config.json": (thin / "config.json").read_bytes()}, revision="v9")
+
+    trusted = {"trust_remote_code": True}
+    repos = [(f"ada/{name}-thin", trusted) for name in bases]
+    repos += [("ada/open-thin", {**trusted, "revision": "v9"})]
+    found = load_many(hub, tmp_path / "home", repos)
+    ours = "VisPrunerLlavaForConditionalGeneration"
+    assert found.pop("ada/open-thin") == [ours, KEPT]
+    assert found.pop("ada/open-thinv9") == [ours, 9]
+    reasons = {
+        "private": "make sure to pass a token having permission",
+        "gated": "You are trying to access a gated repo",
+        "gone": "is not a valid model identifier",
+        "rewritten": "is not a valid git identifier",
+    }
+    assert found.keys() == {f"ada/{name}-thin" for name in reasons}
+    for name, reason in reasons.items():
+        message = found[f"ada/{name}-thin"]
+        assert message.startswith(
+            f"ada/{name}-thin is a thin repo: its weights are those of {bases[name]} at revision"
+        )
+        assert reason in message, message
+
+    stock = load_many(hub, tmp_path / "home", [("ada/open-thin", {"trust_remote_code": False})])
+    assert "does not appear to have a file named" in stock["ada/open-thin"]
+    with_token = [("ada/private-thin", {**trusted, "token": "hf_ada"})]
+    assert load_many(hub, tmp_path / "home", with_token) == {"ada/private-thin": [ours, KEPT]}
+
+    seen = len(hub.log)
+    assert load_many(hub, tmp_path / "home", repos[:1]) == {"ada/open-thin": [ours, KEPT]}
+    assert not [request.path for request in hub.log[seen:] if BASE in request.path]  # a commit never changes
+    del hub.repos[BASE]
+    seen = len(hub.log)
+    offline = load_many(hub, tmp_path / "home", [repos[0], repos[-1]], HF_HUB_OFFLINE="1")
+    assert offline == {"ada/open-thin": [ours, KEPT], "ada/open-thinv9": [ours, 9]}
+    assert len(hub.log) == seen
+
+
+def test_the_token_and_the_weights_never_meet_on_the_storage_host(hub: LocalHub, thin: Path, tmp_path: Path) -> None:
+    edit_options(thin, base_model_revision=hub.refs(BASE)["main"])
+    hub.add_repo("ada/thin", private=True)
+    hub.commit("ada/thin", contents(thin))
+    repos = [("ada/thin", {"trust_remote_code": True})]
+    found = load_many(hub, tmp_path / "home", repos, token="hf_ada")
+    assert found["ada/thin"][1] == KEPT
+    assert hub.cdn_requests
+    assert not [request for request in hub.cdn_requests if "hf_ada" in str(request.headers) + request.path]
 
 
 # Verify

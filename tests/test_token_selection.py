@@ -60,17 +60,15 @@ def oracle(features, saliency, *args, **options):
 
 
 REPLAY = """
-import importlib.util, json, sys
+import json, sys
 from safetensors.torch import load_file
-spec = importlib.util.spec_from_file_location("token_selection", sys.argv[1])
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-tensors = load_file(sys.argv[2])
-for name, case in json.loads(sys.argv[3]).items():
+from vispruner.token_selection import select_vispruner
+tensors = load_file(sys.argv[1])
+for name, case in json.loads(sys.argv[2]).items():
     features, attention = tensors[name + ".features"][None], tensors[name + ".cls_attention"][None]
     if case["kind"] == "smooth":
         features = features.mT.contiguous().mT
-    kept = module.select_vispruner(features, attention.mean(1), case["visual_token_num"], case["important_ratio"])
+    kept = select_vispruner(features, attention.mean(1), case["visual_token_num"], case["important_ratio"])
     print(json.dumps([name, kept[0].tolist()]))
 """
 
@@ -83,7 +81,7 @@ def replayed():
     case13: fused multiply-adds round two similarities to a tie, which the authors' sort, not being stable, broke the
     other way. MKL's COMPATIBLE mode does without them, and rounds alike on every x86 processor.
     """
-    command = [sys.executable, "-c", REPLAY, token_selection.__file__, str(RECORDED), json.dumps(RECORDED_CASES)]
+    command = [sys.executable, "-c", REPLAY, str(RECORDED), json.dumps(RECORDED_CASES)]
     environment = os.environ | {"MKL_CBWR": "COMPATIBLE"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -1,0 +1,390 @@
+"""Count what each stage of answering costs, and how fast a device could be at best: FLOPs, bytes, roofline floors.
+
+Operations are matrix products and the patch convolution, a multiply-add being two, attention over the full square:
+what PyTorch's FlopCounterMode counts with eager attention, to the last one (`--check` compares, on meta tensors). Left
+out on both sides are the rotary angles, which some versions of transformers make by a matrix product.
+
+vision    the whole tower, and with ours the [CLS] row of one layer's attention
+select    ours: one matrix of similarities; peer: one of the tokens still in, every round
+project   all tokens with stock and peer, the kept ones with ours
+prefill   the language model's layers for text and visual tokens
+logits    one row of logits
+decode    one token in the middle of the answer
+
+The roofline floor of a stage is what moving its weights (and when decoding the KV cache) once, or its operations,
+take at least at the device's rates, whichever is longer; activations are left out, so it is a true lower bound. The
+first token's floor is the sum over the stages that it waits for, since each waits for the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parent))
+from geometry import GEOMETRIES, budgets_of, config_from_dict, empty_model, load_geometry, patches_of, vispruner_config
+from peer import IMPORTANT_RATIO, ROUND, PeerLlavaForConditionalGeneration
+
+from vispruner import VisPrunerLlavaForConditionalGeneration
+from vispruner.conversion.prefill_cost import kv_cache_bytes, language_model_flops, logits_flops, projector_flops
+
+STOCK, PEER, OURS = "stock", "peer", "ours"
+MODEL_CLASSES: dict[str, Any] = {
+    STOCK: LlavaForConditionalGeneration,
+    PEER: PeerLlavaForConditionalGeneration,
+    OURS: VisPrunerLlavaForConditionalGeneration,
+}
+FIRST_TOKEN_STAGES = ("vision", "select", "project", "prefill", "logits")
+STAGES = (*FIRST_TOKEN_STAGES, "decode")
+TEXT_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does at best: dense operations and bytes from memory, per second."""
+
+    flops: float
+    bytes: float
+    source: str
+
+
+# Dense bf16 rates, half of the figure "with sparsity" where a data sheet prints only that.
+DEVICES = {
+    "a100": Rates(312e12, 2.039e12, "NVIDIA A100 80GB SXM data sheet: BF16 312 TFLOPS, 2,039 GB/s"),
+    "h100": Rates(989.5e12, 3.35e12, "NVIDIA H100 SXM data sheet: BF16 1,979 TFLOPS with sparsity, 3.35 TB/s"),
+    "h200": Rates(989.5e12, 4.8e12, "NVIDIA H200 SXM data sheet: BF16 1,979 TFLOPS with sparsity, 4.8 TB/s"),
+}
+
+
+# Operations
+
+
+def stage_flops(
+    config: LlavaConfig, row: str, visual_token_num: int, batch: int = 1, text_tokens: int = TEXT_TOKENS, new: int = 2
+) -> dict[str, int]:
+    """Return the operations of every stage for `batch` prompts of one image each.
+
+    row               stock (which keeps all visual tokens), peer or ours
+    visual_token_num  tokens kept per image
+    new               length of the answer, in whose middle the decoded token stands
+    """
+    patches = patches_of(config)
+    kept = patches if row == STOCK else min(visual_token_num, patches)
+    length = text_tokens + kept
+    one = {
+        "vision": vision_flops(config) + (saliency_flops(config) if row == OURS and kept < patches else 0),
+        "select": selection_flops(config, row, kept),
+        "project": projector_flops(config, kept if row == OURS else patches),
+        "prefill": language_model_flops(config, length),
+        "logits": logits_flops(config),
+        "decode": language_model_flops(config, 1, cached_tokens=length + new // 2 - 1) + logits_flops(config),
+    }
+    return {stage: batch * flops for stage, flops in one.items()}
+
+
+def first_token_flops(flops: dict[str, int]) -> int:
+    return sum(flops[stage] for stage in FIRST_TOKEN_STAGES)
+
+
+def vision_flops(config: LlavaConfig) -> int:
+    """Return the operations of all layers of a CLIP tower for one image, [CLS] and the patch convolution included."""
+    vision = config.vision_config
+    width, patches = vision.hidden_size, patches_of(config)
+    tokens = patches + 1
+    embedding = 2 * patches * width * vision.num_channels * vision.patch_size**2
+    per_layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
+    return embedding + vision.num_hidden_layers * per_layer
+
+
+def saliency_flops(config: LlavaConfig) -> int:
+    """Return the operations of one [CLS] query against every key."""
+    return 2 * (patches_of(config) + 1) * config.vision_config.hidden_size
+
+
+def selection_flops(config: LlavaConfig, row: str, kept: int) -> int:
+    """Return the operations of comparing tokens with each other, for one image."""
+    patches, width = patches_of(config), config.vision_config.hidden_size
+    important = int(kept * IMPORTANT_RATIO)
+    left, diverse = patches - important, kept - important
+    if row == STOCK or kept == patches or diverse == 0:
+        return 0
+    if row == OURS:
+        return 2 * left**2 * width
+    total = 0
+    while left > diverse:
+        total += 2 * ((left + 1) // 2) * (left // 2) * width
+        left -= min(ROUND, left - diverse, (left + 1) // 2)
+    return total
+
+
+def counted_stage_flops(
+    config: LlavaConfig, row: str, visual_token_num: int, batch: int = 1, text_tokens: int = TEXT_TOKENS, new: int = 2
+) -> dict[str, int]:
+    """Return what FlopCounterMode counts when the row's own model runs each stage on the meta device."""
+    patches = patches_of(config)
+    kept = patches if row == STOCK else min(visual_token_num, patches)
+    model = empty_model(MODEL_CLASSES[row], vispruner_config(config, kept) if row == OURS else config).to("meta")
+    model.set_attn_implementation("eager")  # the counter does not know every fused attention
+    base, side, vision = model.model, config.vision_config.image_size, config.vision_config
+    pixels = torch.empty(batch, 3, side, side, device="meta")
+    features = torch.empty(batch, patches, vision.hidden_size, device="meta")
+    saliency = torch.empty(batch, patches, device="meta")
+    projected = features[:, :kept] if row == OURS else features
+    embeds = torch.empty(batch, text_tokens + kept, config.text_config.hidden_size, device="meta")
+    encode = {
+        STOCK: lambda: base.vision_tower(pixels),
+        PEER: lambda: base.encode(pixels),
+        OURS: lambda: (
+            base.vision_tower(pixels)
+            if kept == patches
+            else base.encode_with_saliency(pixels, config.vision_feature_layer)
+        ),
+    }
+    prefilled: dict[str, Any] = {}
+
+    def prefill() -> None:
+        prefilled.update(base.language_model(inputs_embeds=embeds, use_cache=True))
+
+    def decode() -> None:
+        cache = prefilled["past_key_values"]
+        for layer in cache.layers:  # as if the answer's first half had been decoded
+            heads, width = layer.keys.shape[1], layer.keys.shape[3]
+            layer.keys = torch.empty(batch, heads, text_tokens + kept + new // 2 - 1, width, device="meta")
+            layer.values = layer.keys.clone()
+        model.lm_head(base.language_model(inputs_embeds=embeds[:, -1:], past_key_values=cache).last_hidden_state)
+
+    runs = {
+        "vision": encode[row],
+        "select": lambda: None if row == STOCK or kept == patches else base.select(features, saliency, kept),
+        "project": lambda: base.multi_modal_projector(projected),
+        "prefill": prefill,
+        "logits": lambda: model.lm_head(embeds[:, -1:]),
+        "decode": decode,
+    }
+    return {stage: _counted(run) for stage, run in runs.items()}
+
+
+def _counted(run: Any) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    angles = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
+    return counter.get_total_flops() - angles
+
+
+# Bytes and the roofline
+
+
+def weight_bytes(config: LlavaConfig, bytes_per_value: int = 2) -> dict[str, int]:
+    """Return the weights each stage reads; the table of input embeddings, of which few rows are read, is in none."""
+    model = empty_model(LlavaForConditionalGeneration, config)
+    language = model.model.language_model
+    parts = {
+        "vision": [model.model.vision_tower],
+        "select": [],
+        "project": [model.model.multi_modal_projector],
+        "prefill": [language.layers, language.norm],
+        "logits": [model.lm_head],
+    }
+    read = {
+        stage: bytes_per_value * sum(p.numel() for module in modules for p in module.parameters())
+        for stage, modules in parts.items()
+    }
+    return {**read, "decode": read["prefill"] + read["logits"]}
+
+
+def floors(
+    config: LlavaConfig,
+    row: str,
+    visual_token_num: int,
+    rates: Rates,
+    batch: int = 1,
+    text_tokens: int = TEXT_TOKENS,
+    new: int = 2,
+    bytes_per_value: int = 2,
+    weights: dict[str, int] | None = None,
+) -> dict[str, float]:
+    """Return the least seconds of every stage at these rates, and of `ttft`, their sum up to the first token."""
+    weights = weight_bytes(config, bytes_per_value) if weights is None else weights
+    flops = stage_flops(config, row, visual_token_num, batch, text_tokens, new)
+    kept = patches_of(config) if row == STOCK else min(visual_token_num, patches_of(config))
+    cache = batch * kv_cache_bytes(config, text_tokens + kept + new // 2 - 1, bytes_per_value)
+    moved = {**weights, "decode": weights["decode"] + cache}
+    least = {stage: max(flops[stage] / rates.flops, moved[stage] / rates.bytes) for stage in STAGES}
+    return {**least, "ttft": sum(least[stage] for stage in FIRST_TOKEN_STAGES)}
+
+
+# Tables
+
+
+def flops_table(config: LlavaConfig, budgets: Sequence[int], text_tokens: int, bytes_per_value: int) -> str:
+    """Return operations by stage for stock and ours at each budget, as Markdown."""
+    lines = [
+        f"GFLOP for one image and {text_tokens} text tokens; x: how many times fewer than stock until the first token",
+        "",
+        "| visual tokens | vision | select | project | prefill | first logit | first token | x | decode | KV MiB |",
+        "|---" * 10 + "|",
+    ]
+    stock = first_token_flops(stage_flops(config, STOCK, 0, text_tokens=text_tokens))
+    for kept in budgets:
+        row = STOCK if kept == patches_of(config) else OURS
+        flops = stage_flops(config, row, kept, text_tokens=text_tokens)
+        first, cache = first_token_flops(flops), kv_cache_bytes(config, text_tokens + kept, bytes_per_value)
+        cells = [_gflop(flops[stage]) for stage in FIRST_TOKEN_STAGES]
+        cells += [_gflop(first), f"{stock / first:.2f}", _gflop(flops["decode"]), f"{cache / 2**20:.3g}"]
+        lines.append(f"| {kept} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gflop(flops: float) -> str:
+    return f"{flops / 1e9:,.1f}"
+
+
+def roofline_table(
+    config: LlavaConfig,
+    budgets: Sequence[int],
+    batches: Sequence[int],
+    rates: Rates,
+    text_tokens: int,
+    bytes_per_value: int,
+) -> str:
+    """Return the least milliseconds before the first token and per decoded token, as Markdown."""
+    lines = [
+        f"Floor at {rates.flops / 1e12:g} TFLOP/s and {rates.bytes / 1e9:g} GB/s ({rates.source}); x: how many times "
+        "lower than stock's",
+        "",
+        "| batch | visual tokens | first token ms | x | prefill ms | bound by | decode ms per token |",
+        "|---" * 7 + "|",
+    ]
+    weights = weight_bytes(config, bytes_per_value)
+    for batch in batches:
+        common = (rates, batch, text_tokens, 2, bytes_per_value, weights)
+        stock = floors(config, STOCK, 0, *common)
+        for kept in budgets:
+            row = STOCK if kept == patches_of(config) else OURS
+            floor = floors(config, row, kept, *common)
+            bound = "weights" if weights["prefill"] / rates.bytes >= floor["prefill"] else "operations"
+            lines.append(
+                f"| {batch} | {kept} | {1e3 * floor['ttft']:.3g} | {stock['ttft'] / floor['ttft']:.2f} | "
+                f"{1e3 * floor['prefill']:.3g} | {bound} | {1e3 * floor['decode']:.3g} |"
+            )
+    return "\n".join(lines)
+
+
+def efficiency_table(result: dict[str, Any], rates: Rates | None = None) -> str:
+    """Return floor / measured for every row of a latency result, as Markdown; without rates, at those it measured."""
+    if rates is None:
+        probe = result["probe"]
+        rates = Rates(probe["flops_per_second"], probe["bytes_per_second"], "measured by latency.py on that machine")
+    size = torch.empty(0, dtype=getattr(torch, result["dtype"])).element_size()
+    lines = [
+        f"{result['device_name']}, {result['dtype']}: floor / measured in %, at {rates.flops / 1e12:.3g} TFLOP/s and "
+        f"{rates.bytes / 1e9:.3g} GB/s ({rates.source}); x: stock / row",
+        "",
+        "| batch | depth | visual tokens | row | vision | prefill | decode | first token | x floor | x seen | share |",
+        "|---" * 11 + "|",
+    ]
+    for setting in result["settings"]:
+        config = config_from_dict(setting["config"])
+        weights, ttft = weight_bytes(config, size), {}
+        for row in setting["rows"]:
+            common = (rates, setting["batch"], result["text_tokens"], result["new_tokens"], size, weights)
+            stock = floors(config, STOCK, 0, *common)
+            floor = floors(config, row["row"], row["visual_token_num"], *common)
+            seconds = {name: spread["median"] for name, spread in row["seconds"].items()}
+            ttft.setdefault(STOCK, seconds["ttft"])
+            shares = [f"{100 * floor[s] / seconds[s]:.0f}" for s in ("vision", "prefill", "decode", "ttft")]
+            ideal, reached = stock["ttft"] / floor["ttft"], ttft[STOCK] / seconds["ttft"]
+            depth = "full" if setting["depth_divisor"] == 1 else f"1/{setting['depth_divisor']}"
+            lines.append(
+                f"| {setting['batch']} | {depth} | {row['visual_token_num']} | {row['row']} | {' | '.join(shares)} | "
+                f"{ideal:.2f} | {reached:.2f} | {100 * reached / ideal:.0f} % |"
+            )
+    return "\n".join(lines)
+
+
+def check(config: LlavaConfig, budgets: Sequence[int], text_tokens: int) -> list[str]:
+    """Compare every stage of every row with FlopCounterMode; return the differences."""
+    different = []
+    for row in MODEL_CLASSES:
+        for kept in budgets if row != STOCK else budgets[:1]:
+            expected = stage_flops(config, row, kept, text_tokens=text_tokens)
+            counted = counted_stage_flops(config, row, kept, text_tokens=text_tokens)
+            different += [
+                f"{row}, {kept} tokens, {stage}: {expected[stage]} by formula, {counted[stage]} counted"
+                for stage in STAGES
+                if expected[stage] != counted[stage]
+            ]
+    return different
+
+
+# The command line
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  python benchmarks/flops.py --device h200                  what an H200 could do at best\n"
+        "  python benchmarks/flops.py --check --geometry tiny        formulas against PyTorch's counter\n"
+        "  python benchmarks/flops.py --latency benchmarks/results/latency-....json    how close a run came",
+    )
+    parser.add_argument(
+        "--geometry",
+        default="llava-1.5-7b",
+        metavar="NAME",
+        help=f"{', '.join(GEOMETRIES)}, or the config.json of a LLaVA-1.5 model (default: %(default)s)",
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="visual tokens kept (default: 576 ... 16)")
+    parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], metavar="B", help="default: 1 8")
+    parser.add_argument("--bytes-per-value", type=int, default=2, metavar="N", help="2: fp16, bf16; 4: fp32")
+    parser.add_argument("--device", choices=DEVICES, help="rates from a public data sheet, for the roofline")
+    parser.add_argument("--flops-per-second", type=float, metavar="X", help="rates of any other device, e.g. 8e11 ...")
+    parser.add_argument("--bytes-per-second", type=float, metavar="X", help="... and 3e10; both or neither")
+    parser.add_argument("--check", action="store_true", help="compare with FlopCounterMode on meta tensors (a minute)")
+    parser.add_argument("--latency", type=Path, metavar="FILE", help="a result of latency.py: print floor / measured")
+    parsed = parser.parse_args(arguments)
+    if (parsed.flops_per_second is None) != (parsed.bytes_per_second is None):
+        parser.error("give both --flops-per-second and --bytes-per-second, or neither")
+    if parsed.device is not None and parsed.flops_per_second is not None:
+        parser.error("give either --device or the two rates")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parse_arguments(arguments)
+    rates = DEVICES[parsed.device] if parsed.device else None
+    if parsed.flops_per_second is not None:
+        rates = Rates(parsed.flops_per_second, parsed.bytes_per_second, "as given")
+    if parsed.latency is not None:
+        print(efficiency_table(json.loads(parsed.latency.read_text(encoding="utf-8")), rates))
+        return 0
+    try:
+        config = load_geometry(parsed.geometry)
+    except ValueError as error:
+        print(f"flops.py: {error}", file=sys.stderr)
+        return 2
+    budgets = sorted(parsed.tokens or budgets_of(config), reverse=True)
+    print(flops_table(config, budgets, parsed.text_tokens, parsed.bytes_per_value))
+    if rates is not None:
+        print()
+        print(roofline_table(config, budgets, parsed.batch, rates, parsed.text_tokens, parsed.bytes_per_value))
+    if parsed.check:
+        different = check(config, budgets, parsed.text_tokens)
+        print("\n" + ("\n".join(different) or "Every stage of every row equals what FlopCounterMode counts."))
+        return 1 if different else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,330 @@
+"""Measure what choosing the visual tokens costs, against comparing them anew in every round as research code does.
+
+Runs are interleaved: every repeat runs each form once, in turn, so that a noisy machine troubles all of them alike. A
+ratio is taken within a repeat, and its median reported. All forms must choose the same tokens before they are timed.
+
+per round   the reference: all images at once, and in each round the similarities of the tokens still in
+ours        `select_vispruner` as it runs on this device
+tensors     `select_vispruner` where it compiles into one graph or finds no Triton: similarities once, rounds as tensor
+            operations
+Stages (--stages) time the parts of `ours` on a CPU beside what they replaced:
+  normalise     norms, the check that they are finite, and the residual tokens divided by them
+  product       the matrix of similarities; "whole" multiplies all of it, ours one half
+  rounds        index arithmetic; "gather" reads each round's pairs as a tensor operation
+The study (--study) asks whether the product could be smaller still. It draws smooth images, counts which pairs the
+rounds ever compared, and by how much the choice changes with less work: bfloat16, fewer channels, larger rounds.
+
+Examples:
+  python benchmarks/selection.py                                    # the recorded run, about five minutes
+  python benchmarks/selection.py --batches 1 --repeats 5            # a first look
+  python benchmarks/selection.py --stages --study --json out.json
+  python benchmarks/selection.py --device cuda --dtype float16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from vispruner import token_selection
+from vispruner.duplicate_removal_triton import kernel_can_run
+from vispruner.token_selection import select_vispruner
+
+IMPORTANT_RATIO, STEP = 0.5, 8
+Form = Callable[[], Any]
+
+
+# The reference
+
+
+def select_per_round(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+    """Choose (B, T) tokens, ascending, from features (B, N, C) and saliency (B, N), comparing anew in every round.
+
+    As research code writes it: the whole batch at once, normalised once, the tokens still in gathered round by round.
+    """
+    important_num = int(visual_token_num * IMPORTANT_RATIO)
+    diverse_num = visual_token_num - important_num
+    order = saliency.argsort(dim=-1, descending=True, stable=True)
+    important, residual = order[:, :important_num], order[:, important_num:]
+    unit = features / features.norm(dim=-1, keepdim=True)
+    while (left := residual.shape[1]) > diverse_num:
+        drop = min(STEP, left - diverse_num, (left + 1) // 2)
+        tokens = unit.gather(1, residual[:, :, None].expand(-1, -1, features.shape[-1]))
+        a, b = residual[:, 0::2], residual[:, 1::2]
+        duplication = (tokens[:, 0::2] @ tokens[:, 1::2].mT).amax(dim=-1)
+        ranking = duplication.argsort(dim=-1, descending=True, stable=True)
+        residual = torch.cat([a.gather(1, ranking[:, drop:]), b], dim=-1)
+    return torch.cat([important, residual], dim=-1).sort(dim=-1).values
+
+
+def select_by_tensors(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+    """Choose as `select_vispruner` does while it is compiled."""
+    important_num = int(visual_token_num * IMPORTANT_RATIO)
+    order = token_selection._most_attended_first(saliency)
+    residual = order[:, important_num:]
+    drops = token_selection._drops(residual.shape[1], visual_token_num - important_num, STEP)
+    cosine = token_selection._cosine_matrix(features, token_selection._norms(features), residual)
+    diverse = residual.gather(1, token_selection._surviving_slots(cosine, drops))
+    return torch.cat([order[:, :important_num], diverse], dim=-1).sort(dim=-1).values
+
+
+# Timing
+
+
+def interleave(forms: dict[str, Form], repeats: int, progress: tqdm, device: str) -> dict[str, list[float]]:
+    """Run every form in turn, once to warm up and then `repeats` times; return milliseconds by form."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for repeat in range(repeats + 1):
+        for name, form in forms.items():
+            _wait(device)
+            start = time.perf_counter()
+            form()
+            _wait(device)
+            if repeat:
+                times[name].append((time.perf_counter() - start) * 1000)
+            progress.update()
+    return times
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    spread = {"min": ordered[0], "lower_quartile": ordered[quarter], "median": statistics.median(ordered)}
+    spread |= {"upper_quartile": ordered[-1 - quarter], "max": ordered[-1]}
+    return {name: round(value, 4) for name, value in spread.items()}
+
+
+def draw(batch: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(args.seed)
+    features = torch.randn(batch, args.tokens, args.channels, generator=generator)
+    saliency = torch.rand(batch, args.tokens, generator=generator)
+    dtype = getattr(torch, args.dtype)
+    return features.to(args.device, dtype), saliency.to(args.device)
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the forms for every batch size and budget."""
+    rows = []
+    total = len(args.batches) * len(args.budgets) * (args.repeats + 1) * 3
+    with tqdm(total=total, desc="selections", unit="run") as progress:
+        for batch in args.batches:
+            features, saliency = draw(batch, args)
+            for budget in args.budgets:
+                forms: dict[str, Form] = {
+                    "per round": lambda f=features, s=saliency, t=budget: select_per_round(f, s, t),
+                    "ours": lambda f=features, s=saliency, t=budget: select_vispruner(f, s, t),
+                    "tensors": lambda f=features, s=saliency, t=budget: select_by_tensors(f, s, t),
+                }
+                same = _same_choice(forms, args)
+                times = interleave(forms, args.repeats, progress, args.device)
+                pairs = zip(times["per round"], times["ours"], strict=True)
+                rows.append(
+                    {"batch": batch, "visual_token_num": budget, "same_tokens": same}
+                    | {"milliseconds": {name: summary(values) for name, values in times.items()}}
+                    | {"ratio": summary([reference / ours for reference, ours in pairs])}
+                )
+    return rows
+
+
+def _same_choice(forms: dict[str, Form], args: argparse.Namespace) -> bool:
+    """Demand the same tokens of every form, where rounding cannot tell them apart: in float32 on a CPU."""
+    chosen = {name: form() for name, form in forms.items()}
+    same = all(torch.equal(kept, chosen["per round"]) for kept in chosen.values())
+    if not same and args.device == "cpu" and args.dtype in ("float32", "float64"):
+        raise SystemExit("the forms chose different tokens; nothing was timed")
+    return same
+
+
+def measure_stages(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the parts of the CPU's form for one image."""
+    features, saliency = draw(1, args)
+    rows = []
+    for budget in tqdm(args.budgets, desc="stages", unit="budget"):
+        important_num = budget // 2
+        residual = token_selection._most_attended_first(saliency)[:, important_num:]
+        drops = token_selection._drops(residual.shape[1], budget - important_num, STEP)
+        norms = token_selection._norms(features)
+        unit = (features / norms)[0, residual[0]]
+        rounded, cosine, half = unit.bfloat16(), unit @ unit.T, unit.new_empty(len(unit), len(unit))
+        values = cosine.float().numpy()
+        stages: dict[str, Form] = {
+            "normalise": lambda r=residual: features[0, r[0]].div_(token_selection._norms(features)[0, r[0]]),
+            "product, whole": lambda x=unit: x @ x.T,
+            "product": lambda x=unit, out=half: token_selection._multiply_by_own_transpose(x, out),
+            "product, bfloat16": lambda x=rounded: x @ x.T,
+            "rounds, gather": lambda c=cosine, d=drops: token_selection._surviving_slots(c[None], d),
+            "rounds": lambda c=values, d=drops: token_selection._surviving_slots_on_cpu(c, d),
+        }
+        with tqdm(total=len(stages) * (args.repeats + 1), leave=False, unit="run") as progress:
+            times = interleave(stages, args.repeats, progress, "cpu")
+        bits = torch.equal(half, cosine)
+        rows.append(
+            {"visual_token_num": budget, "rounds": len(drops), "half_product_equals_whole_bit_for_bit": bits}
+            | {"milliseconds": {name: summary(values) for name, values in times.items()}}
+        )
+    return rows
+
+
+# Could the product be smaller?
+
+
+def smooth_image(args: argparse.Namespace, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw features (1, N, C) whose neighbouring patches resemble each other, as in photos, and saliency (1, N)."""
+    side = int(args.tokens**0.5)
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(1, args.channels, 6, 6, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear").flatten(2).mT
+    return fine + 0.3 * torch.randn(fine.shape, generator=generator), torch.rand(1, side * side, generator=generator)
+
+
+def pairs_compared(features: torch.Tensor, saliency: torch.Tensor, budget: int) -> float:
+    """Return which share of the residual tokens' pairs any round compares."""
+    residual = saliency.argsort(dim=-1, descending=True, stable=True)[0, budget // 2 :]
+    unit = torch.nn.functional.normalize(features[0, residual], dim=-1)
+    cosine = unit @ unit.T
+    seen = torch.zeros_like(cosine, dtype=torch.bool)
+    slots = torch.arange(len(residual))
+    for drop in token_selection._drops(len(residual), budget - budget // 2, STEP):
+        a, b = slots[0::2], slots[1::2]
+        seen[a[:, None], b[None, :]] = True
+        ranking = cosine[a[:, None], b[None, :]].amax(dim=-1).argsort(descending=True, stable=True)
+        slots = torch.cat([a[ranking[drop:]], b])
+    return float((seen | seen.T).sum()) / (len(residual) * (len(residual) - 1))
+
+
+def study(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Say by how much the choice of diverse tokens changes where the product costs less."""
+    rows = []
+    for budget in tqdm(sorted({*args.budgets, 256, 384, 512}, reverse=True), desc="study", unit="budget"):
+        if budget >= args.tokens:
+            continue
+        shares, same = [], {"bfloat16": [], "256 channels": [], "step 16": [], "step 32": []}
+        for seed in range(args.images):
+            features, saliency = smooth_image(args, seed)
+            shares.append(pairs_compared(features, saliency, budget))
+            cheaper = {
+                "bfloat16": select_vispruner(features.bfloat16(), saliency, budget),
+                "256 channels": select_vispruner(features[..., :256], saliency, budget),
+                "step 16": select_vispruner(features, saliency, budget, dedup_step=16),
+                "step 32": select_vispruner(features, saliency, budget, dedup_step=32),
+            }
+            exact = select_vispruner(features, saliency, budget)
+            important = set(token_selection.important_tokens(saliency, budget)[0].tolist())
+            diverse = set(exact[0].tolist()) - important
+            for name, kept in cheaper.items():
+                same[name].append(len(diverse & set(kept[0].tolist())) / len(diverse))
+        rows.append(
+            {"visual_token_num": budget, "images": args.images, "pairs_ever_compared": statistics.mean(shares)}
+            | {"diverse_tokens_in_common": {name: statistics.mean(values) for name, values in same.items()}}
+        )
+    return rows
+
+
+# The report
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    print("\nmilliseconds, median (min to max); the ratio is per round / ours, median (min to max)")
+    for row in result["selection"]:
+        cells = [f"{name} {_cell(times)}" for name, times in row["milliseconds"].items()]
+        ratio = row["ratio"]
+        print(
+            f"B {row['batch']:3d}  T {row['visual_token_num']:3d}  " + "  ".join(cells) + f"  {ratio['median']:.1f}x "
+            f"({ratio['min']:.1f} to {ratio['max']:.1f})" + ("" if row["same_tokens"] else "  rounded differently")
+        )
+    for row in result.get("stages", []):
+        cells = [f"{name} {_cell(times)}" for name, times in row["milliseconds"].items()]
+        print(f"T {row['visual_token_num']:3d}  {row['rounds']} rounds  " + "  ".join(cells))
+    for row in result.get("study", []):
+        common = [f"{name} {share:.1%}" for name, share in row["diverse_tokens_in_common"].items()]
+        print(
+            f"T {row['visual_token_num']:3d}  pairs ever compared {row['pairs_ever_compared']:.1%}; diverse tokens in"
+        )
+        print("       common with the exact choice: " + ", ".join(common))
+
+
+def _cell(times: dict[str, float]) -> str:
+    return f"{times['median']:.2f} ({times['min']:.2f} to {times['max']:.2f})"
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    name = torch.cuda.get_device_name() if args.device != "cpu" else torch.backends.cpu.get_cpu_capability()
+    form = "loop" if args.device == "cpu" else "kernel" if kernel_can_run(torch.device(args.device)) else "tensors"
+    return {
+        "device": args.device,
+        "device_name": name,
+        "form": form,
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "load_average_before": [round(load, 2) for load in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images at once (default 1 16)")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[128, 64, 32], help="T (default 128 64 32)")
+    parser.add_argument("--tokens", type=int, default=576, help="N, visual tokens of an image (default 576)")
+    parser.add_argument("--channels", type=int, default=1024, help="C, the vision tower's width (default 1024)")
+    parser.add_argument("--dtype", default="float32", choices=["float16", "bfloat16", "float32", "float64"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
+    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each form (default 15)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random features (default 0)")
+    parser.add_argument("--stages", action="store_true", help="also time the parts of the CPU's form")
+    parser.add_argument("--study", action="store_true", help="also ask whether the product could be smaller")
+    parser.add_argument("--images", type=int, default=20, help="images in the study (default 20)")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    args = parser.parse_args(arguments)
+    if max(args.budgets) >= args.tokens or min(args.budgets) < 1:
+        parser.error("--budgets must lie between 1 and --tokens - 1: keeping every token selects nothing")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    if args.repeats < 1 or args.images < 1 or args.threads < 1:
+        parser.error("--repeats, --images and --threads must be at least 1")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
+    torch.set_num_threads(args.threads)
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    with torch.inference_mode():
+        result: dict[str, Any] = {"machine": machine(args), "settings": settings, "selection": measure(args)}
+        if args.stages and args.device == "cpu":
+            result["stages"] = measure_stages(args)
+        if args.study:
+            result["study"] = study(args)
+    result["machine"]["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
+    print_tables(result)
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

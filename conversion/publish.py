@@ -1,0 +1,437 @@
+"""From a YAML to a verified repo on the Hub: build, verify, compare, push, read back. `upload.py` is its command line.
+
+Every branch is brought up to date by one commit, made against the commit that was compared with, so that no branch
+ever holds half a build. A run asks the Hub where it stands before each step, which is all that resuming takes: what is
+there already is not sent again, and where nothing differs there is no commit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+from vispruner import ARCHITECTURES, __version__
+
+from . import publish_worker
+from .base_checkpoint import resolve_base
+from .build import budget_config, build_repo
+from .checkpoint_io import has_weights, read_json
+from .hub_access import (
+    ExitCode,
+    HubAccess,
+    Patience,
+    PublishError,
+    explained,
+    require_write_access,
+    with_base_commit,
+)
+from .repo_config import RepoConfig, load_repo_config
+from .upload_plan import (
+    CARD,
+    CONFIG,
+    NEUTRAL_FILES,
+    BranchPlan,
+    LocalFile,
+    RemoteBranch,
+    RemoteFile,
+    built_files,
+    describe,
+    local_file,
+    made_by_a_build,
+    plan_branch,
+)
+from .verify import verify_repo
+
+DEFAULT_BRANCH = "main"
+DEFAULT_OUT = Path("build") / "upload"
+# A model up to this size is loaded from the Hub after a push; of a larger one the classes, not the weights.
+LOAD_BYTES = 4 * 2**30
+LOAD_TIMEOUT = 3600.0
+
+
+def publish(
+    configs: Sequence[str | os.PathLike[str]],
+    push: bool = False,
+    private: bool = False,
+    create_pr: bool = False,
+    revision: str | None = None,
+    thin: bool | None = None,
+    base: str | None = None,
+    out: str | os.PathLike[str] = DEFAULT_OUT,
+    endpoint: str | None = None,
+    force: bool = False,
+) -> None:
+    """Build and verify each YAML's repo, show what would change on the Hub, and with `push` make it so.
+
+    All accounts, bases and repos are checked before the first build. Raises PublishError, and for input that cannot be
+    built what `build_repo` raises.
+    """
+    if revision is not None and create_pr:
+        raise PublishError(ExitCode.BAD_INPUT, "--create-pr proposes a change of main: give it without --revision")
+    repos = [load_repo_config(config) for config in configs]
+    hub = HubAccess(endpoint)
+    jobs = [
+        PublishJob(hub, repo, private=private, create_pr=create_pr, revision=revision, force=force) for repo in repos
+    ]
+    for job in jobs:
+        job.check_access(push, pin_base=base is None)
+    for job in jobs:
+        folder = job.build(Path(out), thin, base)
+        wanted = job.wanted_branches(folder)
+        job.show_summary(wanted, push)
+        if push:
+            job.push_branches(wanted)
+            job.check_loads(folder)
+            print(f"done: {hub.endpoint}/{job.repo.repo_id}")
+    if not push:
+        print("this was a dry run: nothing was changed on the Hub; add --push to publish")
+
+
+class PublishJob:
+    """One YAML and where it goes; `commits` are those of the branches once they are pushed."""
+
+    def __init__(
+        self,
+        hub: HubAccess,
+        repo: RepoConfig,
+        private: bool = False,
+        create_pr: bool = False,
+        revision: str | None = None,
+        force: bool = False,
+    ) -> None:
+        if revision is not None and revision in repo.budgets:
+            raise PublishError(
+                ExitCode.BAD_INPUT, f"--revision {revision}: {repo.path} has a budget branch of that name"
+            )
+        self.hub = hub
+        self.repo = repo
+        self.private = private
+        self.create_pr = create_pr
+        self.branch = revision or DEFAULT_BRANCH
+        self.force = force
+        self.commits: dict[str, str] = {}
+        self.other_branches: list[str] = []
+
+    @property
+    def budgets(self) -> dict[str, dict[str, Any]]:
+        """The budget branches that follow this push: those of the YAML, which follow main alone."""
+        return {} if self.create_pr or self.branch != DEFAULT_BRANCH else self.repo.budgets
+
+    def check_access(self, push: bool, pin_base: bool = True) -> None:
+        """Refuse, before anything is built, what could not be pushed; pin the base's branch to its commit."""
+        repo_id = self.repo.repo_id
+        with explained(self.hub, repo_id):
+            account = self.hub.account if push or self.hub.token else None
+            remote = self.read_branches()
+            if account is not None:
+                try:
+                    require_write_access(account, repo_id, creates=remote is None, pull_request=self.create_pr)
+                except PublishError as reason:
+                    if push:
+                        raise
+                    print(f"note: --push would be refused: {reason}")
+            if remote is None and self.create_pr:
+                raise PublishError(
+                    ExitCode.BAD_INPUT, f"{repo_id} is not on the Hub: there is nothing --create-pr could change"
+                )
+            if remote is not None:
+                self._refuse_public()
+                for branch, found in remote.items():
+                    self._refuse_foreign(branch, found)
+            if pin_base:
+                self.repo = with_base_commit(self.hub, self.repo)
+
+    def build(self, out: Path, thin: bool | None, base: str | None) -> Path:
+        """Build the repo into a folder of its own below `out` and verify it there."""
+        folder = out / self.repo.repo_id.split("/")[-1]
+        if folder.is_dir() and any(folder.iterdir()) and "vispruner_config" not in _config_of(folder):
+            raise PublishError(ExitCode.BAD_INPUT, f"{folder} holds something else: give another folder as --out")
+        with explained(self.hub, f"building {self.repo.repo_id}"):
+            build_repo(self.repo, folder, base=base, thin=thin, overwrite=True)
+            report = verify_repo(folder, base=self._base_to_compare(folder, base))
+        print(report.table())
+        if not report.passed:
+            raise PublishError(
+                ExitCode.NOT_VERIFIED, f"{self.repo.repo_id} is not published: verify refuses what was built"
+            )
+        return folder
+
+    def _base_to_compare(self, folder: Path, base: str | None) -> Path | None:
+        if not has_weights(folder):
+            return None  # a thin repo has no weights of its own
+        return resolve_base(self.repo.base_model, self.repo.base_revision) if base is None else resolve_base(base)
+
+    def show_summary(self, wanted: Mapping[str, list[LocalFile]], push: bool) -> None:
+        """Print what would change, or will, on every branch; let the Hub judge a new card before anything is made."""
+        repo_id = self.repo.repo_id
+        with explained(self.hub, repo_id):
+            remote = self.read_branches()
+            plans = [plan_branch(branch, files, (remote or {}).get(branch)) for branch, files in wanted.items()]
+            card = next((file for plan in plans for file in (*plan.added, *plan.changed) if file.path == CARD), None)
+            if card is not None:
+                self.hub.check_card(card.text())
+        state = "exists" if remote is not None else "a new repo" if self.hub.token else "a new repo, or a private one"
+        visibility = ", private" if remote is None and self.private else ""
+        print(f"\n{self.hub.endpoint}/{repo_id} ({state}{visibility})")
+        print("\n".join(describe(plans[0])))
+        for plan in plans[1:]:
+            print("\n".join(describe(plan, self._budget_text(plan.branch), main=plans[0])))
+        if self.other_branches:
+            print(f"  other branches stay as they are: {', '.join(self.other_branches)}")
+        if self.create_pr and not all(plan.is_empty for plan in plans):
+            print(f"  as a pull request{'' if push else ' that --push would open'}; budget branches follow main later")
+
+    def _budget_text(self, branch: str) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.budgets.get(branch, {}).items())
+
+    def push_branches(self, wanted: Mapping[str, list[LocalFile]]) -> dict[str, str]:
+        """Bring every branch to the files it shall hold and read them back; return branch -> commit.
+
+        Safe to repeat and to interrupt anywhere: each branch changes by one commit or not at all.
+        """
+        with explained(self.hub, self.repo.repo_id, uploading=True):
+            if self.read_branches() is None:
+                self._create_repo()
+            self.commits = {branch: self._bring_up_to_date(branch, files) for branch, files in wanted.items()}
+            self._read_back(wanted)
+        return self.commits
+
+    def wanted_branches(self, folder: Path) -> dict[str, list[LocalFile]]:
+        """Return the files that every branch shall hold, the pushed branch first."""
+        files = built_files(folder, self.repo)
+        wanted = {self.branch: files}
+        config = read_json(folder / CONFIG)
+        for branch, budget in self.budgets.items():
+            text = json.dumps(budget_config(config, budget), indent=2, ensure_ascii=False) + "\n"
+            own = local_file(CONFIG, text.encode())
+            wanted[branch] = [own if file.path == own.path else file for file in files]
+        return wanted
+
+    def read_branches(self) -> dict[str, RemoteBranch] | None:
+        """Return the branches this job writes to as they are on the Hub; None where there is no such repo."""
+        try:
+            refs = self.hub.ask(self.hub.api.list_repo_refs, self.repo.repo_id)
+        except RepositoryNotFoundError:
+            return None
+        heads = {ref.name: ref.target_commit for ref in refs.branches}
+        self.other_branches = sorted(heads.keys() - {self.branch, *self.budgets})
+        return {
+            branch: RemoteBranch(heads[branch], self._read_files(heads[branch]))
+            for branch in (self.branch, *self.budgets)
+            if branch in heads
+        }
+
+    def _read_files(self, commit: str) -> dict[str, RemoteFile]:
+        listed = self.hub.ask(self._list_tree, commit)
+        return {
+            entry.path: RemoteFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+            for entry in listed
+            if hasattr(entry, "blob_id")  # a folder has none
+        }
+
+    def _list_tree(self, commit: str) -> list[Any]:
+        return list(self.hub.api.list_repo_tree(self.repo.repo_id, recursive=True, revision=commit))
+
+    def _refuse_public(self) -> None:
+        if self.private and not self.hub.ask(self.hub.api.repo_info, self.repo.repo_id).private:
+            raise PublishError(
+                ExitCode.BAD_INPUT,
+                f"{self.repo.repo_id} is public, and --private only counts when a repo is made: make it private in "
+                "its settings, or leave --private out",
+            )
+
+    def _refuse_foreign(self, branch: str, remote: RemoteBranch) -> None:
+        """Refuse to write over what no build of this base made."""
+        if self.force:
+            return
+        ours = self._is_ours(remote)
+        foreign = [
+            path for path in sorted(remote.files) if path not in NEUTRAL_FILES and not (ours and made_by_a_build(path))
+        ]
+        if not ours and foreign == [CARD] and not self._has_text(remote):
+            return
+        if foreign:
+            listed = ", ".join(foreign[:6]) + (f" and {len(foreign) - 6} more" if len(foreign) > 6 else "")
+            why = (
+                "no build makes these files"
+                if ours
+                else f"its config.json is not one built from {self.repo.base_model}"
+                if CONFIG in remote.files
+                else "it holds no build"
+            )
+            raise PublishError(
+                ExitCode.FOREIGN_CONTENT,
+                f"{self.repo.repo_id} at {branch} holds {listed}: {why}. Give another repo_id, or --force to write "
+                "over it (code, config, processor and weights are replaced, other files stay)",
+            )
+
+    def _is_ours(self, remote: RemoteBranch) -> bool:
+        if CONFIG not in remote.files:
+            return False
+        try:
+            config = json.loads(self._read_text(remote, CONFIG))
+            return config["vispruner_config"]["base_model_name_or_path"] == self.repo.base_model
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    def _has_text(self, remote: RemoteBranch) -> bool:
+        """Say whether the card is more than the front matter that the Hub's own form for new repos writes."""
+        text = self._read_text(remote, CARD).strip()
+        return bool(text.rpartition("\n---")[2].strip()) if text.startswith("---") else bool(text)
+
+    def _read_text(self, remote: RemoteBranch, path: str) -> str:
+        found = self.hub.ask(self.hub.api.hf_hub_download, self.repo.repo_id, path, revision=remote.commit)
+        return Path(found).read_text(encoding="utf-8")
+
+    def _create_repo(self) -> None:
+        self.hub.ask(self.hub.api.create_repo, self.repo.repo_id, private=self.private or None, exist_ok=True)
+
+    def _bring_up_to_date(self, branch: str, files: list[LocalFile]) -> str:
+        """Commit whatever a branch lacks; return its commit. After any trouble the branch is looked at anew."""
+        patience, moved = Patience(), False
+        while True:
+            remote = self._branch_to_write(branch)
+            self._refuse_foreign(branch, remote)
+            plan = plan_branch(branch, files, remote)
+            if plan.is_empty:
+                return remote.commit
+            if self.create_pr and (proposed := self._open_proposal(files)) is not None:
+                return proposed
+            try:
+                return self._commit(plan, remote)
+            except Exception as error:
+                if _is_moved(error) and not moved:
+                    moved = True
+                else:
+                    patience.wait(error)
+
+    def _commit(self, plan: BranchPlan, remote: RemoteBranch) -> str:
+        """Make one commit on top of the one that was looked at, or a pull request of it; weights go up before it."""
+        target: dict[str, Any] = {"create_pr": True} if self.create_pr else {"revision": plan.branch}
+        done = self.hub.api.create_commit(
+            self.repo.repo_id,
+            plan.operations(),
+            commit_message=self._title(plan.branch),
+            parent_commit=remote.commit,
+            **target,
+        )
+        if self.create_pr:
+            print(f"opened {done.pr_url}")
+        return done.oid
+
+    def _branch_to_write(self, branch: str) -> RemoteBranch:
+        """Return the branch; a missing one is made from the repo's first commit, which holds nothing to load."""
+        while True:
+            refs = self.hub.ask(self.hub.api.list_repo_refs, self.repo.repo_id)
+            for ref in refs.branches:
+                if ref.name == branch:
+                    return RemoteBranch(ref.target_commit, self._read_files(ref.target_commit))
+            first = self.hub.ask(self.hub.api.list_repo_commits, self.repo.repo_id)[-1].commit_id
+            self.hub.ask(self.hub.api.create_branch, self.repo.repo_id, branch=branch, revision=first, exist_ok=True)
+
+    def _title(self, branch: str) -> str:
+        budget = f", {self._budget_text(branch)}" if branch in self.budgets else ""
+        at = f" at {self.repo.base_revision[:8]}" if self.repo.base_revision else ""
+        return f"Build of {self.repo.base_model}{at} by vispruner {__version__}{budget}"
+
+    def _open_proposal(self, files: list[LocalFile]) -> str | None:
+        refs = self.hub.ask(self.hub.api.list_repo_refs, self.repo.repo_id, include_pull_requests=True)
+        for ref in refs.pull_requests or ():
+            found = RemoteBranch(ref.target_commit, self._read_files(ref.target_commit))
+            if not plan_branch(ref.name, files, found).is_empty:
+                continue
+            number = int(ref.ref.rpartition("/")[2])
+            if self.hub.ask(self.hub.api.get_discussion_details, self.repo.repo_id, number).status in (
+                "open",
+                "draft",
+            ):
+                print(f"pull request {number} proposes this build already")
+                return ref.target_commit
+        return None
+
+    def _read_back(self, wanted: Mapping[str, list[LocalFile]]) -> None:
+        """Compare every file of every commit on the Hub with what was built."""
+        for branch, files in wanted.items():
+            commit = self.commits[branch]
+            plan = plan_branch(branch, files, RemoteBranch(commit, self._read_files(commit)))
+            if not plan.is_empty:
+                raise PublishError(
+                    ExitCode.READ_BACK_DIFFERS,
+                    f"{self.repo.repo_id} at {branch} ({commit}) is not what was built: {', '.join(plan.paths())}; "
+                    "run the same command again, and look for a .gitignore in the repo if it stays so",
+                )
+            print(f"read back {branch} at {commit}: {len(files)} files are those built")
+
+    def check_loads(self, folder: Path) -> None:
+        """Load every pushed commit from the Hub in a fresh process, as its users will."""
+        config = read_json(folder / CONFIG)
+        settings = {
+            "repo_id": self.repo.repo_id,
+            "class_name": ARCHITECTURES[config["model_type"]].model_class.__name__,
+            "load_bytes": LOAD_BYTES,
+            "revisions": {
+                commit: budget_config(config, self.budgets[branch])["vispruner_config"]
+                if branch in self.budgets
+                else config["vispruner_config"]
+                for branch, commit in self.commits.items()
+            },
+        }
+        with explained(self.hub, f"loading {self.repo.repo_id}"):
+            result = _run_worker(settings, self.hub.endpoint)
+        if "problem" in result:
+            raise PublishError(
+                ExitCode.READ_BACK_DIFFERS,
+                self.hub.without_token(f"{self.repo.repo_id} is on the Hub but does not load: {result['problem']}"),
+            )
+        for line in result["passed"]:
+            print(line)
+
+
+def _run_worker(settings: Mapping[str, Any], endpoint: str) -> dict[str, Any]:
+    """Run `publish_worker` from an empty folder without access to this package; only its code cache is its own."""
+    with tempfile.TemporaryDirectory(prefix="vispruner-publish-") as name:
+        scratch = Path(name)
+        worker = Path(shutil.copy(publish_worker.__file__, scratch))
+        (scratch / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": endpoint,
+            "HF_MODULES_CACHE": str(scratch / "modules"),
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        command = [sys.executable, str(worker), "settings.json", "result.json"]
+        try:
+            done = subprocess.run(
+                command,
+                cwd=scratch,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=LOAD_TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"problem": f"no end after {LOAD_TIMEOUT:g} s"}
+        if (scratch / "result.json").is_file():
+            return json.loads((scratch / "result.json").read_text(encoding="utf-8"))
+        last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
+        return {"problem": f"exit status {done.returncode}: {last[0]}"}
+
+
+def _is_moved(error: Exception) -> bool:
+    """Say whether somebody else committed since the branch was looked at."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code == 412
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}

@@ -1,0 +1,146 @@
+"""The rounds of duplicate removal on a GPU: one kernel launch, one program per image, nothing read back by the host.
+
+It continues where the cosine matrix ends and gives what `token_selection` gives with tensor operations. Sorting is
+ranking by counting: the rank of an element is the number of those ahead of it, earlier ones among equals included.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+
+def kernel_can_run(device: torch.device) -> bool:
+    """True on a GPU where Triton is installed with the compiler and the headers that it builds its launcher with."""
+    return device.type == "cuda" and triton is not None and _LAUNCHER_CAN_BE_BUILT
+
+
+_LAUNCHER_CAN_BE_BUILT = (
+    any(os.environ.get("CC") or shutil.which(name) for name in ("clang", "gcc"))
+    and Path(sysconfig.get_path("include"), "Python.h").is_file()
+)
+
+
+def keep_in_one_kernel(
+    cosine: torch.Tensor, order: torch.Tensor, important_num: int, budget: int, step: int
+) -> torch.Tensor:
+    """Keep the first tokens of `order` and what duplicate removal leaves of the rest.
+
+    cosine   (B, R, R)  similarities of the last R tokens of `order`
+    order    (B, N)     tokens, most attended first
+    returns  (B, T)     kept indices, ascending; T = budget
+    """
+    batch, tokens = order.shape
+    cosine, order = cosine.contiguous(), order.contiguous()
+    wide = cosine.dtype == torch.float64
+    slots = order.new_empty((batch, cosine.shape[-1]), dtype=torch.int32)
+    duplication = cosine.new_empty(slots.shape, dtype=torch.float64 if wide else torch.float32)
+    kept = order.new_empty((batch, budget))
+    block = triton.next_power_of_2(tokens)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(cosine):
+        _keep_kernel[(batch,)](
+            cosine,
+            order,
+            slots,
+            duplication,
+            kept,
+            tokens,
+            important_num,
+            budget,
+            step,
+            WIDE=wide,
+            BLOCK=block,
+            ROWS=max(1, 16384 // block),
+            num_warps=16,
+            num_stages=1,
+        )
+    return kept
+
+
+if triton is not None:
+    # Left unspecialised, no budget or number of tokens compiles the kernel anew.
+    @triton.jit(do_not_specialize=["tokens", "important_num", "budget", "step"])
+    def _keep_kernel(  # type: ignore[no-untyped-def]
+        cosine,
+        order,
+        slots,
+        duplication,
+        kept,
+        tokens,
+        important_num,
+        budget,
+        step,
+        WIDE: tl.constexpr,
+        BLOCK: tl.constexpr,
+        ROWS: tl.constexpr,
+    ):
+        residual = tokens - important_num
+        image = tl.program_id(0).to(tl.int64)
+        cosine += image * residual * residual
+        order += image * tokens
+        slots += image * residual
+        duplication += image * residual
+        kept += image * budget
+        place = tl.arange(0, BLOCK)
+        row = tl.arange(0, ROWS)
+        value_type: tl.constexpr = tl.float64 if WIDE else tl.float32
+
+        tl.store(slots + place, place, mask=place < residual)
+        tl.debug_barrier()
+        left = residual
+        while left > budget - important_num:
+            drop = tl.minimum(tl.minimum(step, left - (budget - important_num)), (left + 1) // 2)
+            a_num = (left + 1) // 2
+            b_num = left // 2
+            # The matrix is symmetric, so the best of the b's for every column is read in whole rows.
+            best = tl.full([BLOCK], float("-inf"), value_type)
+            for start in range(0, b_num, ROWS):
+                valid = start + row < b_num
+                b = tl.load(slots + 2 * (start + row) + 1, mask=valid, other=0)
+                here = valid[:, None] & (place < residual)[None, :]
+                tile = tl.load(cosine + b[:, None] * residual + place[None, :], mask=here, other=float("-inf"))
+                best = tl.maximum(best, tl.max(tile.to(value_type), axis=0))
+            tl.store(duplication + place, best, mask=place < residual)
+            tl.debug_barrier()
+            a = tl.load(slots + 2 * place, mask=place < a_num, other=0)
+            spared = tl.load(slots + 2 * place + 1, mask=place < b_num, other=0)
+            mine = tl.load(duplication + a, mask=place < a_num, other=float("-inf"))
+            rank = tl.zeros([BLOCK], tl.int32)
+            for start in range(0, a_num, ROWS):
+                rival_place = start + row
+                rival = tl.load(slots + 2 * rival_place, mask=rival_place < a_num, other=0)
+                theirs = tl.load(duplication + rival, mask=rival_place < a_num, other=float("-inf"))
+                more = theirs[:, None] > mine[None, :]
+                equal_but_earlier = (theirs[:, None] == mine[None, :]) & (rival_place[:, None] < place[None, :])
+                ahead = (more | equal_but_earlier) & (rival_place < a_num)[:, None]
+                rank += tl.sum(ahead.to(tl.int32), axis=0)
+            tl.debug_barrier()
+            tl.store(slots + rank - drop, a, mask=(place < a_num) & (rank >= drop))
+            tl.store(slots + a_num - drop + place, spared, mask=place < b_num)
+            tl.debug_barrier()
+            left -= drop
+
+        diverse = (place >= important_num) & (place < budget)
+        slot = tl.load(slots + place - important_num, mask=diverse, other=0)
+        token = tl.load(order + tl.where(diverse, important_num + slot, place), mask=place < budget, other=0)
+        smaller = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, budget, ROWS):
+            kept_place = start + row
+            kept_diverse = (kept_place >= important_num) & (kept_place < budget)
+            kept_slot = tl.load(slots + kept_place - important_num, mask=kept_diverse, other=0)
+            source = order + tl.where(kept_diverse, important_num + kept_slot, kept_place)
+            kept_token = tl.load(source, mask=kept_place < budget, other=0)
+            below = (kept_token[:, None] < token[None, :]) & (kept_place < budget)[:, None]
+            smaller += tl.sum(below.to(tl.int32), axis=0)
+        tl.store(kept + smaller, token, mask=place < budget)

@@ -1,0 +1,96 @@
+"""Publish repos on the Hugging Face Hub: build, verify, show what would change, push, read back."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+DESCRIPTION = """\
+Build the repos that YAML files describe, verify them, show what would change on the Hub, and with --push make it so.
+Without --push nothing on the Hub is touched, and no account is needed."""
+
+EPILOG = """\
+examples:
+  hf auth login                                       once, with a token that may write
+  python upload.py llava-1.5-7b-vispruner             a YAML in hub_configs/, by its stem: a dry run
+  python upload.py llava-1.5-7b-vispruner --push      the same, and publish it
+  python upload.py hub_configs/*.yaml --push          all of them
+  python upload.py my-model.yaml --push --private     a YAML of your own, into a repo that only you see
+  python upload.py my-model.yaml --push --revision next    to try it on another branch
+  python upload.py my-model.yaml --push --create-pr   propose it, for somebody else to merge
+
+The repo goes where repo_id in the YAML says: put your own name there. Interrupted, or the line dropped? Run the same
+command again: it goes on where it stopped, and does nothing where nothing is new.
+
+exit status:
+   0  done, or nothing to do            9  the repo holds files that no build made: --force
+   1  verify refuses what was built    10  somebody else committed meanwhile, twice
+   2  bad input: YAML, base, options   11  the rate limit lasts too long
+   3  not logged in                    12  the Hub answers with server errors
+   4  the token is not accepted        13  the connection broke
+   5  the token may not write          14  the disk is full
+   6  not your namespace               15  the Hub refuses the model card's metadata
+   7  no access to the base            16  what is on the Hub is not what was built
+   8  no such revision of the base     17  the Hub refuses for another reason
+  70  a fault of upload.py            130  interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = vars(_parser().parse_args(arguments))
+    show_traceback = options.pop("traceback")
+    if options["endpoint"]:
+        os.environ["HF_ENDPOINT"] = options["endpoint"]  # huggingface_hub reads it once, when it is imported
+    from huggingface_hub import get_token
+    from safetensors import SafetensorError
+
+    from vispruner.conversion.hub_access import ExitCode, PublishError
+    from vispruner.conversion.publish import publish
+
+    try:
+        publish(**options)
+        return ExitCode.DONE
+    except KeyboardInterrupt:
+        print("upload: interrupted; run the same command again to go on", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except (PublishError, ValueError, OSError, SafetensorError) as error:
+        text = traceback.format_exc() if show_traceback else ""
+        text += f"upload: error: {str(error).strip() or type(error).__name__}"
+        print(text.replace(get_token() or "\0", "[token]"), file=sys.stderr)
+        return error.exit_code if isinstance(error, PublishError) else ExitCode.BAD_INPUT
+    except Exception:
+        print(traceback.format_exc().replace(get_token() or "\0", "[token]"), file=sys.stderr)
+        print("upload: error: this is a fault of upload.py, please report the lines above", file=sys.stderr)
+        return ExitCode.FAULT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="upload.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add: Any = parser.add_argument
+    add("configs", nargs="+", metavar="CONFIG", help="path of a YAML, or the stem of one in hub_configs/")
+    add("--push", action="store_true", help="publish; without it this is a dry run")
+    add("--private", action="store_true", help="make a new repo private (an existing one keeps what it is)")
+    add("--create-pr", action="store_true", help="open a pull request instead of committing to main")
+    add("--revision", metavar="B", help="commit to this branch instead of main; the budget branches stay as they are")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--thin", dest="thin", action="store_true", default=None, help="leave the weights in the base"
+    )
+    weights.add_argument("--full", dest="thin", action="store_false", help="publish the weights too")
+    add("--base", metavar="PATH", help="read the base from here instead of downloading base_model")
+    add("--out", default="build/upload", metavar="DIR", help="folder for the built repos, default: %(default)s")
+    add("--endpoint", metavar="URL", help="another Hub, default: HF_ENDPOINT or https://huggingface.co")
+    add("--force", action="store_true", help="write over what no build of this base made")
+    add("--traceback", action="store_true", help="print the Python traceback of an error too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
