@@ -28,18 +28,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import (
     DENSE,
     DOWNSAMPLE,
-    TRAINED,
     BenchmarkError,
     PublishedModel,
     Sample,
     Variant,
-    is_right,
     label,
     published_repo,
     questions,
     variants,
     write_whole,
 )
+
+from vispruner.conversion.questions import is_right
 
 BUDGETS = (50.0, 25.0, 12.5, 6.0)
 RATIOS = (0.0, 0.5)
@@ -283,7 +283,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--repo",
         type=Path,
         metavar="DIR",
-        default=TRAINED,
         help="a built repo, or a stock LLaVA checkpoint to build one from; by default the trained one in the package",
     )
     parser.add_argument("--selectors", nargs="+", metavar="NAME", help="by default all the repo registers")

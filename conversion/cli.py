@@ -147,18 +147,19 @@ def _add_convert(commands: Any) -> None:
 
 def _add_show(commands: Any) -> None:
     examples = (
+        "  vispruner show --budgets 36 18 9 --out kept.png\n"
         "  vispruner show photo.jpg --repo repo --out kept.png\n"
         "  vispruner show photo.jpg --repo llava-hf/llava-1.5-7b-hf --visual-token-num 64 --out kept.png\n"
         "  vispruner show photo.jpg --repo repo --budgets 128 64 32 --question 'Where is the cat?' --out kept.png"
     )
     summary = "draw which patches of a photo are kept: important ones orange, diverse ones blue"
     parser = _add_command(commands, "show", summary, examples, _show)
-    parser.add_argument("image", metavar="IMAGE", help="the photo")
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="a photo (default: the scene in the package)")
     parser.add_argument(
         "--repo",
-        required=True,
         metavar="DIR_OR_ID",
-        help="a built repo, or a stock checkpoint with --visual-token-num; its own code is never run",
+        help="a built repo, or a stock checkpoint with --visual-token-num; its own code is never run "
+        "(default: the trained toy in the package)",
     )
     parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
     budget = parser.add_mutually_exclusive_group()

@@ -30,12 +30,11 @@ from .build import build_repo
 from .checkpoint_io import read_json
 from .picture import kept_patches_picture, open_photo, save_png, view_budgets
 from .prefill_cost import kv_cache_bytes, prefill_flops
-from .questions import NEW_TOKENS, SCENE, Question, is_right, judged, model_inputs, scene_questions
-from .repo_config import EMBEDDED_PREFIX, RepoConfig, load_repo_config
+from .questions import NEW_TOKENS, SCENE, Question, is_right, judged, model_inputs, questions_about
+from .repo_config import DEMO_CONFIG, EMBEDDED_PREFIX, RepoConfig, load_repo_config
 from .verify import verify_repo
 
 SAMPLE_PHOTO = Path(__file__).parent / "assets" / "chelsea.jpg"
-DEMO_CONFIG = "tiny-llava-vispruner"
 QUESTION = "What is in this picture?"
 RESULTS = "demo.json"
 MADE_BY = "vispruner demo"
@@ -100,7 +99,7 @@ def run_demo(
         embedded = str(options["base_model_name_or_path"]).startswith(EMBEDDED_PREFIX)
         path = Path(image) if image is not None else SCENE if embedded else SAMPLE_PHOTO
         photo = open_photo(path) if given is None else given
-        questions = _questions(path, question)
+        questions = questions_about(path, question) or [Question(QUESTION)]
         print("Answering, pruned and unpruned ...", flush=True)
         with _threads(1 if embedded else torch.get_num_threads()):
             unpruned, pruned = measure(pipe, photo, questions[0].text)
@@ -128,13 +127,6 @@ def run_demo(
 TOY = """\
 The embedded model is a toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else.
 One scene is no measure of its accuracy, and its times say little about a real model."""
-
-
-def _questions(path: Path, question: str | None) -> list[Question]:
-    known = scene_questions() if path == SCENE else []
-    if question is None:
-        return known or [Question(QUESTION)]
-    return [asked for asked in known if asked.text == question] or [Question(question)]
 
 
 def _answer_and_draw(

@@ -19,7 +19,9 @@ from transformers import AutoProcessor, PreTrainedModel
 import vispruner
 from vispruner.token_selection import important_tokens
 
-from .questions import WRONG, Question, ask, judged
+from .base_checkpoint import resolve_base
+from .questions import SCENE, WRONG, Question, ask, judged, questions_about
+from .repo_config import DEMO_CONFIG, load_repo_config
 
 # Okabe-Ito orange and blue: told apart with every common colour blindness, and by their brightness in grey.
 IMPORTANT_COLOUR = (230, 159, 0)
@@ -77,8 +79,8 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def show(
-    image: str | os.PathLike[str],
-    repo: str,
+    image: str | os.PathLike[str] | None,
+    repo: str | None,
     out: str | os.PathLike[str],
     visual_token_num: int | None = None,
     budgets: Sequence[int] = (),
@@ -86,8 +88,9 @@ def show(
 ) -> Path:
     """Write the picture of the patches that the model in `repo` keeps of the file `image`.
 
+    image             None for the scene in the package, which is asked its own questions unless one is given
     repo              a built repo, or any stock checkpoint together with a budget; a folder or a Hub id.
-                      Its own code is never run: the installed package reads it
+                      Its own code is never run: the installed package reads it. None for the embedded checkpoint
     visual_token_num  overrides the budget that the repo stores
     budgets           draw these budgets side by side, after the unpruned image
     question          answer this under every budget, and unpruned
@@ -95,17 +98,22 @@ def show(
     if visual_token_num is not None and budgets:
         raise ValueError("give either --visual-token-num (one budget) or --budgets (several side by side)")
     out = _png_path(out)
-    photo = open_photo(image)
+    path = SCENE if image is None else Path(image)
+    photo = open_photo(path)
     first = budgets[0] if budgets else visual_token_num
-    budget: dict[str, Any] = {} if first is None else {"visual_token_num": first}
-    model = vispruner.load(repo, dtype="auto", **budget).eval()
-    processor = AutoProcessor.from_pretrained(repo)
-    questions = [] if question is None else [Question(question)]
+    options: dict[str, Any] = {} if first is None else {"visual_token_num": first}
+    name, source = (Path(repo).name, repo) if repo is not None else (DEMO_CONFIG, None)
+    if source is None:
+        config = load_repo_config(DEMO_CONFIG)
+        source, options = str(resolve_base(config.base_model)), {**config.vispruner_config, **options}
+    model = vispruner.load(source, dtype="auto", **options).eval()
+    processor = AutoProcessor.from_pretrained(source)
+    questions = questions_about(path, question)
     if budgets or questions:
         panels = view_budgets(model, processor, photo, budgets or [None], questions)
     else:
         panels = [Panel(view_kept_patches(model, processor, photo))]
-    return save_png(kept_patches_picture(panels, f"{Path(image).name} as {Path(repo).name} sees it", questions), out)
+    return save_png(kept_patches_picture(panels, f"{path.name} as {name} sees it", questions), out)
 
 
 def view_budgets(

@@ -31,6 +31,14 @@ def scene_questions() -> list[Question]:
     return [Question(entry["question"], entry["type"], entry["answer"]) for entry in stored]
 
 
+def questions_about(picture: Path | None, text: str | None = None) -> list[Question]:
+    """Return the one question `text`, or all that are known about a picture; known ones bring their true answers."""
+    known = scene_questions() if picture == SCENE else []
+    if text is None:
+        return known
+    return [question for question in known if question.text == text] or [Question(text)]
+
+
 def model_inputs(model: PreTrainedModel, processor: Any, photo: Image.Image, question: str) -> Any:
     """Return what `generate` takes to answer a question, in the words of the processor's chat template."""
     content = [{"type": "image", "image": photo}, {"type": "text", "text": question}]

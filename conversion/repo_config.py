@@ -21,6 +21,7 @@ from vispruner.configuration_vispruner import merge_vispruner_config
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 EMBEDDED_PREFIX = "embedded/"
+DEMO_CONFIG = "tiny-llava-vispruner"
 
 FIELDS = (
     "repo_id",

@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 from .configuration_vispruner import VisPrunerLlavaNextConfig
 from .encoded_images import EncodedImages
 from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, inherit_checkpoint_conversion
-from .pruning_mixin import VisPrunerMixin
+from .pruning_mixin import VisPrunerMixin, give_lm_head_its_own_rows
 
 NEWLINE = -1
 
@@ -213,6 +213,7 @@ class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForCon
         super(LlavaNextForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
         self.model = VisPrunerLlavaNextModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
         self.post_init()
 
     def forward(

@@ -14,12 +14,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vispruner import conversion
-
 for needed in ("sklearn", "easy_vqa", "matplotlib"):
     pytest.importorskip(needed, reason="the benchmarks need `pip install 'vispruner[benchmarks]'`")
 
-TRAINED = Path(conversion.__file__).parent / "assets" / "tiny-llava"
 QUESTIONS = 60
 
 
@@ -33,7 +30,7 @@ def accuracy() -> ModuleType:
 
 def run(accuracy: ModuleType, folder: Path, *arguments: str) -> dict[str, Any]:
     files = ["--json", str(folder / "result.json"), "--plot", str(folder / "result.png")]
-    common = ["--repo", str(TRAINED), "--limit", str(QUESTIONS), "--processes", "1"]
+    common = ["--limit", str(QUESTIONS), "--processes", "1"]
     assert accuracy.main([*common, *files, *arguments]) == 0
     return json.loads((folder / "result.json").read_text())
 
@@ -109,5 +106,5 @@ def test_a_right_answer_is_the_whole_word(accuracy: ModuleType) -> None:
 
 
 def test_an_unknown_selector_is_refused(accuracy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert accuracy.main(["--repo", str(TRAINED), "--selectors", "nonsense", "--limit", "5"]) == 2
+    assert accuracy.main(["--selectors", "nonsense", "--limit", "5"]) == 2
     assert "nonsense" in capsys.readouterr().err

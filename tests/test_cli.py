@@ -15,6 +15,7 @@ from PIL import Image
 
 import vispruner
 from vispruner.conversion import build, cli, convert, demo, picture, verify
+from vispruner.conversion.questions import Question, is_right, scene_questions
 
 COMMANDS = ("demo", "build", "verify", "convert", "show")
 
@@ -166,6 +167,28 @@ def test_show_draws_several_budgets_and_the_answers_to_a_question(
     one, several, asked = sizes
     assert several[0] > one[0]
     assert asked[0] == several[0] and asked[1] > several[1]
+
+
+def test_show_draws_the_embedded_scene_and_checkpoint_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+
+    def draw(panels: list[picture.Panel], caption: str, questions: list[Question]) -> Image.Image:
+        drawn.update(panels=panels, caption=caption, questions=questions)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(picture, "kept_patches_picture", draw)
+    assert cli.main(["show", "--budgets", "36", "18", "9", "--out", str(tmp_path / "kept.png")]) == 0
+    assert [int(panel.tiles[0].kept.sum()) for panel in drawn["panels"]] == [144, 36, 18, 9]
+    assert drawn["questions"] == scene_questions()
+    given = drawn["panels"][0].answers
+    assert sum(map(is_right, given, [question.answer for question in scene_questions()])) >= len(given) - 1
+    arguments = ["show", "--question", "Where is the orange square?", "--out", str(tmp_path / "kept.png")]
+    assert cli.main(arguments) == 0
+    assert [int(panel.tiles[0].kept.sum()) for panel in drawn["panels"]] == [144, 18]
+    assert [question.answer for question in drawn["questions"]] == ["top-right"]
+    assert [list(panel.answers) for panel in drawn["panels"]] == [["top-right"], ["top-right"]]
 
 
 def test_show_takes_one_budget_or_several(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoProcessor
 
 import vispruner
@@ -30,7 +30,7 @@ from vispruner.conversion.demo import (
 )
 from vispruner.conversion.picture import view_kept_patches
 from vispruner.conversion.prefill_cost import prefill_flops
-from vispruner.conversion.questions import SCENE, Question, is_right, judged, scene_questions
+from vispruner.conversion.questions import SCENE, Question, ask, is_right, judged, scene_questions
 
 QUESTION_TYPES = {"color", "shape", "digit", "exist", "count", "where", "relation"}
 
@@ -88,7 +88,7 @@ def test_every_stage_took_time_and_only_pruning_selects(finished: Finished) -> N
         assert stages["vision"] + stages["project"] + stages["prefill"] < stages["whole"]
 
 
-def test_questions_of_every_type_are_answered_and_most_stay_right_with_an_eighth_of_the_tokens(
+def test_questions_of_every_type_are_answered_right_with_an_eighth_of_the_tokens(
     finished: Finished,
 ) -> None:
     answers = finished.results["answers"]
@@ -98,10 +98,22 @@ def test_questions_of_every_type_are_answered_and_most_stay_right_with_an_eighth
         name: sum(is_right(asked[name], answer) for asked, answer in zip(answers, expected, strict=True))
         for name in ("unpruned", "pruned")
     }
-    assert right["unpruned"] >= 0.9 * len(answers)
-    assert right["pruned"] >= 0.5 * len(answers)
+    # All ten are; one may turn where another processor rounds otherwise.
+    assert right["unpruned"] >= len(answers) - 1
+    assert right["pruned"] >= len(answers) - 1
     total = next(line for line in finished.printed.splitlines() if line.startswith("right answers"))
     assert total.split()[2:] == [str(len(answers)), str(right["unpruned"]), str(right["pruned"])]
+
+
+def test_the_pruned_answers_come_from_the_picture(finished: Finished) -> None:
+    """What lies on the right of the scene lies on the left of its mirror image, and the answers follow."""
+    model = vispruner.load(str(finished.out / "repo")).eval()
+    processor = AutoProcessor.from_pretrained(finished.out / "repo")
+    with Image.open(SCENE) as scene:
+        pictures = [scene.convert("RGB"), ImageOps.mirror(scene.convert("RGB"))]
+    asked = ("Where is the orange square?", "Is the digit left of the orange square?")
+    answers = [[ask(model, processor, picture, question) for question in asked] for picture in pictures]
+    assert answers == [["top-right", "yes"], ["top-left", "no"]]
 
 
 def test_every_question_is_printed_with_the_true_and_both_given_answers(finished: Finished) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -18,7 +17,6 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vispruner.conversion.build import build_repo
-from vispruner.conversion.repo_config import load_repo_config
 
 try:
     importlib.metadata.version("lmms-eval")
@@ -65,11 +63,9 @@ def readme_command() -> list[str]:
 
 @pytest.fixture(scope="module")
 def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo repo with an eighth of the visual tokens."""
-    config = load_repo_config("tiny-llava-vispruner")
-    config = dataclasses.replace(config, vispruner_config={**config.vispruner_config, "visual_token_num": KEPT})
+    """The demo repo, which keeps an eighth of the visual tokens."""
     out = tmp_path_factory.mktemp("lmms") / "tiny-llava-vispruner"
-    return build_repo(config, out, base=ROOT / "conversion" / "assets" / "tiny-llava", show_progress=False)
+    return build_repo("tiny-llava-vispruner", out, show_progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from transformers import AutoProcessor
 
 import vispruner
 from vispruner import SELECTORS, VisPrunerOptions, conversion
@@ -27,7 +28,8 @@ COMMANDS = ("pip install . && vispruner demo", 'pip install -e ".[test]" && pyte
 
 
 def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [block for name, block in blocks if name == language]
 
 
 def table_after(header: str) -> list[list[str]]:
@@ -102,14 +104,16 @@ def test_the_readme_s_commands_are_understood() -> None:
     assert parsed == ["_convert", "_build", "_verify", "_show"]
 
 
-def run_python_block(block: str, folder: Path, names: dict[str, str]) -> dict[str, Any]:
+def run_python_block(
+    block: str, folder: Path, names: dict[str, str], namespace: dict[str, Any] | None = None
+) -> dict[str, Any]:
     for published, local in names.items():
         assert published in block
         block = block.replace(published, local)
     before = Path.cwd()
     os.chdir(folder)
+    namespace = {} if namespace is None else namespace
     try:
-        namespace: dict[str, Any] = {}
         exec(compile(block, "README.md", "exec"), namespace)
     finally:
         os.chdir(before)
@@ -118,10 +122,25 @@ def run_python_block(block: str, folder: Path, names: dict[str, str]) -> dict[st
 
 def test_the_readme_s_first_example_runs(tiny_llava_repo: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.jpg")
-    first, _ = code_blocks("python")
+    first, _, _ = code_blocks("python")
     ran = run_python_block(first, tmp_path, {"llava-hf/llava-1.5-7b-hf": str(tiny_llava_repo)})
     assert ran["model"].config.vispruner_config["visual_token_num"] == 64
     assert bool((ran["output"][:, : ran["inputs"].input_ids.shape[1]] == ran["inputs"].input_ids).all())
+
+
+def test_the_readme_s_second_question_is_answered_as_if_it_came_with_the_image(
+    tiny_llava_repo: Path, photo: Image.Image, tmp_path: Path
+) -> None:
+    model = vispruner.load(str(tiny_llava_repo), visual_token_num=16)
+    processor = AutoProcessor.from_pretrained(tiny_llava_repo)
+    model.generation_config.max_new_tokens = 8
+    questions = [f"USER: <image>\n{text} ASSISTANT:" for text in ("What is this?", "Where is the cat?")]
+    given = {"model": model, "processor": processor, "image": photo}
+    _, repeated, _ = code_blocks("python")
+    ran = run_python_block(repeated, tmp_path, {}, {**given, "question": questions[0], "other_question": questions[1]})
+    for question, answer in zip(questions, (ran["first"], ran["second"]), strict=True):
+        inputs = processor(images=photo, text=question, return_tensors="pt")
+        assert answer[0, -8:].tolist() == model.generate(**inputs)[0, -8:].tolist()
 
 
 def test_the_readme_s_check_tells_pruned_from_dense(tiny_llava_repo: Path, tmp_path: Path) -> None:
@@ -131,7 +150,7 @@ def test_the_readme_s_check_tells_pruned_from_dense(tiny_llava_repo: Path, tmp_p
         "vispruner_config: {visual_token_num: 16}\n"
     )
     repo = build_repo(config, tmp_path / "repo", show_progress=False)
-    _, second = code_blocks("python")
+    _, _, second = code_blocks("python")
     names = {"someone/llava-1.5-7b-vispruner": str(repo)}
     run_python_block(second, tmp_path, names)
     with pytest.raises(AssertionError, match="this is the dense model"):
