@@ -57,3 +57,60 @@ def test_the_caches_held_what_the_budgets_say() -> None:
         for (selector, _, _, _), row in rows.items():
             assert row["kv_visual_tokens"] <= row["visual_token_num"]
             assert selector == "downsample" or row["kv_visual_tokens"] == row["visual_token_num"]
+
+
+def test_the_selection_table_is_the_recorded_result_and_above_the_bars() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "selection.json").read_text())
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    for row in result["selection"]:
+        assert row["same_tokens"]
+        times, ratio = row["milliseconds"], row["ratio"]
+        shown = [
+            f"{value:.1f}" if value < 100 else f"{value:.0f}"
+            for value in (times[form]["median"] for form in ("per round", "ours", "tensors"))
+        ]
+        spread = f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})"
+        assert f"| {row['batch']} | {row['visual_token_num']} | {shown[0]} | {shown[1]} | {spread} | {shown[2]} |" in table
+        assert ratio["median"] >= {1: 4.5, 16: 5.0}[row["batch"]]
+
+
+def latency_table(result: dict[str, Any]) -> list[str]:
+    """The README's rows about speed: per number of images and budget, ours beside stock, the peer and the ideal."""
+    lines = []
+    for setting in result["settings"]:
+        rows = {(row["row"], row["visual_token_num"]): row for row in setting["rows"]}
+        for (name, budget), row in rows.items():
+            if name == "ours" and budget < 576:
+                ratio, peer = row["ratio_to_stock"], rows["peer", budget]["ratio_to_stock"]
+                cells = [
+                    str(setting["batch"]),
+                    str(budget),
+                    f"{row['seconds']['ttft']['median']:.2f} s",
+                    *(f"{ratio['ttft'][end]:.2f}" for end in ("median", "low", "high")),
+                    f"{row['flop_ideal']:.2f}",
+                    f"{row['share_of_flop_ideal']:.0%}".replace("%", " %"),
+                    f"{peer['ttft']['median']:.2f}",
+                    f"{ratio['e2e']['median']:.2f}",
+                ]
+                cells[3:6] = [f"{cells[3]} ({cells[4]} to {cells[5]})"]
+                lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def test_the_speed_table_is_the_recorded_result() -> None:
+    (path,) = (ROOT / "benchmarks" / "results").glob("latency-cpu-*llava-1.5-7b-bfloat16.json")
+    lines = latency_table(json.loads(path.read_text()))
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) >= 10
+    assert [line for line in lines if line not in readme] == []
+
+
+def test_recorded_speed_is_near_the_ideal_and_no_slower_than_the_peer() -> None:
+    (path,) = (ROOT / "benchmarks" / "results").glob("latency-cpu-*llava-1.5-7b-bfloat16.json")
+    for setting in json.loads(path.read_text())["settings"]:
+        rows = {(row["row"], row["visual_token_num"]): row for row in setting["rows"]}
+        for (name, budget), row in rows.items():
+            if name == "ours" and budget in (192, 128, 64):
+                assert row["share_of_flop_ideal"] >= 0.9, (setting["batch"], budget)
+            if name == "ours" and budget < 576:
+                assert row["seconds"]["ttft"]["median"] <= rows["peer", budget]["seconds"]["ttft"]["median"]
