@@ -70,8 +70,6 @@ from scenes import (
     scene_rng,
 )
 
-from vispruner.conversion.tiny_llava import CHAT_TEMPLATE
-
 PATCHES = GRID * GRID
 COLOR_WORDS = (*COLORS, "black", "gray", "teal", "brown")  # the last four occur in easy-vqa only
 SHAPE_WORDS = (*SHAPES, "rectangle")
@@ -80,6 +78,17 @@ BACKGROUND, SHAPE, DIGIT = range(3)
 UNTAGGED = -100  # what cross_entropy ignores
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP normalises with
 STAGES = ("vision", "features", "language", "finish")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set content = message['content'] %}"
+    "{% if content is string %}{% set content = [{'type': 'text', 'text': content}] %}{% endif %}"
+    "{% if message['role'] != 'system' %}{{ message['role'] | upper }}: {% endif %}"
+    "{% for part in content if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 LANGUAGE_SEED = 1  # scenes cached for the language stage are others than those of the vision stage
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from reference import greedy, visual_tokens
+from tiny_llava import write_tiny_llava, write_tiny_llava_next
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 import vispruner
-from vispruner.conversion.tiny_llava import write_tiny_llava, write_tiny_llava_next
 
 ONE = "USER: <image>\nWhat is this? ASSISTANT:"
 TWO = "USER: <image> and <image>\nDo these two pictures differ? ASSISTANT:"

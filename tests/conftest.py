@@ -22,9 +22,9 @@ import pytest
 import torch
 from cases import CASES, Case, all_cases
 from PIL import Image
+from tiny_llava import write_tiny_llava, write_tiny_llava_next
 
 from vispruner import conversion
-from vispruner.conversion.tiny_llava import write_tiny_llava, write_tiny_llava_next
 
 torch.set_num_threads(1)
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny_llava import write_tiny_llava
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from vispruner import ARCHITECTURES, auto_map, code_files
@@ -26,7 +27,6 @@ from vispruner.conversion.base_checkpoint import PROCESSOR_FILES, BuildError, re
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.checkpoint_io import iter_checkpoint_tensors, write_checkpoint
 from vispruner.conversion.published_layout import LayoutError, published_name, published_names
-from vispruner.conversion.tiny_llava import write_tiny_llava
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

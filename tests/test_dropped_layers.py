@@ -11,6 +11,7 @@ from cases import NONE, ONE, TWO, generate
 from huggingface_hub import constants
 from safetensors import safe_open
 from test_thin import BASE, in_cache, write_yaml
+from tiny_llava import write_tiny_llava
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaForConditionalGeneration
 
 import vispruner
@@ -18,7 +19,6 @@ from vispruner.configuration_vispruner import drop_unused_vision_layers, used_vi
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.cli import main
 from vispruner.conversion.repo_config import RepoConfigError, load_repo_config
-from vispruner.conversion.tiny_llava import write_tiny_llava
 from vispruner.conversion.verify import verify_repo
 
 LAYERS = 4

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_llava import write_tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig
 
 from vispruner.conversion.prefill_cost import kv_cache_bytes, prefill_flops, projector_flops
-from vispruner.conversion.tiny_llava import write_tiny_llava
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])

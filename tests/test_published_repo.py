@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 from local_hub import LocalHub
+from tiny_llava import write_tiny_llava
 
 from vispruner import conversion
-from vispruner.conversion.tiny_llava import write_tiny_llava
 
 ROOT = Path(__file__).parent.parent
 PHOTO = Path(conversion.__file__).parent / "assets" / "chelsea.jpg"
@@ -172,11 +172,14 @@ def test_the_readme_s_commands_end_in_a_repo_that_loads_and_prunes(site: Site) -
     shipped = (ROOT / "hub_configs" / "tiny-llava-vispruner.yaml").read_text(encoding="utf-8")
     assert "repo_id: someone/" in shipped
     (site.folder / "mine.yaml").write_text(shipped.replace("repo_id: someone/", "repo_id: user/"))
-    commands = (
-        f"hf auth login --token {TOKEN}",
-        f"python {ROOT / 'upload.py'} mine.yaml",
-        f"python {ROOT / 'upload.py'} mine.yaml --push",
-    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```\n(hf auth login\n.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    here = {"hf auth login": f"hf auth login --token {TOKEN}", "upload.py": str(ROOT / "upload.py")}
+    for published, local in {**here, "llava-1.5-7b-vispruner": "mine.yaml"}.items():
+        assert published in block
+        block = block.replace(published, local)
+    commands = block.splitlines()
+    assert len(commands) == 3 and commands[-1].endswith("mine.yaml --push")
     outputs, builds = [], []
     folder = site.folder / "build" / "upload" / "tiny-llava-vispruner"
     for command in commands:

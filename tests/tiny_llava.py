@@ -27,23 +27,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vispruner import conversion
+
 TextModel = Literal["llama", "mistral"]
 
 PATCH_SIZE = 14
 HIDDEN_SIZE = 64
 VOCAB_SIZE = 512
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% set content = message['content'] %}"
-    "{% if content is string %}{% set content = [{'type': 'text', 'text': content}] %}{% endif %}"
-    "{% if message['role'] != 'system' %}{{ message['role'] | upper }}: {% endif %}"
-    "{% for part in content if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{{ '</s>' if message['role'] == 'assistant' else ' ' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
+CHAT_TEMPLATE = (Path(conversion.__file__).parent / "assets" / "tiny-llava" / "chat_template.jinja").read_text()
 
 # Enough English for the merges to be pieces of words, so that a random answer is at least printable.
 CORPUS = (
