@@ -21,6 +21,23 @@ ROUND = 8
 IMPORTANT_RATIO = 0.5
 
 
+def select_per_round(features: torch.Tensor, attention: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+    """Choose (B, T) tokens, ascending, from features (B, N, C) and attention (B, N), comparing anew in every round."""
+    important_num = int(visual_token_num * IMPORTANT_RATIO)
+    diverse_num = visual_token_num - important_num
+    order = attention.argsort(dim=-1, descending=True, stable=True)
+    important, residual = order[:, :important_num], order[:, important_num:]
+    directions = features / features.norm(dim=-1, keepdim=True)
+    while (left := residual.shape[1]) > diverse_num:
+        drop = min(ROUND, left - diverse_num, (left + 1) // 2)
+        current = directions.gather(1, residual[..., None].expand(-1, -1, features.shape[-1]))
+        similarity = current[:, 0::2] @ current[:, 1::2].transpose(1, 2)
+        ranked = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)
+        survivors = residual[:, 0::2].gather(1, ranked[:, drop:])
+        residual = torch.cat([survivors, residual[:, 1::2]], dim=1)
+    return torch.cat([important, residual], dim=1).sort(dim=-1).values
+
+
 class PeerLlavaModel(LlavaModel):
     """`LlavaModel` that prunes while it splices the prompt."""
 
@@ -37,22 +54,10 @@ class PeerLlavaModel(LlavaModel):
 
     def select(self, features: torch.Tensor, attention: torch.Tensor, visual_token_num: int) -> torch.Tensor:
         """Return the kept indices (B, T), ascending."""
-        batch, tokens, width = features.shape
+        batch, tokens = attention.shape
         if visual_token_num >= tokens:
             return torch.arange(tokens, device=features.device).expand(batch, -1)
-        important_num = int(visual_token_num * IMPORTANT_RATIO)
-        diverse_num = visual_token_num - important_num
-        order = attention.argsort(dim=-1, descending=True, stable=True)
-        important, residual = order[:, :important_num], order[:, important_num:]
-        directions = features / features.norm(dim=-1, keepdim=True)
-        while (left := residual.shape[1]) > diverse_num:
-            drop = min(ROUND, left - diverse_num, (left + 1) // 2)
-            current = directions.gather(1, residual[..., None].expand(-1, -1, width))
-            similarity = current[:, 0::2] @ current[:, 1::2].transpose(1, 2)
-            ranked = similarity.amax(dim=-1).argsort(dim=-1, descending=True, stable=True)
-            survivors = residual[:, 0::2].gather(1, ranked[:, drop:])
-            residual = torch.cat([survivors, residual[:, 1::2]], dim=1)
-        return torch.cat([important, residual], dim=1).sort(dim=-1).values
+        return select_per_round(features, attention, visual_token_num)
 
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embed prompts (B, S) of one image a row, of which only the kept visual tokens stay: (B, S - N + T, D)."""

@@ -37,35 +37,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent))
+from peer import select_per_round
+
 from vispruner import token_selection
 from vispruner.duplicate_removal_triton import kernel_can_run
 from vispruner.token_selection import select_vispruner
 
 IMPORTANT_RATIO, STEP = 0.5, 8
 Form = Callable[[], Any]
-
-
-# The reference
-
-
-def select_per_round(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
-    """Choose (B, T) tokens, ascending, from features (B, N, C) and saliency (B, N), comparing anew in every round.
-
-    As research code writes it: the whole batch at once, normalised once, the tokens still in gathered round by round.
-    """
-    important_num = int(visual_token_num * IMPORTANT_RATIO)
-    diverse_num = visual_token_num - important_num
-    order = saliency.argsort(dim=-1, descending=True, stable=True)
-    important, residual = order[:, :important_num], order[:, important_num:]
-    unit = features / features.norm(dim=-1, keepdim=True)
-    while (left := residual.shape[1]) > diverse_num:
-        drop = min(STEP, left - diverse_num, (left + 1) // 2)
-        tokens = unit.gather(1, residual[:, :, None].expand(-1, -1, features.shape[-1]))
-        a, b = residual[:, 0::2], residual[:, 1::2]
-        duplication = (tokens[:, 0::2] @ tokens[:, 1::2].mT).amax(dim=-1)
-        ranking = duplication.argsort(dim=-1, descending=True, stable=True)
-        residual = torch.cat([a.gather(1, ranking[:, drop:]), b], dim=-1)
-    return torch.cat([important, residual], dim=-1).sort(dim=-1).values
 
 
 def select_by_tensors(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
