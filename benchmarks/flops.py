@@ -36,6 +36,7 @@ from peer import IMPORTANT_RATIO, ROUND, PeerLlavaForConditionalGeneration
 
 from vispruner import VisPrunerLlavaForConditionalGeneration
 from vispruner.conversion.prefill_cost import kv_cache_bytes, language_model_flops, logits_flops, projector_flops
+from vispruner.pruned_encoder import VisualTokens
 
 STOCK, PEER, OURS = "stock", "peer", "ours"
 MODEL_CLASSES: dict[str, Any] = {
@@ -143,11 +144,7 @@ def counted_stage_flops(
     encode = {
         STOCK: lambda: base.vision_tower(pixels),
         PEER: lambda: base.encode(pixels),
-        OURS: lambda: (
-            base.vision_tower(pixels)
-            if kept == patches
-            else base.encode_with_saliency(pixels, config.vision_feature_layer)
-        ),
+        OURS: lambda: base.vision_tower(pixels) if kept == patches else base.encode(pixels, None),
     }
     prefilled: dict[str, Any] = {}
 
@@ -162,9 +159,10 @@ def counted_stage_flops(
             layer.values = layer.keys.clone()
         model.lm_head(base.language_model(inputs_embeds=embeds[:, -1:], past_key_values=cache).last_hidden_state)
 
+    ranked = (features, saliency) if row == PEER else (VisualTokens(features, saliency),)
     runs = {
         "vision": encode[row],
-        "select": lambda: None if row == STOCK or kept == patches else base.select(features, saliency, kept),
+        "select": lambda: None if row == STOCK or kept == patches else base.select(*ranked, kept),
         "project": lambda: base.multi_modal_projector(projected),
         "prefill": prefill,
         "logits": lambda: model.lm_head(embeds[:, -1:]),

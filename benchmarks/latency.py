@@ -65,6 +65,7 @@ from stages import Observation, observe
 
 from vispruner import __version__
 from vispruner.conversion.prefill_cost import kv_cache_bytes
+from vispruner.pruned_encoder import VisualTokens
 
 RESULTS = Path(__file__).parent / "results"
 DISTINCT_ON_CPU = 4
@@ -325,7 +326,10 @@ def compare_selections(plan: Plan, models: Models) -> dict[str, Any]:
     alike = {}
     for budget in plan.budgets[1:]:
         models.models[OURS].set_vispruner_config(visual_token_num=budget)
-        kept = [models.models[name].model.select(features, saliency, budget) for name in (PEER, OURS)]
+        kept = [
+            models.models[PEER].model.select(features, saliency, budget),
+            models.models[OURS].model.select(VisualTokens(features, saliency), budget),
+        ]
         alike[str(budget)] = float((kept[0] == kept[1]).float().mean())
         if alike[str(budget)] != 1.0:
             raise BenchmarkError(f"peer and ours keep different tokens of exact features at {budget}: {alike}")

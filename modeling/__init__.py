@@ -66,10 +66,15 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "ARCHITECTURES":
-        return _architectures()
+        return {model_type: _architecture(model_type) for model_type in _model_types()}
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f".{home}", __name__), name)
+    if name.startswith("VisPruner"):
+        for architecture in map(_architecture, _model_types()):
+            for known in (architecture.model_class, architecture.config_class):
+                if known.__name__ == name:
+                    return known
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -81,21 +86,29 @@ class Architecture:
     model_class: Any
 
 
-@cache
-def _architectures() -> dict[str, Architecture]:
-    from . import modeling_vispruner_llava as llava
-    from . import modeling_vispruner_llava_next as llava_next
+def _model_types() -> list[str]:
+    prefix = "modeling_vispruner_"
+    return sorted(file.stem.removeprefix(prefix) for file in Path(__file__).parent.glob(f"{prefix}*.py"))
 
-    classes = (llava.VisPrunerLlavaForConditionalGeneration, llava_next.VisPrunerLlavaNextForConditionalGeneration)
-    return {model.config_class.model_type: Architecture(model.config_class, model) for model in classes}
+
+@cache
+def _architecture(model_type: str) -> Architecture:
+    module = import_module(f".modeling_vispruner_{model_type}", __name__)
+    (model_class,) = (
+        value
+        for name, value in vars(module).items()
+        if name.startswith("VisPruner")
+        and name.endswith("ForConditionalGeneration")
+        and value.__module__ == module.__name__
+    )
+    return Architecture(model_class.config_class, model_class)
 
 
 def architecture_of(model_type: str) -> Architecture:
     """Return the classes for a `model_type`; ValueError lists the supported ones."""
-    known = _architectures()
-    if model_type not in known:
-        raise ValueError(f"model_type {model_type!r} is not supported; the supported ones are {sorted(known)}")
-    return known[model_type]
+    if model_type not in _model_types():
+        raise ValueError(f"model_type {model_type!r} is not supported; the supported ones are {_model_types()}")
+    return _architecture(model_type)
 
 
 def code_files(architecture: str) -> list[Path]:

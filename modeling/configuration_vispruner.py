@@ -159,6 +159,8 @@ def drop_unused_vision_layers(config: Any) -> None:
 
     Indices counted from the end are adapted: of 24 layers with vision_feature_layer -2, 23 stay with -1.
     """
+    if not hasattr(config, "vision_feature_layer"):
+        raise ValueError(f"drop_unused_vision_layers: {config.model_type} uses every layer of its vision encoder")
     layers, used = config.vision_config.num_hidden_layers, used_vision_layers(config)
 
     def adapted(index: int) -> int:
@@ -172,7 +174,7 @@ def drop_unused_vision_layers(config: Any) -> None:
     config.vision_config.num_hidden_layers = used
 
 
-class _VisPrunerConfigMixin:
+class VisPrunerConfigMixin:
     """Validates `vispruner_config` and merges a partial one given at load time over the stored one."""
 
     vispruner_config: dict[str, Any] | None
@@ -191,13 +193,13 @@ class _VisPrunerConfigMixin:
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
 
-class VisPrunerLlavaConfig(_VisPrunerConfigMixin, LlavaConfig):
+class VisPrunerLlavaConfig(VisPrunerConfigMixin, LlavaConfig):
     """`LlavaConfig` with a `vispruner_config` block."""
 
     vispruner_config: dict | None = None
 
 
-class VisPrunerLlavaNextConfig(_VisPrunerConfigMixin, LlavaNextConfig):
+class VisPrunerLlavaNextConfig(VisPrunerConfigMixin, LlavaNextConfig):
     """`LlavaNextConfig` with a `vispruner_config` block."""
 
     vispruner_config: dict | None = None

@@ -37,6 +37,8 @@ class EncodedImages:
     placeholders     per image (T,): placeholder of a full prompt that each token stands for; None where there is none
     full_counts      per image the placeholders of a full prompt
     vispruner_config what they were made with
+    deepstack        per image (levels, T, D), where the model has such features (Qwen3-VL)
+    in_one_tensor    whether the stock model has the tokens of all images in one tensor
     """
 
     tokens: tuple[torch.Tensor, ...]
@@ -44,23 +46,35 @@ class EncodedImages:
     placeholders: tuple[torch.Tensor | None, ...]
     full_counts: tuple[int, ...]
     vispruner_config: dict[str, Any]
+    deepstack: tuple[torch.Tensor, ...] | None = None
+    in_one_tensor: bool = False
 
     @classmethod
     def from_features(cls, features: PrunedImageFeatures, vispruner_config: dict[str, Any]) -> "EncodedImages":
         """Keep of a vision output what questions need, and nothing of the encoder's own size."""
-        tokens = tuple(features.pooler_output or ())
-        placeholders = tuple(features.placeholders or [None] * len(tokens))
-        indices, counts = tuple(features.kept_indices or ()), tuple(features.full_counts or ())
-        return cls(tokens, indices, placeholders, counts, dict(vispruner_config))
+        made = features.pooler_output
+        tokens = () if made is None else tuple(made)
+        levels = features.deepstack_features
+        return cls(
+            tokens,
+            kept_indices=tuple(features.kept_indices or ()),
+            placeholders=tuple(features.placeholders or [None] * len(tokens)),
+            full_counts=tuple(features.full_counts or ()),
+            vispruner_config=dict(vispruner_config),
+            deepstack=None if levels is None else tuple(torch.stack(image) for image in zip(*levels, strict=True)),
+            in_one_tensor=isinstance(made, torch.Tensor),
+        )
 
     def to_features(self) -> PrunedImageFeatures:
         """Return them as the vision output that stock code reads, in lists of its own."""
         placeholders = [image for image in self.placeholders if image is not None]
+        levels = None if self.deepstack is None else [list(level) for level in zip(*self.deepstack, strict=True)]
         return PrunedImageFeatures(
-            pooler_output=list(self.tokens),
+            pooler_output=torch.stack(self.tokens) if self.in_one_tensor else list(self.tokens),
             kept_indices=list(self.kept_indices),
             placeholders=placeholders if len(placeholders) == len(self) else None,
             full_counts=list(self.full_counts),
+            deepstack_features=levels,
         )
 
     @property
@@ -84,6 +98,7 @@ class EncodedImages:
             kept_indices=take(self.kept_indices),
             placeholders=take(self.placeholders),
             full_counts=take(self.full_counts),
+            deepstack=None if self.deepstack is None else take(self.deepstack),
         )
 
     def __add__(self, other: "EncodedImages") -> "EncodedImages":
@@ -94,6 +109,7 @@ class EncodedImages:
             kept_indices=self.kept_indices + other.kept_indices,
             placeholders=self.placeholders + other.placeholders,
             full_counts=self.full_counts + other.full_counts,
+            deepstack=None if self.deepstack is None else self.deepstack + (other.deepstack or ()),
         )
 
     def to(self, *args: Any, **kwargs: Any) -> "EncodedImages":
@@ -105,7 +121,11 @@ class EncodedImages:
             return tuple(None if index is None else index.to(image.device) for index, image in pairs)
 
         return replace(
-            self, tokens=tokens, kept_indices=follow(self.kept_indices), placeholders=follow(self.placeholders)
+            self,
+            tokens=tokens,
+            kept_indices=follow(self.kept_indices),
+            placeholders=follow(self.placeholders),
+            deepstack=None if self.deepstack is None else tuple(image.to(*args, **kwargs) for image in self.deepstack),
         )
 
     def require_made_with(self, vispruner_config: dict[str, Any]) -> None:

@@ -9,11 +9,12 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerLlavaConfig
 from .encoded_images import EncodedImages
-from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, inherit_checkpoint_conversion
+from .llava_encoder import LlavaEncoderMixin
+from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
 from .pruning_mixin import VisPrunerMixin, give_lm_head_its_own_rows
 
 
-class VisPrunerLlavaModel(VisPrunerModelMixin, LlavaModel):
+class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
     """`LlavaModel` whose `get_image_features` returns only the kept visual tokens."""
 
     config_class = VisPrunerLlavaConfig
@@ -22,9 +23,7 @@ class VisPrunerLlavaModel(VisPrunerModelMixin, LlavaModel):
         super().__init__(config)
         self.prepare_pruning()
 
-    def visual_token_counts(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
-    ) -> tuple[list[int], list[int]]:
+    def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
         full, images = self._patches(pixel_values), len(pixel_values)
         return [full] * images, [self.vispruner_options.budget(full)] * images
@@ -52,21 +51,19 @@ class VisPrunerLlavaModel(VisPrunerModelMixin, LlavaModel):
                 image_sizes=image_sizes,
                 **kwargs,
             )
-            everything = [torch.arange(len(image), device=image.device) for image in outputs.pooler_output]
-            return self.keep_everything(outputs, everything)
+            return self.keep_everything(outputs)
         self.require_patches(vision_feature_select_strategy)
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        outputs, features, saliency = self.encode_with_saliency(pixel_values, layer, **kwargs)
-        indices = self.select(features, saliency, self.vispruner_options.budget(features.shape[1]))
-        tokens = self.multi_modal_projector(self.take_tokens(features, indices))
+        outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
+        images, patches = tokens.saliency.shape
+        indices = self.select(tokens, self.vispruner_options.budget(patches))
         return PrunedImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
-            pooler_output=list(tokens),
+            pooler_output=list(self.project(self.take_tokens(tokens.features, indices))),
             kept_indices=list(indices),
             placeholders=list(indices),
-            saliency=saliency,
-            full_counts=[features.shape[1]] * len(features),
+            saliency=tokens.saliency,
+            full_counts=[patches] * images,
         )
 
 

@@ -15,13 +15,14 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerLlavaNextConfig
 from .encoded_images import EncodedImages
-from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, inherit_checkpoint_conversion
+from .llava_encoder import LlavaEncoderMixin
+from .pruned_encoder import PrunedImageFeatures, VisualTokens, inherit_checkpoint_conversion
 from .pruning_mixin import VisPrunerMixin, give_lm_head_its_own_rows
 
 NEWLINE = -1
 
 
-class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
+class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
     """`LlavaNextModel` whose `get_image_features` returns only the kept visual tokens of each tile."""
 
     config_class = VisPrunerLlavaNextConfig
@@ -61,8 +62,8 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         packed, _ = self.pack_image_features([numbers], sizes, "default", image_newline=newline)
         return packed[0][:, 0].long()
 
-    def visual_token_counts(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+    def image_token_counts(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **arguments: Any
     ) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full (native) prompt and those that are kept."""
         if image_sizes is None:
@@ -111,23 +112,22 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         tiles = self._tiles(sizes)
         if pixel_values.dim() == 5:
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        outputs, features, saliency = self.encode_with_saliency(pixel_values, layer, **kwargs)
+        outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
         if options.tile_mode == "paper":
-            placeholders, kept = None, self.select(features, saliency, options.budget(patches)).split(tiles)
+            placeholders, kept = None, self.select(tokens, options.budget(patches)).split(tiles)
             grids = map(self.tile_grid, sizes)
             orders = [self._paper_order(image, *grid) for image, grid in zip(kept, grids, strict=True)]
             newlines = [0] * len(orders)
         else:
-            placeholders, orders = self._select_native(features, saliency, packings, tiles)
+            placeholders, orders = self._select_native(tokens, packings, tiles)
             newlines = [int((packing == NEWLINE).sum()) for packing in packings]
         return PrunedImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
-            pooler_output=self._project(features, orders, tiles, newlines),
+            pooler_output=self._project(tokens.features, orders, tiles, newlines),
             kept_indices=orders,
             placeholders=placeholders,
-            saliency=saliency,
+            saliency=tokens.saliency,
             full_counts=[len(packing) for packing in packings],
         )
 
@@ -142,7 +142,7 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         return torch.cat([flat[0], flat[1:].flatten()[raster]])
 
     def _select_native(
-        self, features: torch.Tensor, saliency: torch.Tensor, packings: list[torch.Tensor], tiles: list[int]
+        self, tokens: VisualTokens, packings: list[torch.Tensor], tiles: list[int]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Select among the patches of each tile that survive unpadding.
 
@@ -151,13 +151,13 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         survivors = [
             tile for packing, count in zip(packings, tiles, strict=True) for tile in self._survivors(packing, count)
         ]
-        keep = torch.zeros_like(saliency, dtype=torch.bool)
+        keep = torch.zeros_like(tokens.saliency, dtype=torch.bool)
         for count in {len(tile) for tile in survivors} - {0}:  # tiles with equally many are selected from together
             numbers = [number for number, tile in enumerate(survivors) if len(tile) == count]
-            group = torch.tensor(numbers)[:, None].to(saliency.device, non_blocking=True)
-            columns = torch.stack([survivors[number] for number in numbers]).to(saliency.device, non_blocking=True)
-            budget = min(self.vispruner_options.budget(saliency.shape[1]), count)
-            chosen = self.select(features[group, columns], saliency[group, columns], budget)
+            group = torch.tensor(numbers)[:, None].to(keep.device, non_blocking=True)
+            columns = torch.stack([survivors[number] for number in numbers]).to(keep.device, non_blocking=True)
+            budget = min(self.vispruner_options.budget(keep.shape[1]), count)
+            chosen = self.select(tokens.part(group, columns), budget)
             keep[group, columns.gather(1, chosen)] = True
         placeholders, orders = [], []
         for packing, image in zip(packings, keep.split(tiles), strict=True):
@@ -182,7 +182,7 @@ class VisPrunerLlavaNextModel(VisPrunerModelMixin, LlavaNextModel):
         for image, order, lines in zip(features.split(tiles), orders, newlines, strict=True):
             named = order[_true_places(order != NEWLINE, len(order) - lines)] if lines else order
             patches.append(image[named // whole, named % whole])
-        projected = self.multi_modal_projector(torch.cat(patches)).split([len(patch) for patch in patches])
+        projected = self.project(torch.cat(patches)).split([len(patch) for patch in patches])
         if not any(newlines):
             return list(projected)
         newline = self.image_newline.to(features.device, projected[0].dtype)

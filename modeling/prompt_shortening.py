@@ -1,11 +1,17 @@
-"""Shorten a prompt's image placeholders, and show the caller the full prompt again: tensors in, tensors out."""
+"""Shorten a prompt's placeholders, and show the caller the full prompt again: tensors in, tensors out.
 
-from collections.abc import Callable, Sequence
+A model has one placeholder id per modality (image, video). Counts are kept per id: `{id: [visual tokens of its first
+image, of its second ...]}`, in reading order over the rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
+
+Counts = dict[int, list[int]]
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class ShortenedPrompt:
         return self.full_length - self.length
 
     def take(self, tensor: torch.Tensor, fill: int) -> torch.Tensor:
-        """Bring a (B, S) tensor to (B, W); added padding gets `fill`."""
-        taken = tensor.gather(1, self.index.to(tensor.device))
+        """Bring a (..., B, S) tensor to (..., B, W); added padding gets `fill`."""
+        taken = tensor.gather(-1, self.index.to(tensor.device).expand(*tensor.shape[:-2], -1, -1))
         return taken if self.valid is None else taken.masked_fill(~self.valid.to(tensor.device), fill)
 
     def attention_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -46,69 +52,85 @@ class ShortenedPrompt:
 class PromptLayout:
     """What the host must know of a prompt (B, S) to shorten it; all else stays on the device.
 
-    placeholders   image placeholders of each row
-    outside        those among them that lie in the padding at either end of the row
+    placeholders   per id the placeholders of each row
+    outside        placeholders of each row that lie in the padding at either end of it
     seen           columns of each row without that padding
     padded_left    True unless some row ends in padding
     """
 
-    placeholders: list[int]
+    placeholders: dict[int, list[int]]
     outside: list[int]
     seen: list[int]
     padded_left: bool
 
 
 def read_layout(
-    input_ids: torch.Tensor, image_token_id: int, attention_mask: torch.Tensor | None = None
+    input_ids: torch.Tensor, placeholder_ids: Sequence[int], attention_mask: torch.Tensor | None = None
 ) -> PromptLayout:
     """Count a prompt's placeholders and padding: the one time that shortening waits for the device."""
-    is_image = input_ids == image_token_id
+    of_id = [input_ids == token for token in placeholder_ids]
+    counts = [is_placeholder.sum(1) for is_placeholder in of_id]
+    rows = len(input_ids)
     if attention_mask is None:
-        counts = is_image.sum(1).tolist()
-        rows = len(counts)
-        return PromptLayout(counts, [0] * rows, [input_ids.shape[1]] * rows, padded_left=True)
+        placeholders = dict(zip(placeholder_ids, torch.stack(counts).tolist(), strict=True))
+        return PromptLayout(placeholders, [0] * rows, [input_ids.shape[1]] * rows, padded_left=True)
     mask = attention_mask.to(input_ids.device)
     inside = _without_outer_padding(mask)
-    columns = (is_image.sum(1), (is_image & ~inside).sum(1), inside.sum(1), mask[:, -1].bool().long())
-    placeholders, outside, seen, last = torch.stack(columns).tolist()
-    return PromptLayout(placeholders, outside, seen, padded_left=all(last))
+    outside = (any_of(of_id) & ~inside).sum(1)
+    columns = (outside, inside.sum(1), mask[:, -1].bool().long(), *counts)
+    outside, seen, last, *found = torch.stack(columns).tolist()
+    return PromptLayout(dict(zip(placeholder_ids, found, strict=True)), outside, seen, padded_left=all(last))
+
+
+def any_of(flags: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return where one of several boolean tensors is true."""
+    union = flags[0]
+    for more in flags[1:]:
+        union = union | more
+    return union
 
 
 def shorten_prompt(
     input_ids: torch.Tensor,
-    image_token_id: int,
-    full_counts: Sequence[int],
-    kept: Sequence[torch.Tensor],
+    full_counts: Mapping[int, Sequence[int]],
+    kept: Mapping[int, Sequence[torch.Tensor]],
     attention_mask: torch.Tensor | None = None,
     layout: PromptLayout | None = None,
 ) -> ShortenedPrompt:
     """Choose the columns of a full prompt that stay.
 
-    input_ids    (B, S) with full_counts[j] placeholders for image j, images in reading order over the rows
-    kept         per image the placeholders that stay, as indices into its full_counts[j]; one may stay repeatedly
+    input_ids    (B, S) with full_counts[id][j] placeholders of this id for its image j
+    kept         per id and image the placeholders that stay, as indices into its full_counts[id][j]; one may stay
+                 repeatedly, so that a prompt can be lengthened too
     layout       of this prompt, where it was read before
     Rows that lose different numbers of placeholders are padded anew, on the side that was padded before.
     Raises ValueError when the placeholders of one image are spread over two rows.
     """
     batch, width = input_ids.shape
-    layout = read_layout(input_ids, image_token_id, attention_mask) if layout is None else layout
+    layout = read_layout(input_ids, list(full_counts), attention_mask) if layout is None else layout
     change = [0] * batch  # by how many columns each row grows; below 0, shrinks
-    for row, full, keep in zip(rows_of_images(layout.placeholders, full_counts), full_counts, kept, strict=True):
-        change[row] += len(keep) - full
-    is_image = input_ids == image_token_id
-    copies = torch.ones_like(input_ids)
+    copies, of_id = torch.ones_like(input_ids), []
+    for token, counts in full_counts.items():
+        of_id.append(input_ids == token)
+        if not counts:
+            continue
+        for row, full, keep in zip(
+            rows_of_images(layout.placeholders[token], counts), counts, kept[token], strict=True
+        ):
+            change[row] += len(keep) - full
+        image = of_id[-1].flatten().cumsum(0).sub(1).clamp(min=0).view_as(input_ids)
+        copies = copies.where(~of_id[-1], _copies_of_placeholders(counts, kept[token], input_ids.device)[image])
+    is_placeholder = any_of(of_id)
     lengths = [width + more for more in change]
     if len(set(change)) > 1 and attention_mask is not None:
         if any(layout.outside):
             raise ValueError("image placeholders must not lie in the padding of attention_mask")
-        copies = _without_outer_padding(attention_mask.to(input_ids.device)).long()
+        copies = copies * _without_outer_padding(attention_mask.to(input_ids.device))
         lengths = [seen + more for seen, more in zip(layout.seen, change, strict=True)]
-    image = is_image.flatten().cumsum(0).sub(1).clamp(min=0).view_as(input_ids)
-    copies = copies.where(~is_image, _copies_of_placeholders(full_counts, kept, input_ids.device)[image])
     index, valid = _align_rows(copies, lengths, layout.padded_left)
-    taken = is_image.gather(1, index)
+    taken = is_placeholder.gather(1, index)
     taken = taken if valid is None else taken & valid
-    shift = taken.cumsum(1) - is_image.cumsum(1).gather(1, index)
+    shift = taken.cumsum(1) - is_placeholder.cumsum(1).gather(1, index)
     return ShortenedPrompt(index, valid, shift if valid is None else shift.masked_fill(~valid, 0), width)
 
 
@@ -175,32 +197,39 @@ def _align_rows(copies: torch.Tensor, lengths: list[int], left: bool) -> tuple[t
 class CachedPrompt:
     """What a KV cache was built from; attached to the cache, so that a later turn is shortened the same way.
 
-    full_counts, kept_counts  visual tokens of each image in a full prompt, and in the cache
+    full_counts, kept_counts  per placeholder id the visual tokens of each image in a full prompt, and in the cache
     dropped          columns the prompt lost; uniform says that every row lost as many
     position_policy  the one its tokens were numbered by
     """
 
-    full_counts: tuple[int, ...]
-    kept_counts: tuple[int, ...]
+    full_counts: Counts
+    kept_counts: Counts
     dropped: int
     uniform: bool
     position_policy: str
 
-    @property
-    def possible_placeholders(self) -> tuple[int, int]:
-        return sum(self.full_counts), sum(self.kept_counts)
+    def may_have(self, placeholders: Mapping[int, Sequence[int]]) -> bool:
+        """True for the placeholders per id and row of this prompt, in its full or in its shortened form."""
+        return all(
+            sum(found) in (sum(self.full_counts[token]), sum(self.kept_counts[token]))
+            for token, found in placeholders.items()
+        )
 
     def after(self, earlier: "CachedPrompt | None") -> "CachedPrompt":
         """Return what the cache holds when this prompt was appended to an earlier one."""
         if earlier is None:
             return self
         return CachedPrompt(
-            earlier.full_counts + self.full_counts,
-            earlier.kept_counts + self.kept_counts,
+            _joined(earlier.full_counts, self.full_counts),
+            _joined(earlier.kept_counts, self.kept_counts),
             earlier.dropped + self.dropped,
             earlier.uniform and self.uniform,
             self.position_policy,
         )
+
+
+def _joined(first: Counts, then: Counts) -> Counts:
+    return {token: [*first[token], *then[token]] for token in first}
 
 
 class FullPromptStreamer:

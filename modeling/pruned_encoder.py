@@ -1,10 +1,10 @@
-"""The base model's part of pruning: encode an image with saliency, select, and say what was kept.
+"""The base model's part of pruning: read saliency while an encoder runs, select, and say what was kept.
 
-Knows CLIP-like towers and the registry of selectors; which tokens an image has is the architecture file's business.
+Knows the registry of selectors; where attention and tokens are in a model is the architecture file's business.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,33 +12,56 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
-from transformers.utils.import_utils import torch_compilable_check
 
-from .configuration_vispruner import VisPrunerOptions, used_vision_layers
+from .configuration_vispruner import VisPrunerOptions
 from .token_selection import SELECTORS, select_tokens
-from .visual_attention import encode_with_saliency, make_tappable, resolve_attention_layer
+from .visual_attention import Reading, SaliencyTap, make_tappable
 
 logger = logging.get_logger(__name__)
-
-DROPPED_LAYERS = r"vision_tower\.(vision_model\.)?encoder\.layers\.\d+\."
 
 
 @dataclass
 class PrunedImageFeatures(BaseModelOutputWithPooling):
     """Vision output whose `pooler_output` holds only the kept visual tokens, projected.
 
-    pooler_output  list per image of (tokens, D)
+    What is called an image here is what a prompt has a run of placeholders for: an image, a tile of it, or a video.
+
+    pooler_output  per image (tokens, D), in the type that the stock model has: a list, or one tensor
     kept_indices   list per image of (tokens,) int64: tile * N + patch in the order of pooler_output, newline = -1
     placeholders   list per image of (tokens,) int64: the placeholder of a full prompt that each token stands for;
                    None where there is none (LLaVA-NeXT, tile_mode "paper")
-    saliency       (tiles, N) of all images together
+    saliency       (tiles, N) of all images together, or a list of (N,) where they differ in size
     full_counts    visual tokens a full prompt has for each image
+    deepstack_features   Qwen3-VL only: per encoder level what pooler_output holds
     """
 
     kept_indices: list[torch.Tensor] | None = None
     placeholders: list[torch.Tensor] | None = None
-    saliency: torch.Tensor | None = None
+    saliency: torch.Tensor | list[torch.Tensor] | None = None
     full_counts: list[int] | None = None
+    deepstack_features: list[list[torch.Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What a selector may look at: B images, tiles or frames of N tokens each.
+
+    features        (B, N, C)
+    saliency        (B, N)
+    layer_saliency  (B, L, N) of the further encoder layers that the selector asked for
+    grid            (rows, columns) of the tokens; None when they are not a whole grid
+    """
+
+    features: torch.Tensor
+    saliency: torch.Tensor
+    layer_saliency: torch.Tensor | None = None
+    grid: tuple[int, int] | None = None
+
+    def part(self, images: torch.Tensor, tokens: torch.Tensor) -> "VisualTokens":
+        """Return `tokens` (G, K) of `images` (G, 1): G images of K tokens, which are no grid any more."""
+        layers = self.layer_saliency
+        layers = None if layers is None else layers.transpose(1, 2)[images, tokens].transpose(1, 2)
+        return VisualTokens(self.features[images, tokens], self.saliency[images, tokens], layers)
 
 
 def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str) -> None:
@@ -55,51 +78,52 @@ def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str)
 
 
 class VisPrunerModelMixin:
-    """For the base model (encoder, projector, language model): encode with saliency, then select."""
+    """For the base model (encoder, projector, language model). An architecture says:
+
+    has_cls_token        whether token 0 of its encoder is [CLS], whose attention then ranks the others
+    vision_attentions    the encoder's attention modules, in order
+    feature_layer        the number of the encoder layer that produces the features
+    check_prunable       what else must hold, as a ValueError
+    project              features (..., C) to visual tokens (..., D), for the selectors that compare those
+    image_token_counts   per image the placeholders of a full prompt and of a shortened one, before anything runs
+    get_image_features   `PrunedImageFeatures`; likewise get_video_features and video_token_counts, where it has videos
+    """
 
     config: Any
-    vision_tower: Any
-    _keys_to_ignore_on_load_unexpected: Any
+    has_cls_token = True
+
+    @property
+    def vision_attentions(self) -> Sequence[Any]:
+        raise AttributeError(f"{type(self).__name__} must say where its encoder's attention modules are")
+
+    @property
+    def feature_layer(self) -> int:
+        return len(self.vision_attentions) - 1
+
+    def check_prunable(self) -> None:
+        """Raise ValueError with the remedy when this config cannot be pruned."""
 
     def prepare_pruning(self) -> None:
-        """Check that this config can be pruned and make the tower tappable. Raises ValueError with the remedy."""
+        """Check that this config can be pruned and make the encoder tappable. Raises ValueError with the remedy."""
         options = self.vispruner_options
         if options.method != "none":
             if options.method not in SELECTORS:
                 allowed = [*sorted(SELECTORS), "none"]
                 raise ValueError(f"vispruner_config.method must be one of {allowed}, got {options.method!r}")
-            tower, strategy = self.config.vision_config.model_type, self.config.vision_feature_select_strategy
-            if tower != "clip_vision_model":
-                raise ValueError(
-                    f"vision_config.model_type must be clip_vision_model, got {tower!r}: tokens are ranked by the "
-                    'attention of a [CLS] token, which it lacks (vispruner_config.method="none" loads it dense)'
-                )
-            self.require_patches(strategy)
-            self._check_layers_and_budget(options)
-        if self.config.vision_config.model_type == "clip_vision_model":
-            make_tappable([layer.self_attn for layer in self.vision_layers])
-            if used_vision_layers(self.config) == len(self.vision_layers):
-                # Layers above those are not missed: loading need not warn of a base that still has them.
-                self._keys_to_ignore_on_load_unexpected.add(DROPPED_LAYERS)
+            self.check_prunable()
+            self._attention_layer()
+        make_tappable(self.vision_attentions)
 
-    def _check_layers_and_budget(self, options: VisPrunerOptions) -> None:
-        feature_layer, vision = self.config.vision_feature_layer, self.config.vision_config
-        indices = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-        resolve_attention_layer(options.attention_layer, indices, len(self.vision_layers))
-        patches = (vision.image_size // vision.patch_size) ** 2
-        if options.budget(patches) == patches:
-            logger.warning_once(
-                f"vispruner_config keeps all {patches} visual tokens of an image or tile, so nothing is pruned; "
-                "lower visual_token_num or keep_ratio to prune"
-            )
-
-    @staticmethod
-    def require_patches(strategy: str | None) -> None:
-        """Raise ValueError unless features are patches without [CLS], the only ones that can be ranked."""
-        if strategy not in (None, "default"):
+    def _attention_layer(self) -> int:
+        wanted, layers = self.vispruner_options.attention_layer, len(self.vision_attentions)
+        if wanted is None:
+            return self.feature_layer
+        if not -layers <= wanted < layers:
             raise ValueError(
-                f'vision_feature_select_strategy must be "default" (patches without [CLS]), got {strategy!r}'
+                f"vispruner_config.attention_layer must be an encoder layer index in [{-layers}, {layers - 1}], "
+                f"got {wanted}"
             )
+        return wanted % layers
 
     @property
     def vispruner_options(self) -> VisPrunerOptions:
@@ -110,62 +134,72 @@ class VisPrunerModelMixin:
             )
         return VisPrunerOptions.from_dict(self.config.vispruner_config)
 
-    @property
-    def vision_layers(self) -> Sequence[Any]:
-        return getattr(self.vision_tower, "vision_model", self.vision_tower).encoder.layers
+    def warn_if_all_are_kept(self, visual_tokens: int) -> None:
+        """Say once that a budget prunes nothing of an image or tile of `visual_tokens` tokens."""
+        if self.keeps_all(visual_tokens):
+            logger.warning_once(
+                f"vispruner_config keeps all {visual_tokens} visual tokens of an image or tile, so nothing is pruned; "
+                "lower visual_token_num or keep_ratio to prune"
+            )
 
-    def encode_with_saliency(
-        self, pixel_values: torch.Tensor, feature_layer: int | list[int], **kwargs: Any
-    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """Run the vision tower on (B, 3, height, width); return its output, features (B, N, C) and saliency (B, N)."""
-        layer = self.vispruner_options.attention_layer
-        return encode_with_saliency(
-            self.vision_tower, self.vision_layers, pixel_values, feature_layer, layer, **kwargs
+    def open_tap(self) -> SaliencyTap:
+        """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N)."""
+        return SaliencyTap(
+            self.vision_attentions, Reading(self._attention_layer(), "cls" if self.has_cls_token else "received")
         )
 
-    def select(self, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+    def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
         """Return the kept indices (B, T), ascending, by the configured method."""
         options = self.vispruner_options
         return select_tokens(
             options.method,
-            features.detach(),
-            saliency,
+            tokens.features.detach(),
+            tokens.saliency,
             visual_token_num,
             important_ratio=options.important_ratio,
             dedup_step=options.dedup_step,
             seed=options.seed,
         )
 
+    def select_each(self, images: Sequence[VisualTokens]) -> list[torch.Tensor]:
+        """Return the kept indices (T,) of images (1, N, C) of any sizes; those of one size are selected from together.
+
+        Each keeps what the configured budget leaves of its own N.
+        """
+        groups: dict[tuple[int, tuple[int, int] | None], list[int]] = {}
+        for number, image in enumerate(images):
+            groups.setdefault((image.features.shape[1], image.grid), []).append(number)
+        kept: list[torch.Tensor] = [image.saliency for image in images]
+        for (count, _), numbers in groups.items():
+            group = _stacked([images[number] for number in numbers])
+            chosen = self.select(group, self.vispruner_options.budget(count))
+            for number, indices in zip(numbers, chosen, strict=True):
+                kept[number] = indices
+        return kept
+
     def keeps_all(self, visual_tokens: int) -> bool:
         """True when the budget leaves nothing to drop from the `visual_tokens` tokens of an image or tile."""
         return self.vispruner_options.budget(visual_tokens) == visual_tokens
 
-    def keep_everything(self, outputs: Any, kept_indices: list[torch.Tensor]) -> "PrunedImageFeatures":
+    def keep_everything(self, outputs: Any, kept_indices: list[torch.Tensor] | None = None) -> PrunedImageFeatures:
         """Describe a stock vision output, of which nothing was dropped, in the terms of a pruned one."""
         counts = [len(image) for image in outputs.pooler_output]
         placeholders = [torch.arange(count, device=outputs.pooler_output[0].device) for count in counts]
+        kept_indices = list(placeholders) if kept_indices is None else kept_indices
         return PrunedImageFeatures(**outputs, kept_indices=kept_indices, placeholders=placeholders, full_counts=counts)
-
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
-    ) -> torch.Tensor:
-        """Stock, but for its message, which waits for the device once more: it is written only when the check fails.
-
-        So a prompt that is shortened, which takes one look at its ids, is waited for no more often than a stock one.
-        """
-        if input_ids is None:
-            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[misc]
-        mask = input_ids == self.config.image_token_id
-        tokens = mask.sum()
-        torch_compilable_check(
-            tokens * inputs_embeds.shape[-1] == image_features.numel(),
-            lambda: (
-                f"the prompt has {tokens} image placeholders (id {self.config.image_token_id}), but the images have "
-                f"{image_features.numel() // inputs_embeds.shape[-1]} visual tokens"
-            ),
-        )
-        return mask[..., None].to(inputs_embeds.device)
 
     def take_tokens(self, features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Gather (B, N, C) at (B, T) -> (B, T, C)."""
         return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
+
+
+def _stacked(images: Sequence[VisualTokens]) -> VisualTokens:
+    if len(images) == 1:
+        return images[0]
+    layers = [image.layer_saliency for image in images if image.layer_saliency is not None]
+    return replace(
+        images[0],
+        features=torch.cat([image.features for image in images]),
+        saliency=torch.cat([image.saliency for image in images]),
+        layer_saliency=torch.cat(layers) if layers else None,
+    )

@@ -1,29 +1,32 @@
 """Shorten prompts to the visual tokens that stay, around stock `forward` and `generate`.
 
-A pruned model is the stock model whose images have fewer tokens: here the image placeholders of a prompt are brought
-down to the number of features that the model's `get_image_features` returns. Knows transformers, knows no method.
+A pruned model is the stock model whose images have fewer tokens: here the placeholders of a prompt are brought down to
+the number of features that the model's `get_image_features` (`get_video_features`) returns. Knows transformers, knows
+no method.
 """
 
 import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationMixin, LlavaForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
+from transformers.utils.import_utils import torch_compilable_check
 
 from .base_weights import find_thin_repo
 from .configuration_vispruner import merge_vispruner_config
 from .encoded_images import EncodedImages
 from .prompt_shortening import (
     CachedPrompt,
+    Counts,
     FullPromptHook,
     FullPromptStreamer,
     PromptLayout,
     ShortenedPrompt,
+    any_of,
     holds_unbroken_images,
     read_layout,
     rows_of_images,
@@ -31,23 +34,48 @@ from .prompt_shortening import (
     shorten_prompt,
     with_full_prompt,
 )
+from .pruned_encoder import PrunedImageFeatures
 
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-# Arguments of generate for which None says "not given"; for any other, such as top_k, it is a value.
+# Arguments of generate for which None says "not given"; for any other, such as top_k, it is a value. Those of the
+# modalities come on top.
 MODEL_INPUTS = (
     "input_ids",
     "inputs_embeds",
     "attention_mask",
     "position_ids",
     "past_key_values",
-    "pixel_values",
-    "image_sizes",
     "mm_encoder_outputs",
     "encoded_images",
     "streamer",
 )
+# What has an entry per token of the prompt, and the entry that padding gets.
+PER_TOKEN = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
 # Without it (transformers 5.17) stock takes no features, so they are put into the embedded prompt here.
 STOCK_TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+
+
+class Modality(NamedTuple):
+    """How stock code names one kind of visual input.
+
+    name          key among `mm_encoder_outputs`; the base model has `get_<name>_features` and `<name>_token_counts`
+    pixels        argument of forward that holds it
+    described_by  further arguments of `get_<name>_features`, given to forward beside the pixels
+    placeholder   field of the config with the id that prompts hold for it
+    """
+
+    name: str
+    pixels: str
+    described_by: tuple[str, ...]
+    placeholder: str
+
+
+IMAGES = Modality(
+    "image",
+    "pixel_values",
+    ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy"),
+    "image_token_id",
+)
 
 
 class VisPrunerMixin(GenerationMixin):
@@ -62,6 +90,8 @@ class VisPrunerMixin(GenerationMixin):
     """
 
     _auto_class = "AutoModelForImageTextToText"
+    modalities: tuple[Modality, ...] = (IMAGES,)
+    default_position_policy = "renumber"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -124,20 +154,27 @@ class VisPrunerMixin(GenerationMixin):
             raise
 
     def visual_token_counts(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **arguments: Any
     ) -> tuple[list[int], list[int]]:
-        """Return per image the visual tokens of a full prompt and those that are kept."""
-        return self.model.visual_token_counts(pixel_values, image_sizes)
+        """Return per image the visual tokens of a full prompt and those that are kept.
+
+        image_sizes, arguments  what the processor returned beside pixel_values to describe the images
+        """
+        sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
+        return self.model.image_token_counts(pixel_values, **sizes, **arguments)
 
     @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None) -> EncodedImages:
+    def encode_images(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **arguments: Any
+    ) -> EncodedImages:
         """Encode, select and project images once, without gradients, for any number of questions about them.
 
+        image_sizes, arguments  what the processor returned beside pixel_values to describe the images
         The result goes to `generate` or `forward` as `encoded_images`, beside the processor's other tensors. Prompts
         are written as ever; one that carries `encoded_images.kept_counts` placeholders needs no image processor.
         """
         sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
-        features = self.model.get_image_features(pixel_values=pixel_values, **sizes, return_dict=True)
+        features = self.model.get_image_features(pixel_values, **sizes, **arguments, return_dict=True)
         return EncodedImages.from_features(features, self.config.vispruner_config)
 
     def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
@@ -147,11 +184,12 @@ class VisPrunerMixin(GenerationMixin):
         encoded = bool(inputs.get("mm_encoder_outputs"))
         if self._is_stock(inputs):
             return self._run_stock(stock_forward, inputs)
+        pixels = self._has_pixels(inputs)
         if torch.compiler.is_compiling() or "input_ids" not in inputs:
-            if "pixel_values" in inputs or encoded:
+            if pixels or encoded:
                 self._require_known_positions(inputs)
             return self._run_stock(stock_forward, inputs)  # its check enforces the short prompt required here
-        if "pixel_values" not in inputs and not encoded:
+        if not pixels and not encoded:
             self._check_text_only(inputs)
             return stock_forward(**inputs)
         full, kept = self._count_visual_tokens(inputs)
@@ -159,10 +197,11 @@ class VisPrunerMixin(GenerationMixin):
         prompt = None
         if full != kept:  # else nothing can be shortened, and the stock check finds a wrong number of placeholders
             layout = self._read_layout(inputs)
-            if self._is_full_prompt(inputs["input_ids"], layout, full, kept):
+            is_full = self._is_full_prompt(inputs["input_ids"], layout, full, kept)
+            if not is_full and self._keeps_original_positions and "position_ids" not in inputs:
+                layout, is_full = self._lengthen(inputs, layout, full, kept), True
+            if is_full:
                 prompt = self._shorten_for_forward(inputs, layout, full, kept)
-            else:
-                self._require_known_positions(inputs)
         if self._keeps_original_positions and "position_ids" in inputs and "attention_mask" not in inputs:
             self._mask_everything_seen(inputs)
         outputs = self._run_stock(stock_forward, inputs)
@@ -175,18 +214,25 @@ class VisPrunerMixin(GenerationMixin):
         if "encoded_images" not in inputs:
             return
         images = inputs.pop("encoded_images")
-        for name in ("pixel_values", "mm_encoder_outputs"):
+        modality = self.modalities[0]
+        for name in (modality.pixels, "mm_encoder_outputs"):
             if inputs.pop(name, None) is not None:
                 raise ValueError(f"encoded_images stand in place of {name}: pass one of them")
-        inputs.pop("image_sizes", None)
         if not hasattr(images, "to_features"):
             raise TypeError(f"encoded_images must be what encode_images returns, got {type(images).__name__}")
         images.require_made_with(self.config.vispruner_config)
-        inputs["mm_encoder_outputs"] = {"image": images.to_features()}
+        inputs["mm_encoder_outputs"] = {modality.name: images.to_features()}
+
+    def _has_pixels(self, inputs: dict[str, Any]) -> bool:
+        return any(inputs.get(modality.pixels) is not None for modality in self.modalities)
+
+    @property
+    def _placeholder_ids(self) -> list[int]:
+        return [getattr(self.config, modality.placeholder) for modality in self.modalities]
 
     def _run_stock(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
         if not STOCK_TAKES_FEATURES and (encoded := inputs.pop("mm_encoder_outputs", None)):
-            self._merge_features(inputs, encoded["image"].pooler_output)
+            self._merge_features(inputs, encoded)
         return stock_forward(**inputs)
 
     def _is_stock(self, inputs: dict[str, Any]) -> bool:
@@ -194,7 +240,7 @@ class VisPrunerMixin(GenerationMixin):
         return self.model.vispruner_options.method == "none" and _cached_prompt(inputs) is None
 
     def _shorten_for_forward(
-        self, inputs: dict[str, Any], layout: PromptLayout, full: list[int], kept: list[int]
+        self, inputs: dict[str, Any], layout: PromptLayout, full: Counts, kept: Counts
     ) -> ShortenedPrompt:
         if isinstance(inputs.get("logits_to_keep"), torch.Tensor):
             raise ValueError("logits_to_keep must be an integer for a full prompt: logits are shorter than its ids")
@@ -203,15 +249,34 @@ class VisPrunerMixin(GenerationMixin):
             return self._shorten(inputs, layout, full, staying)
         if "position_ids" not in inputs:
             self._require_contiguous_cache(inputs)
-            ids = inputs["input_ids"]
-            positions = _cached_length(inputs) + torch.arange(ids.shape[1], device=ids.device)
-            inputs["position_ids"] = positions.expand_as(ids)
+            inputs["position_ids"] = self._positions_in_forward(inputs)
         return self._shorten(inputs, layout, full, self._encode_here(inputs))
 
-    def _remember(self, full: list[int], kept: list[int], prompt: ShortenedPrompt | None) -> CachedPrompt:
+    def _positions_in_forward(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the positions that stock `forward` gives the tokens of a full prompt, (..., B, S)."""
+        ids = inputs["input_ids"]
+        return (_cached_length(inputs) + torch.arange(ids.shape[1], device=ids.device)).expand_as(ids)
+
+    def _positions_in_generate(self, arguments: dict[str, Any]) -> torch.Tensor:
+        """Return the positions that stock `generate` gives the tokens of a full prompt, (..., B, S)."""
+        mask = arguments.get("attention_mask", torch.ones_like(arguments["input_ids"]))
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def _positions_after(self, prompt: ShortenedPrompt, positions: torch.Tensor) -> torch.Tensor:
+        """Return the positions (..., B, W) of a shortened prompt, given those (..., B, S) of the full one."""
+        shift = 0 if self._keeps_original_positions else prompt.shift.to(positions.device)
+        return prompt.take(positions, 0) + shift
+
+    def _lengthen(self, inputs: dict[str, Any], layout: PromptLayout, full: Counts, kept: Counts) -> PromptLayout:
+        """Turn a short prompt into the full one that it stands for, which alone tells the positions of its tokens."""
+        staying = _leading_placeholders(kept, full, inputs["input_ids"].device)
+        self._shorten(inputs, layout, kept, staying)
+        return self._read_layout(inputs)
+
+    def _remember(self, full: Counts, kept: Counts, prompt: ShortenedPrompt | None) -> CachedPrompt:
         return CachedPrompt(
-            full_counts=tuple(full),
-            kept_counts=tuple(kept),
+            full_counts=full,
+            kept_counts=kept,
             dropped=0 if prompt is None else prompt.dropped,
             uniform=prompt is None or prompt.valid is None,
             position_policy=self._position_policy,
@@ -219,18 +284,31 @@ class VisPrunerMixin(GenerationMixin):
 
     @property
     def _position_policy(self) -> str:
-        return self.model.vispruner_options.position_policy or "renumber"
+        return self.model.vispruner_options.position_policy or self.default_position_policy
 
     @property
     def _keeps_original_positions(self) -> bool:
         return self._position_policy == "original"
 
-    def _merge_features(self, inputs: dict[str, Any], tokens: list[torch.Tensor]) -> None:
+    def _merge_features(self, inputs: dict[str, Any], encoded: dict[str, Any]) -> None:
+        """Put features into the embedded prompt, for a stock `forward` that does not take them."""
         input_ids = inputs.pop("input_ids", None)
-        embeds = inputs["inputs_embeds"] if input_ids is None else self.get_input_embeddings()(input_ids)
-        features = torch.cat(tokens).to(embeds.device, embeds.dtype)
-        mask = self.model.get_placeholder_mask(input_ids, embeds, features)
-        inputs["inputs_embeds"] = embeds.masked_scatter(mask, features)
+        embed = self.get_input_embeddings()
+        embeds = inputs["inputs_embeds"] if input_ids is None else embed(input_ids)
+        for modality, token in zip(self.modalities, self._placeholder_ids, strict=True):
+            if (features := encoded.get(modality.name)) is None:
+                continue
+            tokens = torch.cat(list(features.pooler_output)).to(embeds.device, embeds.dtype)
+            if input_ids is None:
+                mask = (embeds == embed(torch.tensor(token, device=embeds.device))).all(-1)
+            else:
+                mask = input_ids == token
+            torch_compilable_check(
+                mask.sum() == len(tokens),
+                lambda: f"the prompt has {mask.sum()} {modality.name} placeholders for {len(tokens)} visual tokens",  # noqa: B023
+            )
+            embeds = embeds.masked_scatter(mask[..., None].to(embeds.device), tokens)
+        inputs["inputs_embeds"] = embeds
 
     @staticmethod
     def _mask_everything_seen(inputs: dict[str, Any]) -> None:
@@ -242,7 +320,8 @@ class VisPrunerMixin(GenerationMixin):
         """Refuse what stock would get wrong: placeholders without an image, full-length masks on a shortened cache."""
         cache, input_ids = inputs.get("past_key_values"), inputs["input_ids"]
         if cache is None:  # generate, which always brings a cache, has checked its whole prompt
-            self._is_full_prompt(input_ids, read_layout(input_ids, self.config.image_token_id), [], [])
+            nothing: Counts = {token: [] for token in self._placeholder_ids}
+            self._is_full_prompt(input_ids, read_layout(input_ids, self._placeholder_ids), nothing, nothing)
         prompt: CachedPrompt | None = getattr(cache, "vispruner_prompt", None)
         if prompt is None or prompt.dropped == 0:
             return
@@ -263,55 +342,72 @@ class VisPrunerMixin(GenerationMixin):
         if self._keeps_original_positions and prompt is not None and prompt.dropped != 0:
             raise ValueError('vispruner_config.position_policy "original": pass position_ids to continue from a cache')
 
-    def _count_visual_tokens(self, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
-        """Return per image the visual tokens of a full prompt and those that are kept."""
-        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    def _count_visual_tokens(self, inputs: dict[str, Any]) -> tuple[Counts, Counts]:
+        """Return per placeholder id and image the visual tokens of a full prompt and those that are kept."""
+        full, kept = {}, {}
+        for modality, token in zip(self.modalities, self._placeholder_ids, strict=True):
+            full[token], kept[token] = self._count_tokens_of(modality, inputs)
+        return full, kept
+
+    def _count_tokens_of(self, modality: Modality, inputs: dict[str, Any]) -> tuple[list[int], list[int]]:
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get(modality.name)
         if encoded is not None:
             kept = [len(feature) for feature in encoded.pooler_output]
             full = getattr(encoded, "full_counts", None)
-            return (full if full is not None and len(full) == len(kept) else kept), kept
-        if inputs.get("pixel_values") is None:
+            return (list(full) if full is not None and len(full) == len(kept) else kept), kept
+        if inputs.get(modality.pixels) is None:
             return [], []
-        return self.model.visual_token_counts(inputs["pixel_values"], inputs.get("image_sizes"))
+        described = {name: inputs[name] for name in modality.described_by if inputs.get(name) is not None}
+        return getattr(self.model, f"{modality.name}_token_counts")(inputs[modality.pixels], **described)
 
     def _read_layout(self, inputs: dict[str, Any]) -> PromptLayout:
         input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if mask is not None and mask.shape != input_ids.shape:  # no mask that a full prompt could have
             mask = None
-        return read_layout(input_ids, self.config.image_token_id, mask)
+        return read_layout(input_ids, self._placeholder_ids, mask)
 
-    def _is_full_prompt(self, input_ids: torch.Tensor, layout: PromptLayout, full: list[int], kept: list[int]) -> bool:
+    def _is_full_prompt(self, input_ids: torch.Tensor, layout: PromptLayout, full: Counts, kept: Counts) -> bool:
         """True for the full number of placeholders, False for the kept number; any other raises ValueError."""
-        placeholders = sum(layout.placeholders)
-        if placeholders == sum(full) == sum(kept):  # by chance, with several images in the paper's tile mode
-            return full != kept and holds_unbroken_images(input_ids, self.config.image_token_id, full)
-        if placeholders in (sum(full), sum(kept)):
-            return placeholders == sum(full)
-        found = f"the prompt has {placeholders} image placeholders (id {self.config.image_token_id})"
-        if not full:
-            raise ValueError(f"{found} but there is no image: pass pixel_values, or take <image> out of the prompt")
-        raise ValueError(
-            f"{found} for {len(full)} image(s), which take {sum(full)} in a full prompt or {sum(kept)} in a shortened "
-            "one: put one <image> per image into the prompt and use the processor of this repo"
-        )
+        found_full = {}
+        for modality, token in zip(self.modalities, self._placeholder_ids, strict=True):
+            placeholders, whole, short = sum(layout.placeholders[token]), sum(full[token]), sum(kept[token])
+            if placeholders == whole == short:  # by chance, with several images in the paper's tile mode
+                if full[token] != kept[token]:
+                    found_full[modality.name] = holds_unbroken_images(input_ids, token, full[token])
+            elif placeholders in (whole, short):
+                found_full[modality.name] = placeholders == whole
+            else:
+                raise ValueError(_wrong_placeholders(modality, token, placeholders, full[token], kept[token]))
+        if len(set(found_full.values())) > 1:
+            raise ValueError(
+                "the prompt is full for some of its visual inputs and shortened for others "
+                f"({', '.join(name for name, is_full in found_full.items() if is_full)} full): write it one way"
+            )
+        return any(found_full.values())
 
     def _require_known_positions(self, inputs: dict[str, Any]) -> None:
         if self._keeps_original_positions and "position_ids" not in inputs:
             raise ValueError(
-                'vispruner_config.position_policy "original" needs a full prompt: a short one does not say which '
-                "positions its visual tokens had; pass the full prompt or position_ids"
+                'vispruner_config.position_policy "original": an embedded or compiled prompt does not say which '
+                "positions its visual tokens had; pass input_ids outside torch.compile, or position_ids"
             )
 
-    def _encode_here(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    def _encode_here(self, inputs: dict[str, Any]) -> dict[int, list[torch.Tensor]]:
         """Replace the pixels in `inputs` by features; return per image the placeholders its kept tokens stand for."""
-        if not inputs.get("mm_encoder_outputs"):
-            names = ("pixel_values", "image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-            pixels = {name: inputs.pop(name) for name in names if name in inputs}
-            inputs["mm_encoder_outputs"] = {"image": self.model.get_image_features(**pixels, return_dict=True)}
-        return inputs["mm_encoder_outputs"]["image"].placeholders
+        encoded, staying = dict(inputs.get("mm_encoder_outputs") or {}), {}
+        for modality, token in zip(self.modalities, self._placeholder_ids, strict=True):
+            if (pixels := inputs.pop(modality.pixels, None)) is not None:
+                described = {name: inputs[name] for name in modality.described_by if name in inputs}
+                encode = getattr(self.model, f"get_{modality.name}_features")
+                encoded[modality.name] = encode(pixels, **described, return_dict=True)
+            staying[token] = encoded[modality.name].placeholders if modality.name in encoded else []
+        for name in {name for modality in self.modalities for name in modality.described_by}:
+            inputs.pop(name, None)  # last, as modalities may share them
+        inputs["mm_encoder_outputs"] = encoded
+        return staying
 
     def _shorten(
-        self, inputs: dict[str, Any], layout: PromptLayout, full: list[int], staying: list[torch.Tensor]
+        self, inputs: dict[str, Any], layout: PromptLayout, full: Counts, staying: dict[int, list[torch.Tensor]]
     ) -> ShortenedPrompt:
         """Shorten every per-token entry of `inputs`; `staying` says per image which of its placeholders stay."""
         input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -320,13 +416,14 @@ class VisPrunerMixin(GenerationMixin):
                 "attention_mask must be 2-D and as long as input_ids to shorten a full prompt, got "
                 f"{tuple(mask.shape)} for {tuple(input_ids.shape)}"
             )
-        prompt = shorten_prompt(input_ids, self.config.image_token_id, full, staying, mask, layout)
+        prompt = shorten_prompt(input_ids, full, staying, mask, layout)
         inputs["input_ids"] = prompt.take(input_ids, self._padding_id())
-        if "labels" in inputs:
-            inputs["labels"] = prompt.take(inputs["labels"], -100)
+        for name, padding in PER_TOKEN.items():
+            if inputs.get(name) is not None:
+                inputs[name] = prompt.take(inputs[name], padding)
         if (positions := inputs.get("position_ids")) is not None:
-            shift = 0 if self._keeps_original_positions else prompt.shift.to(positions.device)
-            inputs["position_ids"] = prompt.take(positions.expand(input_ids.shape), 0) + shift
+            positions = positions.expand(*positions.shape[:-2], *input_ids.shape)
+            inputs["position_ids"] = self._positions_after(prompt, positions)
         if (mask := prompt.attention_mask(mask)) is not None:
             inputs["attention_mask"] = mask
         return prompt
@@ -334,9 +431,9 @@ class VisPrunerMixin(GenerationMixin):
     def _padding_id(self) -> int:
         for config in (self.generation_config, self.config, self.config.get_text_config()):
             value = getattr(config, "pad_token_id", None)
-            if isinstance(value, int) and 0 <= value != self.config.image_token_id:
+            if isinstance(value, int) and value >= 0 and value not in self._placeholder_ids:
                 return value
-        return 0 if self.config.image_token_id != 0 else 1
+        return min({0, 1, 2} - set(self._placeholder_ids))
 
     @torch.no_grad()
     def generate(
@@ -349,7 +446,9 @@ class VisPrunerMixin(GenerationMixin):
         **kwargs: Any,
     ) -> ModelOutput | torch.Tensor:
         """Stock `generate`; full prompts are shortened, and the result starts with the caller's own prompt."""
-        kwargs = {name: kwargs[name] for name in kwargs if kwargs[name] is not None or name not in MODEL_INPUTS}
+        visual = [name for modality in self.modalities for name in (modality.pixels, *modality.described_by)]
+        optional = {*MODEL_INPUTS, *PER_TOKEN, *visual}
+        kwargs = {name: kwargs[name] for name in kwargs if kwargs[name] is not None or name not in optional}
         hooks = {
             "logits_processor": logits_processor,
             "stopping_criteria": stopping_criteria,
@@ -366,20 +465,21 @@ class VisPrunerMixin(GenerationMixin):
         layout = self._read_layout(arguments)
         full, kept = self._images_of(arguments, layout)
         prompt = self._shorten_for_generate(arguments, layout, full, kept)
-        if kept:
+        if any(kept.values()):
             self._refuse_what_stock_gets_wrong(arguments, generation_config)
             self._never_look_up_placeholders(arguments, generation_config)
             self._hand_over_features(arguments)
         if prompt is not None:
             hooks = see_full_prompt(hooks, input_ids, prompt.length)
-            generation_config = self._count_lengths_from_full_prompt(arguments, generation_config, prompt.dropped)
+            dropped = input_ids.shape[1] - prompt.length
+            generation_config = self._count_lengths_from_full_prompt(arguments, generation_config, dropped)
             if "streamer" in arguments:
                 arguments["streamer"] = FullPromptStreamer(arguments["streamer"], input_ids.cpu())
         result = super().generate(arguments.pop("input_ids"), generation_config, **hooks, **arguments)
         if prompt is not None:
             result = with_full_prompt(result, input_ids, prompt.length)
         cache = getattr(result, "past_key_values", arguments.get("past_key_values"))
-        if cache is not None and full:
+        if cache is not None and any(full.values()):
             cache.vispruner_prompt = self._remember(full, kept, prompt)
         return result
 
@@ -390,16 +490,16 @@ class VisPrunerMixin(GenerationMixin):
         merged = super()._merge_criteria_processor_list(default_list, type(custom_list)(unwrapped))
         return type(merged)(wrappers.get(id(hook), hook) for hook in merged)
 
-    def _images_of(self, arguments: dict[str, Any], layout: PromptLayout) -> tuple[list[int], list[int]]:
+    def _images_of(self, arguments: dict[str, Any], layout: PromptLayout) -> tuple[Counts, Counts]:
         """Count the visual tokens of the prompt's images; on a later turn they are known from the cache."""
         past = _cached_length(arguments)
         prompt = _cached_prompt(arguments)
         if prompt is None:
-            cached = arguments["input_ids"][:, :past] == self.config.image_token_id
+            cached = any_of([arguments["input_ids"][:, :past] == token for token in self._placeholder_ids])
             if past == 0 or not cached.any():  # no image is in the cache yet
                 return self._count_visual_tokens(arguments)
-        placeholders = sum(layout.placeholders)
-        if prompt is None or not prompt.uniform or placeholders not in prompt.possible_placeholders:
+        if prompt is None or not prompt.uniform or not prompt.may_have(layout.placeholders):
+            placeholders = sum(map(sum, layout.placeholders.values()))
             raise ValueError(
                 f"cannot continue from this cache of {past} tokens and a prompt of {placeholders} image placeholders: "
                 "pass the whole conversation so far, with the same images and no new one, and the past_key_values "
@@ -411,21 +511,24 @@ class VisPrunerMixin(GenerationMixin):
                 f'this cache was filled with vispruner_config.position_policy "{prompt.position_policy}": set that '
                 "policy again, or start again without past_key_values"
             )
-        for name in ("pixel_values", "image_sizes", "mm_encoder_outputs"):  # their tokens are in the cache already
-            arguments.pop(name, None)
-        return list(prompt.full_counts), list(prompt.kept_counts)
+        for name in ("mm_encoder_outputs", *(modality.pixels for modality in self.modalities)):
+            arguments.pop(name, None)  # their tokens are in the cache already
+        return prompt.full_counts, prompt.kept_counts
 
     def _shorten_for_generate(
-        self, arguments: dict[str, Any], layout: PromptLayout, full: list[int], kept: list[int]
+        self, arguments: dict[str, Any], layout: PromptLayout, full: Counts, kept: Counts
     ) -> ShortenedPrompt | None:
-        if not self._is_full_prompt(arguments["input_ids"], layout, full, kept):
-            if full != kept:
-                self._require_known_positions(arguments)
-            return None
         original, cached = self._keeps_original_positions, _cached_prompt(arguments)
-        if original and "position_ids" not in arguments:
-            mask = arguments.get("attention_mask", torch.ones_like(arguments["input_ids"]))
-            arguments["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        numbered = not original or "position_ids" in arguments or not any(full.values())
+        if not self._is_full_prompt(arguments["input_ids"], layout, full, kept):
+            if numbered:
+                return None
+            if full != kept:
+                layout = self._lengthen(arguments, layout, full, kept)
+        if not numbered:
+            arguments["position_ids"] = self._positions_in_generate(arguments)
+        if full == kept:
+            return None
         # For cached tokens too: their positions are in the cache.
         staying = _leading_placeholders(full, kept, arguments["input_ids"].device)
         if original and cached is None:
@@ -438,27 +541,29 @@ class VisPrunerMixin(GenerationMixin):
 
     def _hand_over_features(self, arguments: dict[str, Any]) -> None:
         """Encode before stock would, and leave out what the prompt's full form was: it has its final length by now."""
-        if "pixel_values" in arguments and _may_encode_here(arguments):
+        if self._has_pixels(arguments) and _may_encode_here(arguments):
             self._encode_here(arguments)
         if encoded := arguments.get("mm_encoder_outputs"):  # stock changes what it is given, so not the caller's own
-            features = BaseModelOutputWithPooling(pooler_output=list(encoded["image"].pooler_output))
-            arguments["mm_encoder_outputs"] = {**encoded, "image": features}
+            arguments["mm_encoder_outputs"] = {name: _only_tokens(features) for name, features in encoded.items()}
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> Any:
         """Stock, with the features of each row repeated for its copies where stock does not know of features."""
         encoded = inputs.get("mm_encoder_outputs")
         if encoded and expand_size > 1 and not STOCK_TAKES_FEATURES:
-            tokens = encoded["image"].pooler_output
-            layout = read_layout(inputs["input_ids"], self.config.image_token_id)
-            rows = rows_of_images(layout.placeholders, [len(image) for image in tokens])
-            copies = [
-                image
-                for row in range(len(layout.placeholders))
-                for _ in range(expand_size)
-                for image, own in zip(tokens, rows, strict=True)
-                if own == row
-            ]
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=copies)}
+            layout = read_layout(inputs["input_ids"], self._placeholder_ids)
+            for modality, token in zip(self.modalities, self._placeholder_ids, strict=True):
+                if modality.name in encoded:
+                    features = encoded[modality.name]
+                    rows = rows_of_images(layout.placeholders[token], [len(image) for image in features.pooler_output])
+                    copies = [
+                        image
+                        for row in range(len(layout.placeholders[token]))
+                        for _ in range(expand_size)
+                        for image, own in enumerate(rows)
+                        if own == row
+                    ]
+                    encoded = {**encoded, modality.name: _only_tokens(features, copies)}
+            inputs["mm_encoder_outputs"] = encoded
         return super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -472,7 +577,8 @@ class VisPrunerMixin(GenerationMixin):
         self, arguments: dict[str, Any], cached: CachedPrompt, prompt: ShortenedPrompt
     ) -> None:
         past = _cached_length(arguments)
-        last = int((arguments["input_ids"] == self.config.image_token_id).any(0).nonzero()[-1])
+        is_placeholder = any_of([arguments["input_ids"] == token for token in self._placeholder_ids])
+        last = int(is_placeholder.any(0).nonzero()[-1])
         if last >= past or past >= prompt.length or cached.dropped != prompt.dropped:
             raise ValueError(
                 f"the cache of {past} tokens does not fit this prompt, which has {prompt.length} tokens after pruning "
@@ -506,7 +612,7 @@ class VisPrunerMixin(GenerationMixin):
         """Prompt lookup would propose image placeholders as a continuation, and be refused for having no image."""
         if self._generation_option("prompt_lookup_num_tokens", arguments, config):
             suppressed = self._generation_option("suppress_tokens", arguments, config) or []
-            arguments["suppress_tokens"] = [*suppressed, self.config.image_token_id]
+            arguments["suppress_tokens"] = [*suppressed, *self._placeholder_ids]
 
     def _count_lengths_from_full_prompt(self, arguments: dict[str, Any], config: Any, dropped: int) -> Any:
         """Take the dropped tokens off the lengths that count the prompt, where they were given; return the config."""
@@ -536,15 +642,48 @@ def _cached_length(inputs: dict[str, Any]) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+def _only_tokens(features: Any, images: list[int] | None = None) -> Any:
+    """Return what stock needs of a vision output to merge it, of all or of some `images`, in lists of its own."""
+
+    def chosen(tokens: Any) -> Any:
+        if images is None:
+            return tokens if isinstance(tokens, torch.Tensor) else list(tokens)
+        picked = [tokens[image] for image in images]
+        return torch.stack(picked) if isinstance(tokens, torch.Tensor) else picked
+
+    levels = getattr(features, "deepstack_features", None)
+    return PrunedImageFeatures(
+        pooler_output=chosen(features.pooler_output),
+        deepstack_features=None if levels is None else [chosen(level) for level in levels],
+    )
+
+
 def _may_encode_here(arguments: dict[str, Any]) -> bool:
     """Stock of 5.17 hands an assistant the pixels, of which it makes features of its own size."""
     return STOCK_TAKES_FEATURES or "assistant_model" not in arguments
 
 
-def _leading_placeholders(full: list[int], kept: list[int], device: torch.device) -> list[torch.Tensor]:
-    """Placeholders are all alike, so the first stay; the last repeats where paper tiles outnumber stock packing."""
-    counts = zip(full, kept, strict=True)
-    return [torch.arange(count, device=device).clamp(max=whole - 1) for whole, count in counts]
+def _leading_placeholders(full: Counts, kept: Counts, device: torch.device) -> dict[int, list[torch.Tensor]]:
+    """Placeholders are all alike, so the first stay; the last repeats where there must be more (paper tiles)."""
+    return {
+        token: [
+            torch.arange(count, device=device).clamp(max=whole - 1)
+            for whole, count in zip(full[token], kept[token], strict=True)
+        ]
+        for token in full
+    }
+
+
+def _wrong_placeholders(modality: Modality, token: int, placeholders: int, full: list[int], kept: list[int]) -> str:
+    found = f"the prompt has {placeholders} {modality.name} placeholders (id {token})"
+    if not full:
+        remedy = f"pass {modality.pixels}, or take <{modality.name}> out of the prompt"
+        return f"{found} but there is no {modality.name}: {remedy}"
+    return (
+        f"{found} for {len(full)} {modality.name}(s), which take {sum(full)} in a full prompt or {sum(kept)} in a "
+        f"shortened one: put one <{modality.name}> per {modality.name} into the prompt and use the processor of this "
+        "repo"
+    )
 
 
 def give_lm_head_its_own_rows(lm_head: Any, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:

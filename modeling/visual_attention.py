@@ -1,14 +1,15 @@
-"""Saliency of visual tokens: the [CLS] row of one encoder layer's attention, without any attention map.
+"""Saliency of visual tokens: how much attention each gets in an encoder layer, without holding any attention map.
 
-Every attention module of a tapped tower asks its config which attention function to call. While a tap is open the
-answer is ours: it reads the queries and keys of one layer, then hands over to the function the user chose. So SDPA,
-flash and custom kernels stay in use, fused q/k/v projections do not matter, and outside a tap the tower is stock.
+It comes from the [CLS] token where the encoder has one, else from all tokens alike. Every attention module of a
+tapped tower asks its config which attention function to call. While a tap is open the answer is ours: it reads the
+queries and keys of the wanted layers, then hands over to the function the user chose. So SDPA, flash and custom kernels
+stay in use, fused q/k/v projections do not matter, and outside a tap the tower is stock.
 """
 
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from .token_selection import without_autocast
 
 # Where transformers can, only the hidden states that are features are kept; 5.17 keeps all, as its own models do.
 KEEPS_NAMED_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")
+
+QUERIES_AT_ONCE = 256
 
 # The registry is one for the whole process, which may hold this file several times: installed, and once per repo.
 TAPPED_ATTENTION = f"vispruner_tapped_attention:{__name__}"
@@ -35,12 +38,24 @@ class _OpenTap(threading.local):
 _open = _OpenTap()
 
 
-class SaliencyTap:
-    """Record the saliency (B, N) of the visual tokens in one attention module while the `with` block runs."""
+class Reading(NamedTuple):
+    """Saliency to be read: the number of an encoder layer, and a kind that `SALIENCY_KINDS` names."""
 
-    def __init__(self, attention: Any) -> None:
-        self.place: int = attention.config.place
-        self.saliency: torch.Tensor | None = None
+    layer: int
+    kind: str
+
+
+class SaliencyTap:
+    """Record saliency in some of a tower's layers while the `with` block runs; afterwards `tap[reading]` is (B, N).
+
+    An encoder that packs images of different sizes into one sequence attends in chunks; what each chunk of (1, n)
+    tokens recorded is then joined to (1, N), in the order of the sequence.
+    """
+
+    def __init__(self, attentions: Sequence[Any], main: Reading, others: Sequence[Reading] = ()) -> None:
+        self._main, self._others = main, others
+        self._places = {reading: attentions[reading.layer].config.place for reading in (main, *others)}
+        self._recorded: dict[Reading, list[torch.Tensor]] = {reading: [] for reading in self._places}
 
     def __enter__(self) -> "SaliencyTap":
         self._outer = _open.tap
@@ -49,6 +64,30 @@ class SaliencyTap:
 
     def __exit__(self, *exception: Any) -> None:
         _open.tap = self._outer
+
+    def record(self, place: int, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
+        for reading, wanted in self._places.items():
+            if wanted == place:
+                self._recorded[reading].append(SALIENCY_KINDS[reading.kind](query, key, scaling))
+
+    def __getitem__(self, reading: Reading) -> torch.Tensor:
+        recorded = self._recorded[reading]
+        if not recorded:
+            raise RuntimeError(
+                f"no attention was recorded in layer {reading.layer}: the encoder did not call the attention function "
+                "its config names, so tokens cannot be ranked"
+            )
+        return recorded[0] if len(recorded) == 1 else torch.cat(recorded, dim=1)
+
+    @property
+    def saliency(self) -> torch.Tensor:
+        """What the main reading recorded, (B, N)."""
+        return self[self._main]
+
+    @property
+    def layer_saliency(self) -> torch.Tensor | None:
+        """What the other readings recorded, (B, L, N); None where there are none."""
+        return torch.stack([self[reading] for reading in self._others], dim=1) if self._others else None
 
 
 class _TappableConfig:
@@ -98,8 +137,8 @@ def _tapped_attention(
     tap = _open.tap
     _open.tap = None  # the user's attention function must see the user's own config
     try:
-        if tap is not None and tap.place == module.config.place:
-            tap.saliency = cls_saliency(query, key, kwargs.get("scaling"))
+        if tap is not None:
+            tap.record(module.config.place, query, key, kwargs.get("scaling"))
         function = ALL_ATTENTION_FUNCTIONS.get_interface(
             module.config._attn_implementation, module.config.eager_attention
         )
@@ -118,53 +157,55 @@ def cls_saliency(query: torch.Tensor, key: torch.Tensor, scaling: float | None =
     query, key  (B, H, 1+N, d)  after projection; logits and softmax run in at least fp32
     returns     (B, N)          softmax over all 1+N tokens, [CLS] cut off afterwards, not renormalised
     """
+    return _attention_received(query[:, :, :1], key, scaling)[:, 1:]
+
+
+@torch.no_grad()
+def received_attention(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
+    """Return how much attention each token gets from all tokens, averaged over heads and queries.
+
+    query, key  (B, H, N, d)  after projection and rotary embedding; logits and softmax run in at least fp32
+    returns     (B, N)        sums to 1; no more than `QUERIES_AT_ONCE` rows of attention exist at a time
+    """
+    chunks = query.split(QUERIES_AT_ONCE, dim=2)
+    return sum(_attention_received(chunk, key, scaling) * chunk.shape[2] for chunk in chunks) / query.shape[2]
+
+
+@torch.no_grad()
+def received_attention_of_patches(
+    query: torch.Tensor, key: torch.Tensor, scaling: float | None = None
+) -> torch.Tensor:
+    """Return `received_attention` (B, N) of the tokens behind [CLS]; [CLS] counts among the 1+N queries."""
+    return received_attention(query, key, scaling)[:, 1:]
+
+
+def _attention_received(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> torch.Tensor:
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
     with without_autocast(query.device):
-        logits = torch.matmul(query[:, :, :1].to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
-    return logits.softmax(dim=-1)[:, :, 0, 1:].mean(dim=1)
+        logits = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
+    return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
-def resolve_attention_layer(attention_layer: int | None, feature_layers: Sequence[int], layers: int) -> int:
-    """Return the encoder layer to read attention from; None means the one that produces the (deepest) features."""
-    if attention_layer is None:
-        attention_layer = max(index % (layers + 1) for index in feature_layers) - 1
-        if attention_layer < 0:
-            raise ValueError("vision_feature_layer 0 is the embedding, which no attention layer produces")
-    if not -layers <= attention_layer < layers:
-        raise ValueError(
-            f"vispruner_config.attention_layer must be an encoder layer index in [{-layers}, {layers - 1}], "
-            f"got {attention_layer}"
-        )
-    return attention_layer
+# "cls" and "received_behind_cls" need an encoder whose token 0 is [CLS]; "received" is for encoders without one.
+SALIENCY_KINDS: dict[str, Callable[..., torch.Tensor]] = {
+    "cls": cls_saliency,
+    "received": received_attention,
+    "received_behind_cls": received_attention_of_patches,
+}
 
 
-def encode_with_saliency(
-    vision_tower: nn.Module,
-    layers: Sequence[Any],
-    pixel_values: torch.Tensor,
-    feature_layer: int | list[int],
-    attention_layer: int | None = None,
-    **kwargs: Any,
-) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Run a tower with a [CLS] token once; return its output, patch features and their saliency.
+def run_clip_tower(
+    vision_tower: nn.Module, pixel_values: torch.Tensor, feature_layer: int | list[int], **kwargs: Any
+) -> tuple[Any, torch.Tensor]:
+    """Run a tower with a [CLS] token once; return its output and the features (B, N, C) of its patches.
 
-    pixel_values     (B, 3, height, width)
-    feature_layer    index or indices into hidden_states, several are concatenated
-    attention_layer  index into `layers`; None is the layer that produces the (deepest) features
-    returns          output, features (B, N, C), saliency (B, N)
+    pixel_values   (B, 3, height, width)
+    feature_layer  index or indices into hidden_states, several are concatenated
     """
     indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
-    attention_layer = resolve_attention_layer(attention_layer, indices, len(layers))
     every = bool(kwargs.pop("output_hidden_states", None)) or not KEEPS_NAMED_HIDDEN_STATES
     wanted = True if every else indices
-    with SaliencyTap(layers[attention_layer].self_attn) as tap:
-        outputs = vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted, **kwargs)
-    if tap.saliency is None:
-        raise RuntimeError(
-            f"no attention was recorded in layer {attention_layer} of {type(vision_tower).__name__}: it did not call "
-            "the attention function its config names, so tokens cannot be ranked"
-        )
+    outputs = vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted, **kwargs)
     states = [outputs.hidden_states[index][:, 1:] for index in indices]
-    features = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-    return outputs, features, tap.saliency
+    return outputs, states[0] if len(states) == 1 else torch.cat(states, dim=-1)

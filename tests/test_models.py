@@ -378,11 +378,15 @@ class TestOriginalPositions:
         single = answers(original.model, original.inputs(ONE, original.pictures[:1]), num_beams=3, eos_token_id=None)
         assert torch.equal(result[:1], single)
 
-    def test_original_needs_a_full_prompt(self, original):
-        short = original.shortened(original.inputs(ONE, original.pictures[:1]))
-        for call in (original.model, original.model.generate):
-            with pytest.raises(ValueError, match="needs a full prompt"):
-                call(**short)
+    def test_a_short_prompt_gets_the_positions_of_the_full_one(self, original):
+        inputs = original.inputs([ONE, NONE, ONE], original.pictures[:2])
+        short = original.shortened(inputs)
+        assert short["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            assert torch.equal(original.model(**short).logits, original.model(**inputs).logits)
+        result = generate(original.model, short)
+        assert torch.equal(result[:, : short["input_ids"].shape[1]], short["input_ids"])
+        assert torch.equal(answers(original.model, short), answers(original.model, inputs))
 
     def test_an_image_on_a_cache_of_text_goes_on_counting(self, original):
         text, image = original.inputs(NONE), dict(original.inputs(ONE, original.pictures[:1]))
@@ -396,7 +400,7 @@ class TestOriginalPositions:
 
     def test_a_compiled_forward_refuses_a_short_prompt_too(self, original):
         short = original.shortened(original.inputs(ONE, original.pictures[:1]))
-        with pytest.raises(Exception, match="needs a full prompt"):
+        with pytest.raises(Exception, match="pass input_ids outside torch.compile"):
             torch.compile(original.model.forward, backend="eager")(**short)
 
     def test_a_continuation_by_forward_needs_positions(self, original):

@@ -23,7 +23,7 @@ from transformers.models.clip.modeling_clip import CLIPAttention, eager_attentio
 
 import vispruner
 from vispruner import visual_attention
-from vispruner.visual_attention import SaliencyTap, cls_saliency, encode_with_saliency, make_tappable
+from vispruner.visual_attention import Reading, SaliencyTap, cls_saliency, make_tappable
 
 HEADS, LAYERS, N = 4, 4, 64  # of the tiny tower; N patches beside the [CLS] token
 KEPT = 12
@@ -63,6 +63,21 @@ def saliency(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def layers_of(tower: nn.Module) -> nn.ModuleList:
     return getattr(tower, "vision_model", tower).encoder.layers
+
+
+def tap_of(tower: nn.Module, layer: int) -> SaliencyTap:
+    return SaliencyTap([layer.self_attn for layer in layers_of(tower)], Reading(layer, "cls"))
+
+
+def require_nothing_recorded(tap: SaliencyTap) -> None:
+    with pytest.raises(RuntimeError, match="no attention was recorded"):
+        _ = tap.saliency
+
+
+def tapped_saliency(tower: nn.Module, layer: int, code: Any = visual_attention) -> torch.Tensor:
+    with code.SaliencyTap([layer.self_attn for layer in layers_of(tower)], code.Reading(layer, "cls")) as tap:
+        tower(images())
+    return tap.saliency
 
 
 def attention_seen(model: Any) -> set[str]:
@@ -140,14 +155,15 @@ def test_the_attention_of_a_loaded_model_can_be_changed(model: Any, stock: Any, 
 def test_the_default_is_the_layer_that_produces_the_features(
     model: Any, stock: Any, feature_layer: int | list[int], producer: int
 ) -> None:
-    tower = model.model.vision_tower
+    changed = copy.deepcopy(model).model
+    changed.config.vision_feature_layer = feature_layer
     with torch.no_grad():
-        _, features, found = encode_with_saliency(tower, layers_of(tower), images(), feature_layer)
+        tokens = changed.encode(images(), None)[1]
         hidden = stock.model.vision_tower(images(), output_hidden_states=True).hidden_states
-    torch.testing.assert_close(found, eager_saliency(stock, images(), producer), **CLOSE)
+    torch.testing.assert_close(tokens.saliency, eager_saliency(stock, images(), producer), **CLOSE)
     layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
     # Activations are of order 1; eager and SDPA add in different orders.
-    torch.testing.assert_close(features, torch.cat([hidden[i][:, 1:] for i in layers], -1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(tokens.features, torch.cat([hidden[i][:, 1:] for i in layers], -1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", [0, 3, -1, -4])
@@ -197,7 +213,7 @@ def test_a_tap_leaves_the_towers_output_alone(model: Any) -> None:
     tower = model.model.vision_tower
     with torch.no_grad():
         untapped = tower(images()).last_hidden_state
-        with SaliencyTap(layers_of(tower)[2].self_attn) as tap:
+        with tap_of(tower, 2) as tap:
             tapped = tower(images()).last_hidden_state
             assert attention_seen(model) != {"sdpa"}
     assert tap.saliency.shape == (2, N) and torch.equal(tapped, untapped)
@@ -233,17 +249,16 @@ def test_a_tower_that_ignores_its_config_is_an_error(model: Any) -> None:
     broken = copy.deepcopy(model)
     attention = layers_of(broken.model.vision_tower)[LAYERS - 2].self_attn
     attention.forward = lambda hidden_states, **kwargs: (hidden_states, None)
-    with pytest.raises(RuntimeError, match=f"no attention was recorded in layer {LAYERS - 2} of CLIPVisionModel"):
+    with pytest.raises(RuntimeError, match=f"no attention was recorded in layer {LAYERS - 2}: the encoder"):
         broken.get_image_features(images())
 
 
 def test_taps_nest(model: Any, stock: Any) -> None:
     tower, pixels = model.model.vision_tower, images()
-    layers = layers_of(tower)
-    with torch.no_grad(), SaliencyTap(layers[0].self_attn) as outer:
-        with SaliencyTap(layers[3].self_attn) as inner:
+    with torch.no_grad(), tap_of(tower, 0) as outer:
+        with tap_of(tower, 3) as inner:
             tower(pixels)
-        assert outer.saliency is None
+        require_nothing_recorded(outer)
         tower(pixels)
     torch.testing.assert_close(outer.saliency, eager_saliency(stock, pixels, 0), **CLOSE)
     torch.testing.assert_close(inner.saliency, eager_saliency(stock, pixels, 3), **CLOSE)
@@ -288,11 +303,12 @@ def test_an_open_tap_is_not_seen_by_other_threads(model: Any) -> None:
 
     with torch.no_grad():
         expected = model.model.vision_tower(images()).last_hidden_state
-    with SaliencyTap(layers_of(model.model.vision_tower)[0].self_attn) as tap:
+    with tap_of(model.model.vision_tower, 0) as tap:
         thread = threading.Thread(target=run_stock)
         thread.start()
         thread.join()
-    assert seen == [{"sdpa"}] and tap.saliency is None
+    assert seen == [{"sdpa"}]
+    require_nothing_recorded(tap)
     assert torch.equal(output[0], expected)
 
 
@@ -309,7 +325,7 @@ def test_two_copies_of_the_code_live_side_by_side(
     copied.make_tappable([layer.self_attn for layer in layers_of(tower)])
     for _ in range(2):
         with torch.no_grad():
-            assert torch.equal(copied.encode_with_saliency(tower, layers_of(tower), images(), -2)[2], before)
+            assert torch.equal(tapped_saliency(tower, LAYERS - 2, copied), before)
         assert torch.equal(saliency(model, images()), before)
 
 
@@ -341,7 +357,7 @@ def test_fused_projections_are_tapped(tiny_llava_repo: Path, stock: Any, attenti
         layer.self_attn = FusedAttention(layer.self_attn)
     make_tappable([layer.self_attn for layer in layers_of(tower)])
     with torch.no_grad():
-        found = encode_with_saliency(tower, layers_of(tower), images(), -2)[2]
+        found = tapped_saliency(tower, LAYERS - 2)
     torch.testing.assert_close(found, eager_saliency(stock, images(), LAYERS - 2), **CLOSE)
 
 

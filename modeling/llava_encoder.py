@@ -1,0 +1,101 @@
+"""What LLaVA-1.5 and LLaVA-NeXT share: a CLIP tower whose [CLS] ranks the patches, and a projector for each patch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.utils.import_utils import torch_compilable_check
+
+from .configuration_vispruner import used_vision_layers
+from .pruned_encoder import VisPrunerModelMixin, VisualTokens
+from .visual_attention import run_clip_tower
+
+DROPPED_LAYERS = r"vision_tower\.(vision_model\.)?encoder\.layers\.\d+\."
+
+
+class LlavaEncoderMixin(VisPrunerModelMixin):
+    """For `LlavaModel` and its like: encode (B, 3, height, width) with a CLIP tower, rank and project the patches."""
+
+    vision_tower: Any
+    multi_modal_projector: Any
+    _keys_to_ignore_on_load_unexpected: Any
+
+    @property
+    def vision_layers(self) -> Sequence[Any]:
+        return getattr(self.vision_tower, "vision_model", self.vision_tower).encoder.layers
+
+    @property
+    def vision_attentions(self) -> Sequence[Any]:
+        return [layer.self_attn for layer in self.vision_layers]
+
+    @property
+    def feature_layer(self) -> int:
+        layers, indices = len(self.vision_layers), self.config.vision_feature_layer
+        deepest = max(index % (layers + 1) for index in ([indices] if isinstance(indices, int) else indices))
+        if deepest == 0:
+            raise ValueError("vision_feature_layer 0 is the embedding, which no attention layer produces")
+        return deepest - 1
+
+    def check_prunable(self) -> None:
+        vision = self.config.vision_config
+        if not self._has_clip_tower:
+            raise ValueError(
+                f"vision_config.model_type must be clip_vision_model, got {vision.model_type!r}: tokens are ranked by "
+                'the attention of a [CLS] token, which it lacks (vispruner_config.method="none" loads it dense)'
+            )
+        self.require_patches(self.config.vision_feature_select_strategy)
+        self.warn_if_all_are_kept((vision.image_size // vision.patch_size) ** 2)
+
+    @property
+    def _has_clip_tower(self) -> bool:
+        return self.config.vision_config.model_type == "clip_vision_model"
+
+    def prepare_pruning(self) -> None:
+        if not self._has_clip_tower and self.vispruner_options.method == "none":
+            return
+        super().prepare_pruning()
+        if used_vision_layers(self.config) == len(self.vision_layers):
+            # Layers above those are not missed: loading need not warn of a base that still has them.
+            self._keys_to_ignore_on_load_unexpected.add(DROPPED_LAYERS)
+
+    @staticmethod
+    def require_patches(strategy: str | None) -> None:
+        """Raise ValueError unless features are patches without [CLS], the only ones that can be ranked."""
+        if strategy not in (None, "default"):
+            raise ValueError(
+                f'vision_feature_select_strategy must be "default" (patches without [CLS]), got {strategy!r}'
+            )
+
+    def encode(
+        self, pixel_values: torch.Tensor, feature_layer: int | list[int] | None, **kwargs: Any
+    ) -> tuple[Any, VisualTokens]:
+        """Run the tower on (B, 3, height, width); return its output and what selectors look at."""
+        layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
+        with self.open_tap() as tap:
+            outputs, features = run_clip_tower(self.vision_tower, pixel_values, layer, **kwargs)
+        patch = self.config.vision_config.patch_size
+        grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
+        return outputs, VisualTokens(features, tap.saliency, tap.layer_saliency, grid)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        return self.multi_modal_projector(features)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Stock, but for its message, which waits for the device once more: it is written only when the check fails.
+
+        So a prompt that is shortened, which takes one look at its ids, is waited for no more often than a stock one.
+        """
+        if input_ids is None:
+            return super().get_placeholder_mask(input_ids, inputs_embeds, image_features)  # type: ignore[misc]
+        mask = input_ids == self.config.image_token_id
+        tokens = mask.sum()
+        torch_compilable_check(
+            tokens * inputs_embeds.shape[-1] == image_features.numel(),
+            lambda: (
+                f"the prompt has {tokens} image placeholders (id {self.config.image_token_id}), but the images have "
+                f"{image_features.numel() // inputs_embeds.shape[-1]} visual tokens"
+            ),
+        )
+        return mask[..., None].to(inputs_embeds.device)
