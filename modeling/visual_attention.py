@@ -2,8 +2,8 @@
 
 It comes from the [CLS] token where the encoder has one, else from all tokens alike. Every attention module of a
 tapped tower asks its config which attention function to call. While a tap is open the answer is ours: it reads the
-queries and keys of the wanted layers, then hands over to the function the user chose. So SDPA, flash and custom kernels
-stay in use, fused q/k/v projections do not matter, and outside a tap the tower is stock.
+queries and keys of the wanted layers, then hands over to the function the user chose. So SDPA, flash and custom
+kernels stay in use, fused q/k/v projections do not matter, and outside a tap the tower is stock.
 """
 
 import sys

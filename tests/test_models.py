@@ -398,10 +398,15 @@ class TestOriginalPositions:
             logits = original.model(**image, past_key_values=cache, use_cache=True).logits[0, -1]
         torch.testing.assert_close(logits, expected, **TOLERANCE)
 
-    def test_a_compiled_forward_refuses_a_short_prompt_too(self, original):
+    def test_a_compiled_forward_numbers_a_short_prompt_or_refuses_it(self, original):
         short = original.shortened(original.inputs(ONE, original.pictures[:1]))
-        with pytest.raises(Exception, match="pass input_ids outside torch.compile"):
-            torch.compile(original.model.forward, backend="eager")(**short)
+        with torch.no_grad():
+            expected = original.model(**short).logits
+            compiled = torch.compile(original.model.forward, backend="eager")(**short).logits
+            torch.testing.assert_close(compiled, expected, **TOLERANCE)
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="does not say which"):
+            torch.compile(original.model.forward, backend="eager", fullgraph=True)(**short)
 
     def test_a_continuation_by_forward_needs_positions(self, original):
         inputs = original.inputs(ONE, original.pictures[:1])

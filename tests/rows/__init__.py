@@ -1,0 +1,110 @@
+"""One row per architecture for the property matrix: a tiny model, prompts for it, and what pruning must compute.
+
+A row's file is named after its model_type and defines `ROW`. Prompts are written by hand as the stock processor would,
+so that no processor (and no torchvision) is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Image:
+    """Stands for a picture of `size` (height, width) in a prompt; its pixels are drawn from the seed."""
+
+    size: tuple[int, int]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Video:
+    """Stands for a video of so many frames of `size` (height, width)."""
+
+    frames: int
+    size: tuple[int, int]
+    seed: int = 0
+
+
+Part = list[int] | Image | Video
+# Per placeholder id and item: the tokens (T, D) and the placeholders (T,) of the full prompt that they stand for.
+Reference = dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+class Row(Protocol):
+    """What the matrix asks of an architecture."""
+
+    model_type: str
+    stock_class: type
+    options: dict[str, Any]
+    modalities: tuple[str, ...]
+    positions: str
+
+    def config(self) -> Any: ...
+
+    def inputs(self, prompts: Sequence[Sequence[Part]]) -> dict[str, torch.Tensor]: ...
+
+    def shortened(self, inputs: Mapping[str, torch.Tensor], kept: Mapping[int, Sequence[int]]) -> dict[str, Any]: ...
+
+    def reference(self, stock: Any, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> Reference: ...
+
+
+def rows() -> Iterator[Row]:
+    for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        yield import_module(f"rows.{file.stem}").ROW
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
+    """Return input_ids and attention_mask of prompts of any lengths."""
+    width = max(map(len, prompts))
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(ids)) + list(ids) for ids in prompts]),
+        "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]),
+    }
+
+
+def noise(shape: Sequence[int], seed: int) -> torch.Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def shortened(
+    inputs: Mapping[str, torch.Tensor],
+    full: Mapping[int, Sequence[int]],
+    kept: Mapping[int, Sequence[int]],
+    pad: int,
+) -> dict[str, Any]:
+    """Leave the first `kept[id][j]` of the `full[id][j]` placeholders of each item j, padding anew on the left."""
+    left = {token: [list(counts) for counts in zip(full[token], kept[token], strict=True)] for token in full}
+    rows = []
+    for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
+        row = []
+        for column, (token, seen) in enumerate(zip(ids, mask, strict=True)):
+            if not seen:
+                continue
+            if token in left:
+                counts = left[token][0]
+                counts[0] -= 1
+                counts[1] -= 1
+                if counts[0] == 0:
+                    left[token].pop(0)
+                if counts[1] < 0:
+                    continue
+            row.append((token, column))
+        rows.append(row)
+    width = max(map(len, rows))
+    short = {**inputs, **left_padded([[token for token, _ in row] for row in rows], pad)}
+    if "mm_token_type_ids" in inputs:
+        types = inputs["mm_token_type_ids"].tolist()
+        short["mm_token_type_ids"] = torch.tensor(
+            [
+                [0] * (width - len(row)) + [types[number][column] for _, column in row]
+                for number, row in enumerate(rows)
+            ]
+        )
+    return short
