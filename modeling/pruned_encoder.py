@@ -142,11 +142,13 @@ class VisPrunerModelMixin:
                 "lower visual_token_num or keep_ratio to prune"
             )
 
-    def open_tap(self) -> SaliencyTap:
-        """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N)."""
-        return SaliencyTap(
-            self.vision_attentions, Reading(self._attention_layer(), "cls" if self.has_cls_token else "received")
-        )
+    def open_tap(self, seen: torch.Tensor | None = None) -> SaliencyTap:
+        """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N).
+
+        seen  (B, tokens of the encoder), False for padding; None where there is none
+        """
+        main = Reading(self._attention_layer(), "cls" if self.has_cls_token else "received")
+        return SaliencyTap(self.vision_attentions, main, seen=seen)
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
         """Return the kept indices (B, T), ascending, by the configured method."""
