@@ -6,6 +6,7 @@ Each test says by `@covers` which column of that table it stands for; the rows a
 from __future__ import annotations
 
 import copy
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import pytest
 import torch
 from rows import PLAIN, Image, Row, Video, draw_weights, rows
 from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForImageTextToText
 
 import vispruner
 
@@ -342,8 +344,6 @@ def test_images_encoded_once_answer_several_questions(model: Model) -> None:
 
 @covers("save and load")
 def test_a_saved_model_loads_pruned_from_its_own_code(model: Model, tmp_path: Path) -> None:
-    from transformers import AutoModelForImageTextToText
-
     model.pruned.save_pretrained(tmp_path)
     loaded, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path, trust_remote_code=True, output_loading_info=True, attn_implementation="eager"
@@ -353,6 +353,18 @@ def test_a_saved_model_loads_pruned_from_its_own_code(model: Model, tmp_path: Pa
     assert type(loaded).__module__.startswith("transformers_modules")
     for prompt in (ONE, SEVERAL):
         assert torch.equal(logits(loaded.eval(), model.prompt(prompt)), logits(model.pruned, model.prompt(prompt)))
+
+
+@covers("thin")
+def test_a_thin_repo_takes_its_weights_from_the_base(model: Model, tmp_path: Path) -> None:
+    model.pruned.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    base = {"base_model_name_or_path": str(model.folder), "base_model_revision": "main"}
+    config["vispruner_config"] |= {"weights": "thin", **base}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    thin = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True, attn_implementation="eager")
+    assert torch.equal(logits(thin.eval(), model.prompt(ONE)), logits(model.pruned, model.prompt(ONE)))
 
 
 @pytest.mark.parametrize("model", ROWS, indirect=True)
@@ -387,7 +399,7 @@ def feature_table() -> str:
 
 
 def test_every_architecture_has_a_row() -> None:
-    assert set(ROWS) | {"llava_next"} == set(vispruner.ARCHITECTURES)  # llava_next: tests/cases.py
+    assert set(ROWS) == set(vispruner.ARCHITECTURES)
 
 
 def test_readme_shows_the_table() -> None:

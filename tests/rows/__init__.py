@@ -69,8 +69,8 @@ def rows() -> Iterator[Row]:
 
 
 @torch.no_grad()
-def draw_weights(model: torch.nn.Module, seed: int = 0) -> None:
-    """Give a tiny model weights by which attention is uneven and logits depend on the image."""
+def draw_weights(model: Any, seed: int = 0) -> None:
+    """Give a tiny model weights by which attention is uneven, logits depend on the image and answers are `PLAIN`."""
     for name, parameter in model.named_parameters():
         drawn = noise(parameter.shape, zlib.crc32(f"{seed}:{name}".encode()))
         if parameter.ndim < 2:
@@ -81,6 +81,8 @@ def draw_weights(model: torch.nn.Module, seed: int = 0) -> None:
         else:
             spread = 1.5 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
             parameter.copy_(spread * drawn * parameter[0].numel() ** -0.5)
+    head = model.get_output_embeddings().weight
+    head[: PLAIN.start] = head[PLAIN.stop :] = 0.0
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
