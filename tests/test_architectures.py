@@ -375,6 +375,20 @@ def test_attention_functions_rank_alike(model: Model) -> None:
     torch.testing.assert_close(logits(other, model.prompt(ONE)), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("method", [name for name in vispruner.SELECTORS if name != "vispruner"])
+@pytest.mark.parametrize("model", ROWS, indirect=True)
+def test_every_method_prunes_as_much_or_says_what_it_lacks(model: Model, method: str) -> None:
+    inputs = model.prompt(*model.prompts())
+    kept = model.counts(inputs)[1]
+    try:
+        model.pruned.set_vispruner_config(method=method, seed=3)
+    except ValueError as error:
+        assert re.search(f'method "{method}" needs .*(CLS|grid|codebook)', str(error))
+        return
+    assert model.counts(inputs)[1] == kept
+    assert torch.equal(answers(model.pruned, inputs), answers(model.pruned, inputs))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_text_ids_mean_nothing_special(name: str) -> None:
     found = re.findall(r"\"\w*(?:token_id|token_index)\": (\d+)", ROWS[name].config().to_json_string())
