@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
+from rows import noise
 from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
 from vispruner.token_selection import select_tokens
-
-from . import noise
 
 
 def drawn_tiles(count: int, side: int, seed: int) -> list[torch.Tensor]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-from . import Image, Part, Reference, left_padded
-from . import shortened as leave_first
-from ._tiles import chosen, drawn_tiles, merged_blocks, with_attention_maps
+from rows import Image, Part, Reference, left_padded
+from rows import shortened as leave_first
+from rows._tiles import chosen, drawn_tiles, merged_blocks, with_attention_maps
 
 PAD, BOS, EOS, IMAGE, START, END, FRAME, NEWLINE = 0, 1, 2, 190, 191, 192, 193, 194
 SIDE, TOKENS, MOST_TILES = 32, 16, 6
