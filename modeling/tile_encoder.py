@@ -1,4 +1,4 @@
-"""What models share that see an image as tiles of one size and merge neighbouring patches (pixel shuffle) to tokens."""
+"""What models share that cut an image into tiles of one size and merge neighbouring patches (pixel shuffle)."""
 
 import math
 from typing import Any

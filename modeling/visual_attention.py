@@ -206,7 +206,7 @@ def _attention_received(
     seen: torch.Tensor | None = None,
     asking: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return (B, N): the mean over heads and all queries; `seen` (B, N) and `asking` (B, queries) leave padding out."""
+    """Return the mean over heads and queries (B, N); `seen` (B, N) and `asking` (B, queries) leave padding out."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
     with without_autocast(query.device):

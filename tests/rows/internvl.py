@@ -37,30 +37,30 @@ class InternVLRow:
     positions = "renumber"
 
     def config(self) -> InternVLConfig:
-        text = dict(
-            model_type="qwen2",
-            vocab_size=200,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            initializer_range=0.3,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-        vision = dict(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=4,
-            layer_scale_init_value=1.0,
-            initializer_range=0.3,
-        )
+        text = {
+            "model_type": "qwen2",
+            "vocab_size": 200,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.3,
+            "pad_token_id": PAD,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+        }
+        vision = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": SIDE,
+            "patch_size": 4,
+            "layer_scale_init_value": 1.0,
+            "initializer_range": 0.3,
+        }
         return InternVLConfig(
             vision_config=vision,
             text_config=text,
