@@ -3,8 +3,8 @@
 Every selector is called as `select(features, saliency, visual_token_num, **options)` and returns the kept indices,
 ascending, exactly min(visual_token_num, N) per image. It knows no model and no config object, never changes its inputs
 and draws random numbers only from the seed or generator it is given. To add a method, write such a function below and
-put `@register_selector("its name")` on it: its further parameters are the inputs it needs (see FURTHER_INPUTS) and the
-options that `select_tokens` hands to it. Selectors of related work are in related_selectors.py.
+put `@register_selector("its name")` on it: its further parameters are the inputs it needs (see `FURTHER_INPUTS`) and
+the options that `select_tokens` hands to it. Selectors of related work are in related_selectors.py.
 """
 
 import contextlib
