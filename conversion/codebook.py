@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 from transformers import AutoProcessor, PreTrainedModel
 
@@ -132,7 +132,8 @@ def save_codebook(codebook: torch.Tensor, out: str | os.PathLike[str], about: di
     partial = out.with_name(f".{out.name}.partial")
     try:
         # One entry, because safetensors writes several in any order, and the same codebook must give the same bytes.
-        save_file({KEY: codebook.contiguous()}, partial, metadata={KEY: json.dumps(about, sort_keys=True)})
+        entry = {KEY: json.dumps(about, sort_keys=True)}
+        partial.write_bytes(save({KEY: codebook.contiguous()}, metadata=entry))
         partial.replace(out)
     finally:
         partial.unlink(missing_ok=True)

@@ -141,11 +141,11 @@ class TestFiles:
         out = save_codebook(torch.ones(2, 8), tmp_path / "codebook.safetensors", {})
         old = out.read_bytes()
 
-        def fail(tensors, path, metadata):
-            Path(path).write_bytes(b"half")
+        def fail(path, data):
+            path.open("wb").write(data[:9])
             raise OSError("disk full")
 
-        monkeypatch.setattr(codebook, "save_file", fail)
+        monkeypatch.setattr(Path, "write_bytes", fail)
         with pytest.raises(OSError, match="disk full"):
             save_codebook(torch.zeros(2, 8), out, {})
         assert out.read_bytes() == old and list(tmp_path.iterdir()) == [out]
