@@ -26,6 +26,14 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
     def vision_attentions(self) -> Sequence[Any]:
         return [block.attn for block in self.visual.blocks]
 
+    def check_prunable(self) -> None:
+        policy = self.vispruner_options.position_policy
+        if policy not in (None, "original"):
+            raise ValueError(
+                f'vispruner_config.position_policy must be null or "original", got {policy!r}: tokens have a time, a '
+                "height and a width here, which cannot be numbered anew"
+            )
+
     def image_token_counts(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **arguments: Any
     ) -> tuple[list[int], list[int]]:
@@ -57,10 +65,10 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         counts = [rows * columns for rows, columns in frames]
         kwargs.pop("return_dict", None)
         if all(map(self.keeps_all, counts)):
-            everything = self.keep_everything(encode(pixels, grid_thw, return_dict=True, **kwargs))
-            everything.deepstack_features = _split_levels(
-                everything, [len(image) for image in everything.pooler_output]
-            )
+            outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
+            outputs.pooler_output = torch.cat(list(outputs.pooler_output)).split(counts)
+            everything = self.keep_everything(outputs)
+            everything.deepstack_features = _split_levels(outputs, counts)
             return everything
         with self.open_tap() as tap:
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
