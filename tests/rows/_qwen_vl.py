@@ -91,7 +91,8 @@ class QwenVLRow:
                 grids = inputs[f"{name}_grid_thw"]
                 frames = self.frames(stock.model.visual, inputs[f"pixel_values{suffix}"], grids)
                 for features, saliency in frames:
-                    budget = max(1, int(len(features) * options["keep_ratio"] + 0.5))
+                    count, ratio = options["visual_token_num"], options["keep_ratio"]
+                    budget = max(1, int(len(features) * ratio + 0.5)) if count is None else min(count, len(features))
                     kept = select_tokens("vispruner", features[None], saliency[None], budget)[0]
                     found[token].append((features[kept], kept))
         return found
