@@ -81,6 +81,7 @@ class VisPrunerModelMixin:
     """For the base model (encoder, projector, language model). An architecture says:
 
     has_cls_token        whether token 0 of its encoder is [CLS], whose attention then ranks the others
+    budget_unit          what the budget is for, in words
     vision_attentions    the encoder's attention modules, in order
     feature_layer        the number of the encoder layer that produces the features
     check_prunable       what else must hold, as a ValueError
@@ -92,6 +93,7 @@ class VisPrunerModelMixin:
 
     config: Any
     has_cls_token = True
+    budget_unit = "image"
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -163,16 +165,19 @@ class VisPrunerModelMixin:
                 "lower visual_token_num or keep_ratio to prune"
             )
 
-    def open_tap(self) -> SaliencyTap:
-        """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N)."""
+    def open_tap(self, seen: torch.Tensor | None = None) -> SaliencyTap:
+        """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N).
+
+        seen  (B, tokens of the encoder), False for padding; None where there is none
+        """
         selector, attentions = SELECTORS[self.vispruner_options.method], self.vision_attentions
         main = Reading(self._attention_layer(), "cls" if self.has_cls_token else "received")
         if selector.saliency_layers is None:
-            return SaliencyTap(attentions, main)
+            return SaliencyTap(attentions, main, seen=seen)
         behind_cls = self.has_cls_token and selector.saliency_kind == "received"
         kind = "received_behind_cls" if behind_cls else selector.saliency_kind
         layers = map(self.saliency_layer, selector.saliency_layers(len(attentions), self.feature_layer))
-        return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers])
+        return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers], seen)
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
         """Return the kept indices (B, T), ascending, by the configured method."""

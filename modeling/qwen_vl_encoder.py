@@ -20,6 +20,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
 
     visual: Any
     has_cls_token = False
+    budget_unit = "image or frame of a video"
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
