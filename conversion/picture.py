@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import AutoProcessor, PreTrainedModel
 
 import vispruner
+from vispruner.pruning_mixin import Modality
 from vispruner.token_selection import important_tokens
 
 from .base_checkpoint import resolve_base
@@ -139,33 +140,53 @@ def view_budgets(
 
 
 @torch.no_grad()
-def view_kept_patches(model: PreTrainedModel, processor: Any, photo: Image.Image) -> list[TileView]:
-    """Encode one photo and return its tiles: the base tile first, then the others row by row."""
-    inputs = processor.image_processor(images=photo, return_tensors="pt").to(model.device)
-    arguments = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    arguments["pixel_values"] = arguments["pixel_values"].to(model.dtype)
-    output = model.get_image_features(**arguments, return_dict=True)
-    pixels = arguments["pixel_values"].flatten(0, -4)  # (tiles, 3, height, width)
-    patch = model.config.vision_config.patch_size
-    rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-    kept = torch.zeros(len(pixels), rows * columns, dtype=torch.bool)
-    chosen = output.kept_indices[0].cpu()
-    kept.view(-1)[chosen[chosen >= 0]] = True
-    important = None
-    if output.saliency is not None:  # something was dropped
-        important = _important_patches(model, output.saliency.cpu(), inputs.get("image_sizes"))
-    places = _tile_places(model, inputs.get("image_sizes"), len(pixels))
-    views = [image_from_pixels(tile, processor.image_processor) for tile in pixels.float().cpu()]
-    return [
-        TileView(
-            view,
-            kept[tile].view(rows, columns),
-            None if important is None else important[tile].view(rows, columns),
-            *places[tile],
-            pruned=output.saliency is not None,
-        )
-        for tile, view in enumerate(views)
-    ]
+def view_kept_patches(
+    model: PreTrainedModel, processor: Any, picture: Image.Image | Sequence[Image.Image]
+) -> list[TileView]:
+    """Encode one photo, or the frames of one video, and return what it was encoded as: tiles, or a strip of frames."""
+    modality, inputs, normalised_by = _encoder_inputs(model, processor, picture)
+    described = {name: inputs[name] for name in modality.described_by if name in inputs}
+    pixels = inputs[modality.pixels].to(model.dtype)
+    output = getattr(model.model, f"get_{modality.name}_features")(pixels, **described, return_dict=True)
+    items = getattr(model.model, f"{modality.name}_views")(pixels, **described)
+    pruned = output.saliency is not None  # else nothing was dropped
+    saliency = torch.cat([part.flatten() for part in output.saliency]).float().cpu() if pruned else None
+    tiles: list[TileView] = []
+    first = 0
+    for item, (views, chosen) in enumerate(zip(items, output.kept_indices, strict=True)):
+        sizes = [rows * columns for rows, columns in (view.grid for view in views)]
+        kept = torch.zeros(sum(sizes), dtype=torch.bool)
+        chosen = chosen.cpu()
+        kept[chosen[chosen >= 0]] = True
+        ranks = kept.float() if saliency is None else saliency[first : first + sum(sizes)]
+        first += sum(sizes)
+        for view, own, rank in zip(views, kept.split(sizes), ranks.split(sizes), strict=True):
+            important = _important_tokens(model, own, rank) if pruned else None
+            row, column = view.place
+            tiles.append(
+                TileView(
+                    image_from_pixels(view.pixels.float().cpu(), normalised_by),
+                    own.view(view.grid),
+                    None if important is None else important.view(view.grid),
+                    row,
+                    column + item if len(views) == 1 else column,
+                    pruned,
+                )
+            )
+    return tiles
+
+
+def _encoder_inputs(
+    model: PreTrainedModel, processor: Any, picture: Image.Image | Sequence[Image.Image]
+) -> tuple[Modality, Any, Any]:
+    """Return the modality of a photo or of frames, the processor's tensors, and the part that normalised them."""
+    name = "image" if isinstance(picture, Image.Image) else "video"
+    modality = next((modality for modality in model.modalities if modality.name == name), None)
+    part = getattr(processor, f"{name}_processor", None)
+    if modality is None or part is None:
+        raise ValueError(f"{type(model).__name__} with this processor reads no {name}: give another picture")
+    given = {"images": picture} if name == "image" else {"videos": [list(picture)], "do_sample_frames": False}
+    return modality, part(**given, return_tensors="pt").to(model.device), part
 
 
 def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:
@@ -176,34 +197,20 @@ def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def _important_patches(
-    model: PreTrainedModel, saliency: torch.Tensor, image_sizes: torch.Tensor | None
-) -> torch.Tensor | None:
-    """Return (tiles, N) True at the patches kept for their attention; None when the method makes no difference."""
+def _important_tokens(model: PreTrainedModel, kept: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor | None:
+    """Return True at the tokens (N,) kept for their attention; None when the method makes no difference.
+
+    Whatever a method chose from, its important tokens are the most attended of those it kept.
+    """
     options = model.model.vispruner_options
     ratio = {"vispruner": options.important_ratio, "cls_attention": 1.0}.get(options.method)
     if ratio is None:
         return None
-    candidates = torch.ones_like(saliency, dtype=torch.bool)
-    if image_sizes is not None and options.tile_mode == "native":
-        packing = model.model.stock_packing(image_sizes[0])
-        candidates = torch.zeros_like(candidates)
-        candidates.view(-1)[packing[packing >= 0]] = True
-    important = torch.zeros_like(candidates)
-    for tile, patches in enumerate(mask.nonzero()[:, 0] for mask in candidates):
-        if len(patches):
-            budget = options.budget(saliency.shape[1])
-            ranked = important_tokens(saliency[tile, patches][None], budget, ratio)[0]
-            important[tile, patches[ranked]] = True
+    places = kept.nonzero()[:, 0]
+    important = torch.zeros_like(kept)
+    if len(places):
+        important[places[important_tokens(saliency[places][None], len(places), ratio)[0]]] = True
     return important
-
-
-def _tile_places(model: PreTrainedModel, image_sizes: torch.Tensor | None, tiles: int) -> list[tuple[int, int]]:
-    """The base tile stands left of the others, which stand as in the image."""
-    if image_sizes is None:
-        return [(0, tile) for tile in range(tiles)]
-    columns = model.model.tile_grid(image_sizes[0])[1]
-    return [(0, 0)] + [(tile // columns, 1 + tile % columns) for tile in range(tiles - 1)]
 
 
 def kept_patches_picture(
