@@ -51,6 +51,7 @@ from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate
 from vispruner import SELECTORS, __version__
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.questions import is_right
+from vispruner.pruned_encoder import VisualTokens
 
 CONFIG = "tiny-llava-vispruner"
 DATASETS = ("scenes", "easy-vqa")
@@ -252,9 +253,9 @@ class PublishedModel:
         base, recorded = self.model.model, []
         select: Callable[..., torch.Tensor] = base.select
 
-        def recorded_select(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
-            kept = select(features, saliency, visual_token_num)
-            recorded.append((kept, saliency))
+        def recorded_select(tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
+            kept = select(tokens, visual_token_num)
+            recorded.append((kept, tokens.saliency))
             return kept
 
         base.select = recorded_select

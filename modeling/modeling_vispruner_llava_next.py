@@ -41,6 +41,12 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             )
 
     @property
+    def selector_inputs(self) -> frozenset[str]:
+        """In native packing, where unpadding leaves a part of a tile, its patches are no grid."""
+        native = self.vispruner_options.tile_mode == "native"
+        return super().selector_inputs - ({"grid"} if native else set())
+
+    @property
     def side(self) -> int:
         """Patches along one side of a tile."""
         return self.config.vision_config.image_size // self.config.vision_config.patch_size

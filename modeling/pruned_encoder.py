@@ -97,7 +97,8 @@ class VisPrunerModelMixin:
     vision_attentions    the encoder's attention modules, in order
     feature_layer        the number of the encoder layer that produces the features
     check_prunable       what else must hold, as a ValueError
-    project              features (..., C) to visual tokens (..., D), for the selectors that compare those
+    project              features (B, N, C) to visual tokens (B, N, D), for the selectors that compare those
+    selector_inputs      which of token_selection's FURTHER_INPUTS it can give, if not all
     image_token_counts   per image the placeholders of a full prompt and of a shortened one, before anything runs
     get_image_features   `PrunedImageFeatures`; likewise get_video_features and video_token_counts, where it has videos
     image_views          what the tokens are of, to be drawn; likewise video_views
@@ -120,6 +121,10 @@ class VisPrunerModelMixin:
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
         return [[TokenView(image, grid)] for image in pixel_values]
 
+    @property
+    def selector_inputs(self) -> frozenset[str]:
+        return frozenset({"projected", "grid", "layer_saliency"})
+
     def check_prunable(self) -> None:
         """Raise ValueError with the remedy when this config cannot be pruned."""
 
@@ -131,8 +136,20 @@ class VisPrunerModelMixin:
                 allowed = [*sorted(SELECTORS), "none"]
                 raise ValueError(f"vispruner_config.method must be one of {allowed}, got {options.method!r}")
             self.check_prunable()
+            self._check_selector(options.method)
             self._attention_layer()
         make_tappable(self.vision_attentions)
+
+    def _check_selector(self, method: str) -> None:
+        selector = SELECTORS[method]
+        missing = sorted(selector.needs - self.selector_inputs)
+        if selector.saliency_layers is not None and selector.saliency_kind == "cls" and not self.has_cls_token:
+            missing.append("a [CLS] token")
+        if missing:
+            raise ValueError(
+                f'vispruner_config.method "{method}" needs {", ".join(missing)}, which {type(self).__name__} cannot '
+                "give with this configuration; choose another method"
+            )
 
     def _attention_layer(self) -> int:
         wanted, layers = self.vispruner_options.attention_layer, len(self.vision_attentions)
@@ -164,13 +181,22 @@ class VisPrunerModelMixin:
 
     def open_tap(self) -> SaliencyTap:
         """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N)."""
-        return SaliencyTap(
-            self.vision_attentions, Reading(self._attention_layer(), "cls" if self.has_cls_token else "received")
-        )
+        selector, attentions = SELECTORS[self.vispruner_options.method], self.vision_attentions
+        main = Reading(self._attention_layer(), "cls" if self.has_cls_token else "received")
+        if selector.saliency_layers is None:
+            return SaliencyTap(attentions, main)
+        behind_cls = self.has_cls_token and selector.saliency_kind == "received"
+        kind = "received_behind_cls" if behind_cls else selector.saliency_kind
+        layers = selector.saliency_layers(len(attentions), self.feature_layer)
+        return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers])
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
         """Return the kept indices (B, T), ascending, by the configured method."""
         options = self.vispruner_options
+        inputs: dict[str, Any] = {"grid": tokens.grid, "layer_saliency": tokens.layer_saliency}
+        if "projected" in SELECTORS[options.method].needs:
+            with torch.no_grad():
+                inputs["projected"] = self.project(tokens.features)
         return select_tokens(
             options.method,
             tokens.features.detach(),
@@ -179,7 +205,12 @@ class VisPrunerModelMixin:
             important_ratio=options.important_ratio,
             dedup_step=options.dedup_step,
             seed=options.seed,
+            **{name: value for name, value in inputs.items() if value is not None},
         )
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Turn features (B, N, C) into visual tokens (B, N, D); the same thing where features are merged tokens."""
+        return features
 
     def select_each(self, images: Sequence[VisualTokens]) -> list[torch.Tensor]:
         """Return the kept indices (T,) of images (1, N, C) of any sizes; those of one size are selected from together.

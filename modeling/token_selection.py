@@ -3,14 +3,15 @@
 Every selector is called as `select(features, saliency, visual_token_num, **options)` and returns the kept indices,
 ascending, exactly min(visual_token_num, N) per image. It knows no model and no config object, never changes its inputs
 and draws random numbers only from the seed or generator it is given. To add a method, write such a function below and
-put `@register_selector("its name")` on it: its further parameters are the options that `select_tokens` hands to it.
+put `@register_selector("its name")` on it: its further parameters are the inputs it needs (see `FURTHER_INPUTS`) and
+the options that `select_tokens` hands to it. Selectors of related work are in related_selectors.py.
 """
 
 import contextlib
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 
@@ -18,25 +19,53 @@ from .duplicate_removal_triton import keep_in_one_kernel, kernel_can_run
 
 
 class Selector(NamedTuple):
+    """A registered method and what it declares.
+
+    options          the names of its options
+    needs            which of `FURTHER_INPUTS` it is to be given
+    saliency_layers  which encoder layers it wants `layer_saliency` of, as a function of how many layers there are and
+                     of the one that produces the features, all counted from 0
+    saliency_kind    what that is: "cls", the attention of the [CLS] query, or "received", the mean over all queries
+    """
+
     function: Callable[..., torch.Tensor]
     options: frozenset[str]
+    needs: frozenset[str] = frozenset()
+    saliency_layers: Callable[[int, int], list[int]] | None = None
+    saliency_kind: Literal["cls", "received"] = "cls"
 
 
 SELECTORS: dict[str, Selector] = {}
 
 _INPUTS = ["features", "saliency", "visual_token_num"]
 
+# What a selector is given when its signature has a parameter of this name:
+#   projected       (B, N, D)        features after the projector
+#   grid            (rows, columns)  of the N tokens, which are in raster order
+#   layer_saliency  (B, L, N)        saliency of the L encoder layers that the selector asks for, in its order
+#   codebook        (M, D)           prototypes of redundant projected features
+FURTHER_INPUTS = frozenset({"projected", "grid", "layer_saliency", "codebook"})
 
-def register_selector(name: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """Name a selector, so that `vispruner_config.method` can ask for it."""
+
+def register_selector(
+    name: str,
+    *,
+    saliency_layers: Callable[[int, int], list[int]] | None = None,
+    saliency_kind: Literal["cls", "received"] = "cls",
+) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Name a selector, so that `vispruner_config.method` can ask for it; for the keywords see `Selector`."""
 
     def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         parameters = list(inspect.signature(function).parameters)
         if parameters[:3] != _INPUTS:
             raise TypeError(f"selector {name!r} must take {', '.join(_INPUTS)} first, got {', '.join(parameters)}")
+        further = frozenset(parameters[3:])
+        if ("layer_saliency" in further) != (saliency_layers is not None):
+            raise TypeError(f"selector {name!r} must both take layer_saliency and say saliency_layers, or neither")
         if name in SELECTORS:
             raise ValueError(f"a selector named {name!r} is registered already; choose another name")
-        SELECTORS[name] = Selector(function, frozenset(parameters[3:]))
+        needs = further & FURTHER_INPUTS
+        SELECTORS[name] = Selector(function, further - needs, needs, saliency_layers, saliency_kind)
         return function
 
     return register
@@ -49,17 +78,22 @@ def select_tokens(
 
     features  (B, N, C)  encoder features
     saliency  (B, N)     attention each token receives, higher is more important
-    options              the selector gets those it names and the others are left out, so the caller may pass every
-                         option of vispruner_config whatever the method; one that no selector names is an error
+    options              the inputs of `FURTHER_INPUTS` that the selector needs, and its options: it gets those it
+                         names and the others are left out, so the caller may pass every option of vispruner_config
+                         whatever the method; one that no selector names is an error
     returns   (B, T)     kept indices, ascending; T = min(visual_token_num, N)
     """
     if method not in SELECTORS:
         raise ValueError(f"vispruner_config.method must be one of {sorted(SELECTORS)}, got {method!r}")
     selector = SELECTORS[method]
-    unknown = [name for name in options if not any(name in known.options for known in SELECTORS.values())]
-    if unknown:
+    if missing := [name for name in sorted(selector.needs) if options.get(name) is None]:
+        raise ValueError(
+            f'vispruner_config.method "{method}" needs {", ".join(missing)}, which this architecture does not give'
+        )
+    known = FURTHER_INPUTS.union(*(other.options for other in SELECTORS.values()))
+    if unknown := [name for name in options if name not in known]:
         raise TypeError(f"no registered selector takes the option(s) {unknown}; check the spelling")
-    chosen = {name: value for name, value in options.items() if name in selector.options}
+    chosen = {name: value for name, value in options.items() if name in selector.options | selector.needs}
     return selector.function(features, saliency, visual_token_num, **chosen)
 
 
@@ -364,3 +398,8 @@ def _refuse_unless(good: torch.Tensor, message: str) -> None:
         torch._assert_async(good, message)
     elif not good:
         raise ValueError(message)
+
+
+# Registers the methods of related work. They are built on the functions above, hence the import at the end, and with a
+# star because nothing is there yet when that file is the first of the two to be imported.
+from .related_selectors import *  # noqa: E402, F403

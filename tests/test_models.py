@@ -102,11 +102,16 @@ class TestPruning:
         assert lengths[0] == lengths[2] < lengths[1]
 
     @pytest.mark.parametrize("method", [m for m in vispruner.SELECTORS if m != "vispruner"])
-    def test_every_registered_selector_runs(self, case, method):
+    def test_every_registered_selector_runs_or_says_what_it_lacks(self, case, method):
         inputs = case.inputs(ONE, case.pictures[:1])
-        case.model.set_vispruner_config(method=method, seed=3)
-        first = answers(case.model, inputs)
-        assert torch.equal(first, answers(case.model, inputs))
+        missing = sorted(vispruner.SELECTORS[method].needs - case.model.model.selector_inputs)
+        if missing:
+            with pytest.raises(ValueError, match=f'method "{method}" needs {", ".join(missing)}, which'):
+                case.model.set_vispruner_config(method=method, seed=3)
+        else:
+            case.model.set_vispruner_config(method=method, seed=3)
+            first = answers(case.model, inputs)
+            assert torch.equal(first, answers(case.model, inputs))
 
 
 class TestImageShapes:

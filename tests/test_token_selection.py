@@ -30,6 +30,7 @@ with safe_open(RECORDED, "pt") as recorded:
     RECORDED_CASES = {name: json.loads(case) for name, case in sorted(recorded.metadata().items())}
 
 METHODS = ["cls_attention", "random", "uniform_grid", "vispruner"]
+RELATED = ["codebook", "divprune", "gprune", "hiprune", "scope", "vtc_cls"]  # tests in test_related_selectors.py
 ALL_OPTIONS = {"important_ratio": 0.5, "dedup_step": 8, "seed": 3}
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -166,7 +167,7 @@ def test_one_tie_broken_the_other_way_would_be_seen():
 
 
 def test_these_selectors_are_registered():
-    assert sorted(SELECTORS) == METHODS
+    assert sorted(SELECTORS) == sorted([*METHODS, *RELATED])
 
 
 images = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(0, 1000))
@@ -461,3 +462,33 @@ def test_a_method_is_a_function_and_a_decorator_line(empty_registry):
         register_selector("first")(select_first)
     with pytest.raises(TypeError, match="must take features, saliency, visual_token_num first"):
         register_selector("other")(lambda saliency: saliency)
+
+
+def test_a_method_is_given_the_inputs_that_its_signature_names(empty_registry):
+    def layers(count, feature_layer):
+        return [0, feature_layer]
+
+    @register_selector("further", saliency_layers=layers, saliency_kind="received")
+    def select_further(features, saliency, visual_token_num, layer_saliency, grid, offset=0):
+        assert layer_saliency.shape == (2, 2, 9) and grid == (3, 3)
+        return torch.arange(offset, offset + visual_token_num).repeat(len(saliency), 1)
+
+    assert token_selection.SELECTORS["further"] == (
+        select_further, {"offset"}, {"layer_saliency", "grid"}, layers, "received",
+    )  # fmt: skip
+    features, saliency = exact_images(2, 9)
+    given = {"layer_saliency": torch.zeros(2, 2, 9), "grid": (3, 3), "projected": features, "codebook": None}
+    assert select_tokens("further", features, saliency, 2, **given, offset=3).tolist() == [[3, 4], [3, 4]]
+    with pytest.raises(
+        ValueError, match='method "further" needs grid, layer_saliency, which this architecture does not give'
+    ):
+        select_tokens("further", features, saliency, 2, grid=None)
+
+
+def test_layers_are_asked_for_by_those_who_take_their_saliency(empty_registry):
+    def takes_none(features, saliency, visual_token_num): ...
+    def takes_layers(features, saliency, visual_token_num, layer_saliency): ...
+
+    for function, layers in [(takes_none, lambda count, feature_layer: [0]), (takes_layers, None)]:
+        with pytest.raises(TypeError, match="must both take layer_saliency and say saliency_layers, or neither"):
+            register_selector("one", saliency_layers=layers)(function)

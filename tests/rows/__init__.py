@@ -6,6 +6,7 @@ so that no processor (and no torchvision) is needed.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,13 +33,20 @@ class Video:
     seed: int = 0
 
 
+PLAIN = range(10, 60)  # ids of ordinary text in the tiny models, all of which have at least 100
 Part = list[int] | Image | Video
 # Per placeholder id and item: the tokens (T, D) and the placeholders (T,) of the full prompt that they stand for.
 Reference = dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 class Row(Protocol):
-    """What the matrix asks of an architecture."""
+    """What the matrix asks of an architecture.
+
+    options     of vispruner_config with which it is tested; they drop tokens of every image and video below
+    modalities  of "image" and "video" those it has
+    positions   "renumber" or "original": what kept tokens get by default
+    inputs      any size of image and 8 frames of video must do; the ids of `PLAIN` mean nothing special
+    """
 
     model_type: str
     stock_class: type
@@ -58,6 +66,23 @@ class Row(Protocol):
 def rows() -> Iterator[Row]:
     for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
         yield import_module(f"rows.{file.stem}").ROW
+
+
+@torch.no_grad()
+def draw_weights(model: Any, seed: int = 0) -> None:
+    """Give a tiny model weights by which attention is uneven, logits depend on the image and answers are `PLAIN`."""
+    for name, parameter in model.named_parameters():
+        drawn = noise(parameter.shape, zlib.crc32(f"{seed}:{name}".encode()))
+        if parameter.ndim < 2:
+            scale = "norm" in name and name.endswith("weight")
+            parameter.copy_(1.0 + 0.1 * drawn if scale else 0.1 * drawn)
+        elif "embed" in name and "patch_embed" not in name:
+            parameter.copy_(drawn if "token" in name else 0.3 * drawn)
+        else:
+            spread = 1.5 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0
+            parameter.copy_(spread * drawn * parameter[0].numel() ** -0.5)
+    head = model.get_output_embeddings().weight
+    head[: PLAIN.start] = head[PLAIN.stop :] = 0.0
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:

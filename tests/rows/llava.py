@@ -1,0 +1,74 @@
+"""LLaVA-1.5: an image is 64 patches behind a [CLS] token, ranked by its attention in the last layer but one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from rows import Image, Part, Reference, left_padded, noise, shortened
+from vispruner.token_selection import select_tokens
+
+IMAGE, PAD, PATCHES = 90, 0, 64
+
+
+class LlavaRow:
+    model_type = "llava"
+    stock_class = LlavaForConditionalGeneration
+    options = {"visual_token_num": 9}
+    modalities = ("image",)
+    positions = "renumber"
+
+    def config(self) -> LlavaConfig:
+        vision = CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=112,
+            patch_size=14,
+            projection_dim=32,
+        )
+        text = LlamaConfig(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            pad_token_id=PAD,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        return LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=PATCHES)
+
+    def inputs(self, prompts: Sequence[Sequence[Part]]) -> dict[str, torch.Tensor]:
+        rows, pixels = [], []
+        for prompt in prompts:
+            rows.append([1])
+            for part in prompt:
+                if isinstance(part, Image):
+                    rows[-1] += [IMAGE] * PATCHES
+                    pixels.append(noise((3, 112, 112), part.seed))
+                else:
+                    rows[-1] += part
+        return {**left_padded(rows, PAD), **({"pixel_values": torch.stack(pixels)} if pixels else {})}
+
+    def shortened(self, inputs: Mapping[str, torch.Tensor], kept: Mapping[int, Sequence[int]]) -> dict[str, Any]:
+        return shortened(inputs, {IMAGE: [PATCHES] * len(kept[IMAGE])}, kept, PAD)
+
+    @torch.no_grad()
+    def reference(self, stock: Any, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> Reference:
+        tower, items = stock.model.vision_tower, []
+        for pixels in inputs["pixel_values"]:
+            outputs = tower(pixels[None], output_hidden_states=True, output_attentions=True)
+            features = outputs.hidden_states[-2][:, 1:]
+            saliency = outputs.attentions[-2][:, :, 0, 1:].mean(1)
+            kept = select_tokens("vispruner", features, saliency, options["visual_token_num"])[0]
+            items.append((stock.model.multi_modal_projector(features)[0, kept], kept))
+        return {IMAGE: items}
+
+
+ROW = LlavaRow()

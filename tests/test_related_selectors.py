@@ -1,0 +1,475 @@
+"""What the selectors of related work promise: their authors' choice, and the rules of all selectors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from related_oracle import (
+    codebook_oracle,
+    divprune_oracle,
+    gprune_oracle,
+    hiprune_oracle,
+    scope_oracle,
+    vtc_cls_oracle,
+)
+from safetensors.torch import load_file, safe_open
+
+from vispruner.related_selectors import (
+    _hiprune_layers,
+    _vtc_cls_layers,
+    redundancy,
+    select_codebook,
+    select_divprune,
+    select_gprune,
+    select_hiprune,
+    select_scope,
+    select_vtc_cls,
+)
+from vispruner.token_selection import SELECTORS, select_cls_attention, select_tokens
+
+RECORDED = Path(__file__).parent / "data" / "selectors.safetensors"
+with safe_open(RECORDED, "pt") as recorded:
+    RECORDED_CASES = {name: json.loads(case) for name, case in sorted(recorded.metadata().items())}
+
+METHODS = ["codebook", "divprune", "gprune", "hiprune", "scope", "vtc_cls"]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return load_file(RECORDED)
+
+
+class Recorded:
+    """One recorded case: its numbers, and its tensors as a batch of one."""
+
+    def __init__(self, tensors, name, dtype):
+        self.options, self.dtype = RECORDED_CASES[name], dtype
+        self.tensors = {key.removeprefix(name + "."): value for key, value in tensors.items() if key.startswith(name)}
+        self.kept = self.tensors.pop("kept").tolist()
+
+    def __getattr__(self, name):
+        return self.tensors[name].to(self.dtype)[None]
+
+    def budget(self):
+        """The authors' rounding of a ratio is Python's, half to even."""
+        if "keep_ratio" in self.options:
+            return round(self.options["tokens"] * self.options["keep_ratio"])
+        return self.options["visual_token_num"]
+
+
+def blank(tokens, batch=1):
+    """Features and saliency for a selector that does not look at them."""
+    return torch.zeros(batch, tokens, 1), torch.zeros(batch, tokens)
+
+
+def fastervlm(case):
+    saliency = case.cls_attention.mean(1)
+    return select_cls_attention(saliency[..., None], saliency, case.budget())
+
+
+def vtc_cls(case):
+    layers, start = case.options["layers"], case.options["start_layer"]
+    chosen = _vtc_cls_layers(layers, layers - 2, start)
+    return select_vtc_cls(*blank(576), case.budget(), case.cls_attention.mean(2)[:, chosen])
+
+
+def divprune(case):
+    return select_divprune(*blank(576), case.budget(), case.features)
+
+
+def scope(case):
+    saliency = case.cls_attention.sum(1)
+    return select_scope(case.features, saliency, case.budget(), case.options["alpha"])
+
+
+def hiprune(case):
+    layers = torch.stack([case.object_layer_attention, case.deep_attention], 1).mean(2)[..., 1:]
+    return select_hiprune(*blank(576), case.budget(), layers, case.options["grid"], case.options["alpha"])
+
+
+def hiprune_qwen(case, **options):
+    """The recorded attention is summed over the queries, hence 1 on average; a selector's is a mean over them."""
+    tokens = case.options["tokens"]
+    layers = torch.stack([case.object_layer_attention, case.deep_attention], 1) / tokens
+    options = {"repick": True, **options}
+    return select_hiprune(
+        *blank(tokens), case.budget(), layers, case.options["grid"], case.options["alpha"], **options
+    )
+
+
+def gprune(case):
+    """The authors select among base tokens and tile tokens apart, and keep the newline at the end of each row."""
+    options = case.options
+    numbers = [options[name] for name in ("similarity_threshold", "temperature", "iterations")]
+    tile_rows = torch.arange(576, options["tokens"]).view(options["rows"], options["cols"] + 1)
+    kept = [tile_rows[:, -1]]
+    for part in (torch.arange(576), tile_rows[:, :-1].flatten()):
+        budget = int(options["keep_ratio"] * len(part))
+        kept.append(part[select_gprune(*blank(len(part)), budget, case.features[:, part], *numbers)[0]])
+    return torch.cat(kept).sort().values[None]
+
+
+def codebook(case):
+    if case.options["mode"] == "threshold":
+        return (redundancy(case.features, case.prototypes[0])[0] < case.options["threshold"]).nonzero().T
+    return select_codebook(*blank(576), case.budget(), case.features, case.prototypes[0])
+
+
+REPLAYS = {
+    function.__name__: function
+    for function in (fastervlm, vtc_cls, divprune, scope, hiprune, hiprune_qwen, gprune, codebook)
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", RECORDED_CASES)
+def test_the_authors_selection_is_reproduced_index_for_index(tensors, name, dtype):
+    case = Recorded(tensors, name, dtype)
+    assert REPLAYS[name.split(".")[0]](case)[0].tolist() == case.kept
+
+
+def test_all_recorded_cases_are_replayed():
+    assert len(RECORDED_CASES) == 38
+    assert {name.split(".")[0] for name in RECORDED_CASES} == set(REPLAYS)
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED_CASES if name.startswith("codebook")])
+def test_a_threshold_keeps_what_a_budget_of_as_many_tokens_keeps(tensors, name):
+    case = Recorded(tensors, name, torch.float32)
+    kept = select_codebook(*blank(576), len(case.kept), case.features, case.prototypes[0])
+    assert kept[0].tolist() == case.kept
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDED_CASES if name.startswith("hiprune_qwen")])
+def test_without_picking_twice_the_budget_of_the_qwen_cases_is_kept(tensors, name):
+    """Three of the four recorded results are short of their budget; ours adds the next most attended tokens."""
+    case = Recorded(tensors, name, torch.float64)
+    kept = set(hiprune_qwen(case, repick=False)[0].tolist())
+    assert len(kept) == case.budget() == case.options["visual_token_num"]
+    assert kept >= set(case.kept)
+    assert (kept == set(case.kept)) == name.endswith("case00")
+
+
+def exact_inputs(batch, tokens, channels=16, seed=0, dtype=torch.float32):
+    """All that any selector needs, such that cosines and sums are exact in every dtype and ties are frequent."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def signs(*shape):
+        return torch.randint(0, 2, (*shape, channels), generator=generator) * 2 - 1
+
+    def levels(*shape):
+        return torch.randint(0, 4, shape, generator=generator).to(dtype)
+
+    scale = torch.tensor([0, 1, 1, 1, 2])[torch.randint(0, 5, (batch, tokens, 1), generator=generator)]
+    rows = next(rows for rows in range(int(tokens**0.5), 0, -1) if tokens % rows == 0)
+    return {
+        "features": (signs(batch, tokens) * scale).to(dtype),
+        "saliency": levels(batch, tokens),
+        "projected": (signs(batch, tokens) * scale).to(dtype),
+        "layer_saliency": levels(batch, 2, tokens),
+        "grid": (rows, tokens // rows),
+        "codebook": signs(3).to(dtype),
+    }
+
+
+def generic_inputs(batch, tokens, channels=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    return exact_inputs(batch, tokens, channels, seed, torch.float64) | {
+        "features": torch.randn(batch, tokens, channels, **draw) + torch.randn(batch, 1, channels, **draw),
+        "saliency": torch.rand(batch, tokens, **draw),
+        "projected": torch.randn(batch, tokens, channels, **draw) + torch.randn(batch, 1, channels, **draw),
+        "layer_saliency": torch.rand(batch, 2, tokens, **draw),
+        "codebook": torch.randn(3, channels, **draw),
+    }
+
+
+def image(inputs, number):
+    """The inputs of one image of a batch, as a batch of one."""
+    alone = {"grid", "codebook"}
+    return {name: value if name in alone else value[number : number + 1] for name, value in inputs.items()}
+
+
+def select(method, inputs, budget, **options):
+    return select_tokens(method, visual_token_num=budget, **inputs, **options)
+
+
+def oracle(method, inputs, budget, **options):
+    rows = []
+    for number in range(len(inputs["saliency"])):
+        one = {name: value if name == "grid" else value.tolist() for name, value in image(inputs, number).items()}
+        features, projected = one["features"][0], one["projected"][0]
+        saliency, layers = one["saliency"][0], one["layer_saliency"][0]
+        rows.append(
+            {
+                "vtc_cls": lambda layers=layers: vtc_cls_oracle(layers, budget),
+                "gprune": lambda projected=projected: gprune_oracle(projected, budget, **options),
+                "codebook": lambda one=one, projected=projected: codebook_oracle(projected, one["codebook"], budget),
+                "divprune": lambda projected=projected: divprune_oracle(projected, budget),
+                "hiprune": lambda one=one, layers=layers: hiprune_oracle(*layers, one["grid"][1], budget, **options),
+                "scope": lambda features=features, saliency=saliency: scope_oracle(features, saliency, budget),
+            }[method]()
+        )
+    return torch.tensor(rows)
+
+
+EXACT = [method for method in METHODS if method != "gprune"]  # its softmax is not
+SIZES = [1, 2, 3, 4, 6, 9, 12, 16, 25]
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("tokens", SIZES)
+def test_every_budget_gives_what_the_oracle_gives_ties_included(method, tokens):
+    inputs = exact_inputs(2, tokens, seed=tokens)
+    for budget in range(1, tokens + 2):
+        assert torch.equal(select(method, inputs, budget), oracle(method, inputs, budget)), budget
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tokens", SIZES)
+def test_every_budget_gives_what_the_oracle_gives_where_nothing_ties(method, tokens):
+    inputs = generic_inputs(2, tokens, seed=tokens)
+    for budget in range(1, tokens + 2):
+        assert torch.equal(select(method, inputs, budget), oracle(method, inputs, budget)), budget
+
+
+@pytest.mark.parametrize("anchor_share", [0, 0.1, 0.3, 0.5, 1.0, 1])
+@pytest.mark.parametrize("tokens, budget", [(64, 1), (64, 3), (64, 8), (64, 26), (64, 63), (35, 20), (7, 6)])
+def test_every_share_of_anchors_gives_what_the_oracle_gives(tokens, budget, anchor_share):
+    """With a share of 1, five neighbours of each anchor may exceed the budget: 2 of 8 tokens are anchors."""
+    for seed in range(3):
+        inputs = exact_inputs(2, tokens, seed=seed)
+        kept = select("hiprune", inputs, budget, anchor_share=anchor_share)
+        assert torch.equal(kept, oracle("hiprune", inputs, budget, anchor_share=anchor_share))
+
+
+@pytest.mark.parametrize("options", [{"similarity_threshold": 0.2}, {"temperature": 1.0}, {"iterations": 1}])
+def test_every_option_of_gprune_counts_as_in_the_oracle(options):
+    inputs = generic_inputs(2, 36, seed=4)
+    kept = select("gprune", inputs, 12, **options)
+    assert torch.equal(kept, oracle("gprune", inputs, 12, **options))
+    assert not torch.equal(kept, select("gprune", inputs, 12))
+
+
+def test_an_exponent_of_zero_makes_scope_blind_to_attention():
+    inputs = generic_inputs(2, 36, seed=4)
+    kept = select("scope", inputs, 9, saliency_exponent=0.0)
+    assert torch.equal(kept, select("scope", inputs | {"saliency": torch.ones(2, 36)}, 9))
+    assert not torch.equal(kept, select("scope", inputs, 9))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    budget=st.integers(1, 45),
+    exponent=st.integers(-6, 6),
+    seed=st.integers(0, 1000),
+)
+def test_every_selector_keeps_exactly_the_budget_and_judges_each_image_alone(
+    method, batch, tokens, budget, exponent, seed
+):
+    inputs = exact_inputs(batch, tokens, seed=seed)
+    before = {name: value.clone() for name, value in inputs.items() if name != "grid"}
+
+    kept = select(method, inputs, budget)
+
+    assert kept.dtype == torch.int64 and kept.shape == (batch, min(budget, tokens))
+    assert kept.min() >= 0 and kept.max() < tokens
+    assert (kept.diff(dim=-1) > 0).all(), "ascending, hence unique"
+    if budget >= tokens:
+        assert torch.equal(kept, torch.arange(tokens).expand(batch, -1))
+    assert all(torch.equal(inputs[name], value) for name, value in before.items()), "pure"
+    if method != "gprune":  # a tie there is decided by the last bit of a sum
+        singles = [select(method, image(inputs, number), budget) for number in range(batch)]
+        assert torch.equal(kept, torch.cat(singles))
+        scaled = {name: inputs[name] * 2.0**exponent for name in ("features", "projected", "codebook")}
+        assert torch.equal(kept, select(method, inputs | scaled, budget))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_real_sized_batches_equal_their_images_one_by_one(method):
+    inputs = generic_inputs(3, 576, channels=64, seed=5)
+    kept = select(method, inputs, 64)
+    assert torch.equal(kept, torch.cat([select(method, image(inputs, number), 64) for number in range(3)]))
+    assert len(set(map(tuple, kept.tolist()))) == 3
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "hiprune"])
+def test_the_order_of_the_tokens_does_not_matter(method):
+    """...where nothing ties, except to hiprune, which knows where they lie."""
+    inputs = generic_inputs(2, 49, seed=6)
+    shuffled = torch.randperm(49, generator=torch.Generator().manual_seed(0))
+    moved = {name: inputs[name][:, shuffled] for name in ("features", "saliency", "projected")}
+    moved["layer_saliency"] = inputs["layer_saliency"][..., shuffled]
+    kept = shuffled[select(method, inputs | moved, 13)].sort(dim=-1).values
+    assert torch.equal(kept, select(method, inputs, 13))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_tokens_are_kept_from_the_first_on(method):
+    """Tokens without direction, so that they differ in nothing: even divprune, which takes far ones, has no choice."""
+    inputs = exact_inputs(2, 30)
+    blanks = {name: torch.zeros_like(inputs[name]) for name in ("features", "saliency", "projected", "layer_saliency")}
+    assert select(method, inputs | blanks, 7).tolist() == [list(range(7))] * 2
+
+
+def test_tokens_without_neighbours_keep_their_norm_in_gprune():
+    """Orthogonal tokens pass nothing on, so the longest are kept, and of equal ones the first."""
+    projected = torch.diag(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 0.0]))[None]
+    assert [select_gprune(*blank(6), budget, projected).tolist() for budget in (1, 3, 5)] == [
+        [[1]],
+        [[1, 2, 3]],
+        [[0, 1, 2, 3, 4]],
+    ]
+
+
+def test_divprune_takes_a_duplicate_once():
+    """Two directions, each three times: after one of each, all others are as near, and the first of them follow."""
+    projected = torch.eye(2).repeat(3, 1)[None]
+    assert select_divprune(*blank(6), 2, projected).tolist() == [[0, 1]]
+    assert select_divprune(*blank(6), 4, projected).tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_dtype_selects_alike_where_arithmetic_is_exact(method, dtype):
+    expected = select(method, exact_inputs(2, 49, seed=7), 13)
+    assert torch.equal(select(method, exact_inputs(2, 49, seed=7, dtype=dtype), 13), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_is_compared_in_single(method):
+    inputs = generic_inputs(2, 49, seed=7)
+    half = {name: value if name == "grid" else value.to(torch.bfloat16) for name, value in inputs.items()}
+    single = {name: value if name == "grid" else value.float() for name, value in half.items()}
+    assert torch.equal(select(method, half, 13), select(method, single, 13))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(select(method, single, 13), select(method, half, 13))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_meta_tensors_give_the_shape(method):
+    inputs = {name: value if name == "grid" else value.to("meta") for name, value in exact_inputs(2, 49).items()}
+    kept = select(method, inputs, 13)
+    assert kept.device.type == "meta" and kept.shape == (2, 13) and kept.dtype == torch.int64
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_may_need_gradients_and_the_indices_carry_none(method):
+    inputs = generic_inputs(1, 49)
+    expected = select(method, inputs, 9)
+    trained = {name: value if name == "grid" else value.requires_grad_() for name, value in inputs.items()}
+    kept = select(method, trained, 9)
+    assert torch.equal(kept, expected) and not kept.requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selection_compiles_into_one_graph(method):
+    inputs = generic_inputs(2, 25, seed=1)
+    compiled = torch.compile(select_tokens, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(method, visual_token_num=7, **inputs), select(method, inputs, 7))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "method, wrong, message",
+    [
+        ("vtc_cls", {"layer_saliency": torch.zeros(1, 9)}, r"layer_saliency must be .*\(1, L, 9\), got .* \(1, 9\)"),
+        ("vtc_cls", {"layer_saliency": torch.zeros(1, 2, 8)}, r"\(1, L, 9\), got torch.float32 \(1, 2, 8\)"),
+        ("vtc_cls", {"layer_saliency": torch.zeros(1, 2, 9).long()}, "floating-point .* got torch.int64"),
+        ("vtc_cls", {"layer_saliency": torch.full((1, 2, 9), NAN)}, "layer_saliency holds NaN"),
+        ("hiprune", {"layer_saliency": torch.zeros(1, 3, 9)}, r"\(1, 2, 9\), got torch.float32 \(1, 3, 9\)"),
+        ("hiprune", {"layer_saliency": torch.full((1, 2, 9), NAN)}, "layer_saliency holds NaN"),
+        ("hiprune", {"grid": (3, 4)}, r"grid must be the \(rows, columns\) of the 9 tokens, got \(3, 4\)"),
+        ("hiprune", {"grid": (-3, -3)}, "grid must be"),
+        ("hiprune", {"anchor_share": 1.5}, "vispruner_config.anchor_share must be a number from 0 to 1, got 1.5"),
+        ("gprune", {"iterations": 0}, "vispruner_config.iterations must be >= 1, got 0"),
+        ("divprune", {"projected": torch.zeros(1, 8, 4)}, r"projected must be .* of the \(1, 9\) tokens, got .*8"),
+        ("gprune", {"projected": torch.zeros(9, 4)}, r"projected must be .* \(B, N, D\)"),
+        ("codebook", {"projected": torch.zeros(1, 9, 16).long()}, "projected must be a floating-point tensor"),
+        ("codebook", {"codebook": torch.ones(3, 15)}, "its prototypes are 15 wide on cpu, the projected features 16"),
+        ("codebook", {"codebook": torch.ones(0, 16)}, "at least one prototype"),
+        ("codebook", {"codebook": torch.full((3, 16), NAN)}, "features hold NaN"),
+        ("codebook", {"projected": torch.full((1, 9, 16), NAN)}, "features hold NaN"),
+        ("divprune", {"projected": torch.full((1, 9, 16), NAN)}, "features hold NaN"),
+        ("gprune", {"projected": torch.full((1, 9, 16), NAN)}, "features hold NaN"),
+        ("scope", {"features": torch.full((1, 9, 16), NAN)}, "features hold NaN"),
+    ],
+)
+def test_wrong_inputs_are_refused(method, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        select(method, exact_inputs(1, 9) | wrong, 3)
+
+
+def test_picking_twice_takes_one_image():
+    with pytest.raises(ValueError, match="give one image, got 2"):
+        select("hiprune", exact_inputs(2, 49), 13, repick=True)
+
+
+@pytest.mark.parametrize("tokens, budget", [(49, 1), (49, 13), (49, 49), (49, 60), (9, 8), (1, 1)])
+def test_picking_twice_keeps_at_most_the_budget(tokens, budget):
+    for share in (0.1, 1.0):
+        kept = select("hiprune", exact_inputs(1, tokens, seed=budget), budget, anchor_share=share, repick=True)
+        assert 1 <= kept.shape[1] <= budget and (kept.diff(dim=-1) > 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("budget", [0, "64", True])
+def test_a_budget_must_be_a_positive_integer(method, budget):
+    with pytest.raises(ValueError, match=r"vispruner_config.visual_token_num must be"):
+        select(method, exact_inputs(1, 9), budget)
+
+
+NEEDS = {
+    "vtc_cls": {"layer_saliency"},
+    "gprune": {"projected"},
+    "codebook": {"codebook", "projected"},
+    "divprune": {"projected"},
+    "hiprune": {"grid", "layer_saliency"},
+    "scope": set(),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_selector_declares_what_it_needs_and_is_refused_without(method):
+    assert SELECTORS[method].needs == NEEDS[method]
+    for name in NEEDS[method]:
+        inputs = exact_inputs(1, 9) | {name: None}
+        message = f'^vispruner_config.method "{method}" needs {name}, which this architecture does not give$'
+        with pytest.raises(ValueError, match=message):
+            select(method, inputs, 3)
+
+
+def test_the_layers_asked_for_are_the_authors_where_the_model_is_theirs():
+    """LLaVA: 24 layers, features from the second last. Dropping the last, unused one changes nothing."""
+    for layers in (24, 23):
+        assert SELECTORS["vtc_cls"].saliency_layers(layers, 22) == [*range(16, 23)]
+        assert SELECTORS["hiprune"].saliency_layers(layers, 22) == [8, 22]
+    assert SELECTORS["vtc_cls"].saliency_kind == "cls"
+    assert SELECTORS["hiprune"].saliency_kind == "received"
+
+
+@pytest.mark.parametrize("declared", [_vtc_cls_layers, _hiprune_layers])
+def test_every_depth_has_layers_to_ask_for(declared):
+    for feature_layer in range(50):
+        asked = declared(feature_layer + 1, feature_layer)
+        assert asked == sorted(asked) and asked[0] >= 0 and asked[-1] == feature_layer
+
+
+@pytest.mark.parametrize("first", ["token_selection", "related_selectors"])
+def test_every_method_is_registered_whichever_file_is_imported_first(first):
+    code = f"import vispruner.{first}; from vispruner.token_selection import SELECTORS; print(*SELECTORS)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert set(METHODS) < set(run.stdout.split()), run.stderr
