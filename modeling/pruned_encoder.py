@@ -179,16 +179,19 @@ class VisPrunerModelMixin:
                 "lower visual_token_num or keep_ratio to prune"
             )
 
-    def open_tap(self) -> SaliencyTap:
-        """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N)."""
+    def open_tap(self, seen: torch.Tensor | None = None) -> SaliencyTap:
+        """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N).
+
+        seen  (B, tokens of the encoder), False for padding; None where there is none
+        """
         selector, attentions = SELECTORS[self.vispruner_options.method], self.vision_attentions
         main = Reading(self._attention_layer(), "cls" if self.has_cls_token else "received")
         if selector.saliency_layers is None:
-            return SaliencyTap(attentions, main)
+            return SaliencyTap(attentions, main, seen=seen)
         behind_cls = self.has_cls_token and selector.saliency_kind == "received"
         kind = "received_behind_cls" if behind_cls else selector.saliency_kind
         layers = selector.saliency_layers(len(attentions), self.feature_layer)
-        return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers])
+        return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers], seen)
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
         """Return the kept indices (B, T), ascending, by the configured method."""

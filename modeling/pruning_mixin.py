@@ -429,9 +429,10 @@ class VisPrunerMixin(GenerationMixin):
         return prompt
 
     def _padding_id(self) -> int:
-        for config in (self.generation_config, self.config, self.config.get_text_config()):
+        text = self.config.get_text_config()  # the model's own config may name a default that is no token of it
+        for config in (self.generation_config, text, self.config):
             value = getattr(config, "pad_token_id", None)
-            if isinstance(value, int) and value >= 0 and value not in self._placeholder_ids:
+            if isinstance(value, int) and 0 <= value < text.vocab_size and value not in self._placeholder_ids:
                 return value
         return min({0, 1, 2} - set(self._placeholder_ids))
 

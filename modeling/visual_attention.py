@@ -49,11 +49,18 @@ class SaliencyTap:
     """Record saliency in some of a tower's layers while the `with` block runs; afterwards `tap[reading]` is (B, N).
 
     An encoder that packs images of different sizes into one sequence attends in chunks; what each chunk of (1, n)
-    tokens recorded is then joined to (1, N), in the order of the sequence.
+    tokens recorded is then joined to (1, N), in the order of the sequence. One that pads images attends under a mask,
+    of a form that depends on the attention function; so `seen` (B, N) says which of its tokens are no padding.
     """
 
-    def __init__(self, attentions: Sequence[Any], main: Reading, others: Sequence[Reading] = ()) -> None:
-        self._main, self._others = main, others
+    def __init__(
+        self,
+        attentions: Sequence[Any],
+        main: Reading,
+        others: Sequence[Reading] = (),
+        seen: torch.Tensor | None = None,
+    ) -> None:
+        self._main, self._others, self._seen = main, others, seen
         self._places = {reading: attentions[reading.layer].config.place for reading in (main, *others)}
         self._recorded: dict[Reading, list[torch.Tensor]] = {reading: [] for reading in self._places}
 
@@ -68,7 +75,7 @@ class SaliencyTap:
     def record(self, place: int, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
         for reading, wanted in self._places.items():
             if wanted == place:
-                self._recorded[reading].append(SALIENCY_KINDS[reading.kind](query, key, scaling))
+                self._recorded[reading].append(SALIENCY_KINDS[reading.kind](query, key, scaling, self._seen))
 
     def __getitem__(self, reading: Reading) -> torch.Tensor:
         recorded = self._recorded[reading]
@@ -151,40 +158,65 @@ AttentionInterface.register(TAPPED_ATTENTION, _tapped_attention)
 
 
 @torch.no_grad()
-def cls_saliency(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
+def cls_saliency(
+    query: torch.Tensor, key: torch.Tensor, scaling: float | None = None, seen: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return how much the [CLS] token (index 0) attends to each other token, averaged over heads.
 
     query, key  (B, H, 1+N, d)  after projection; logits and softmax run in at least fp32
+    seen        (B, 1+N)        False for padding, which gets nothing
     returns     (B, N)          softmax over all 1+N tokens, [CLS] cut off afterwards, not renormalised
     """
-    return _attention_received(query[:, :, :1], key, scaling)[:, 1:]
+    return _attention_received(query[:, :, :1], key, scaling, seen)[:, 1:]
 
 
 @torch.no_grad()
-def received_attention(query: torch.Tensor, key: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
+def received_attention(
+    query: torch.Tensor, key: torch.Tensor, scaling: float | None = None, seen: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return how much attention each token gets from all tokens, averaged over heads and queries.
 
     query, key  (B, H, N, d)  after projection and rotary embedding; logits and softmax run in at least fp32
+    seen        (B, N)        False for padding, which gets nothing and does not count among the queries
     returns     (B, N)        sums to 1; no more than `QUERIES_AT_ONCE` rows of attention exist at a time
     """
     chunks = query.split(QUERIES_AT_ONCE, dim=2)
-    return sum(_attention_received(chunk, key, scaling) * chunk.shape[2] for chunk in chunks) / query.shape[2]
+    if seen is None:
+        return sum(_attention_received(chunk, key, scaling) * chunk.shape[2] for chunk in chunks) / query.shape[2]
+    asking = seen.split(QUERIES_AT_ONCE, dim=1)
+    received = sum(
+        _attention_received(chunk, key, scaling, seen, asks) * chunk.shape[2]
+        for chunk, asks in zip(chunks, asking, strict=True)
+    )
+    return received / seen.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 @torch.no_grad()
 def received_attention_of_patches(
-    query: torch.Tensor, key: torch.Tensor, scaling: float | None = None
+    query: torch.Tensor, key: torch.Tensor, scaling: float | None = None, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return `received_attention` (B, N) of the tokens behind [CLS]; [CLS] counts among the 1+N queries."""
-    return received_attention(query, key, scaling)[:, 1:]
+    return received_attention(query, key, scaling, seen)[:, 1:]
 
 
-def _attention_received(query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> torch.Tensor:
+def _attention_received(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float | None,
+    seen: torch.Tensor | None = None,
+    asking: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the mean over heads and queries (B, N); `seen` (B, N) and `asking` (B, queries) leave padding out."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
     with without_autocast(query.device):
         logits = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
-    return logits.softmax(dim=-1).mean(dim=(1, 2))
+    if seen is not None:
+        logits = logits.masked_fill(~seen[:, None, None], torch.finfo(dtype).min)
+    attention = logits.softmax(dim=-1)
+    if asking is not None:
+        attention = attention * asking[:, None, :, None]
+    return attention.mean(dim=(1, 2))
 
 
 # "cls" and "received_behind_cls" need an encoder whose token 0 is [CLS]; "received" is for encoders without one.

@@ -1,0 +1,167 @@
+"""InternVL (2.5 and 3, in their transformers form) with visual token pruning: an image is tiles behind a [CLS] token.
+
+A token is a block of patches: it is ranked by the mean attention that [CLS] pays to them. Videos need nothing of their
+own, because the processor hands every frame over as one more tile of `pixel_values`, with image placeholders.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, InternVLConfig, InternVLForConditionalGeneration, InternVLModel
+from transformers.utils import can_return_tuple
+
+from .configuration_vispruner import VisPrunerConfigMixin
+from .encoded_images import EncodedImages
+from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
+from .pruning_mixin import Modality, VisPrunerMixin, give_lm_head_its_own_rows
+from .tile_encoder import TileEncoderMixin
+from .visual_attention import KEEPS_NAMED_HIDDEN_STATES
+
+
+class VisPrunerInternVLConfig(VisPrunerConfigMixin, InternVLConfig):
+    """`InternVLConfig` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None
+
+
+class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
+    """`InternVLModel` whose `get_image_features` returns only the kept visual tokens of each tile."""
+
+    config_class = VisPrunerInternVLConfig
+
+    def __init__(self, config: VisPrunerInternVLConfig) -> None:
+        super().__init__(config)
+        self.prepare_pruning()
+
+    @property
+    def vision_attentions(self) -> Sequence[Any]:
+        return [layer.attention for layer in self.vision_tower.encoder.layer]
+
+    @property
+    def feature_layer(self) -> int:
+        layers, index = len(self.vision_attentions), self.config.vision_feature_layer
+        if not isinstance(index, int) or index % (layers + 1) == 0:
+            raise ValueError(f"vision_feature_layer must name one attention layer, got {index}")
+        return index % (layers + 1) - 1
+
+    def check_prunable(self) -> None:
+        self.require_patches(self.config.vision_feature_select_strategy)
+        self.warn_if_all_are_kept(self._tokens(*self.config.vision_config.image_size))
+
+    @staticmethod
+    def require_patches(strategy: str | None) -> None:
+        """Raise ValueError unless features are patches without [CLS], the only ones that form a grid."""
+        if strategy not in (None, "default"):
+            raise ValueError(
+                f'vision_feature_select_strategy must be "default" (patches without [CLS]), got {strategy!r}'
+            )
+
+    def _tokens(self, height: int, width: int) -> int:
+        rows, columns = self.config.vision_config.patch_size
+        return int((height // rows) * (width // columns) * self.config.downsample_ratio**2)
+
+    def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
+        """Return per tile the visual tokens of a full prompt and those that are kept."""
+        full, tiles = self._tokens(*pixel_values.shape[-2:]), len(pixel_values)
+        return [full] * tiles, [self.vispruner_options.budget(full)] * tiles
+
+    def merge_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        side = int(patches.shape[1] ** 0.5)
+        merged = self.pixel_shuffle(patches.unflatten(1, (side, side)), self.config.downsample_ratio)
+        return merged.flatten(1, 2)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        return self.multi_modal_projector(features)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> PrunedImageFeatures:
+        """Encode (tiles, 3, height, width), merge, select, project; `pooler_output` is (tiles, T, D)."""
+        if self.keeps_all(self._tokens(*pixel_values.shape[-2:])):
+            outputs = super().get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **kwargs,
+            )
+            return self.keep_everything(outputs)
+        self.require_patches(vision_feature_select_strategy)
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        hidden_states = kwargs.pop("output_hidden_states", None)
+        wanted = hidden_states
+        if layer != -1 and not hidden_states:
+            wanted = layer if KEEPS_NAMED_HIDDEN_STATES else True
+        with self.open_tap() as tap:
+            outputs = self.vision_tower(
+                pixel_values.to(self.dtype), return_dict=True, output_hidden_states=wanted, **kwargs
+            )
+        states = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+        return self.prune_tiles(outputs, states[:, 1:], tap, output_hidden_states=hidden_states)
+
+
+class VisPrunerInternVLForConditionalGeneration(VisPrunerMixin, InternVLForConditionalGeneration, GenerationMixin):
+    """`InternVLForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
+
+    config_class = VisPrunerInternVLConfig
+    modalities = (
+        Modality(
+            "image",
+            "pixel_values",
+            ("vision_feature_layer", "vision_feature_select_strategy"),
+            "image_token_id",
+        ),
+    )
+
+    def __init__(self, config: VisPrunerInternVLConfig) -> None:
+        super(InternVLForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
+        self.model = VisPrunerInternVLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        image_sizes: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        encoded_images: EncodedImages | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
+        inputs = dict(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
+            **kwargs,
+        )
+        return self.pruned_forward(super().forward, inputs)
+
+
+inherit_checkpoint_conversion(VisPrunerInternVLForConditionalGeneration, "internvl")
+inherit_checkpoint_conversion(VisPrunerInternVLModel, "InternVLModel")

@@ -1,0 +1,47 @@
+"""What models share that cut an image into tiles of one size and merge neighbouring patches (pixel shuffle)."""
+
+import math
+from typing import Any
+
+import torch
+
+from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, VisualTokens
+from .visual_attention import SaliencyTap
+
+
+class TileEncoderMixin(VisPrunerModelMixin):
+    """Prunes every tile on its own, with one budget. Merged tokens are compared, before they are projected.
+
+    The saliency of a token is the mean over the patches that are merged into it. An architecture says:
+
+    merge_patches    (B, N, C) patches of square tiles to (B, M, C * N / M), as its stock model does
+    """
+
+    def merge_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        raise AttributeError(f"{type(self).__name__} must say how its patches are merged")
+
+    def merge_saliency(self, saliency: torch.Tensor) -> torch.Tensor:
+        """Return the mean of each token's patches, (..., N) -> (..., M)."""
+        merged = self.merge_patches(saliency.reshape(-1, saliency.shape[-1], 1)).mean(dim=-1)
+        return merged.view(*saliency.shape[:-1], -1)
+
+    def prune_tiles(self, outputs: Any, patches: torch.Tensor, tap: SaliencyTap, **kwargs: Any) -> PrunedImageFeatures:
+        """Merge `patches` (tiles, N, C), select and project; `pooler_output` is one tensor (tiles, T, D)."""
+        features, layers = self.merge_patches(patches), tap.layer_saliency
+        tiles, count = features.shape[:2]
+        tokens = VisualTokens(
+            features,
+            self.merge_saliency(tap.saliency),
+            None if layers is None else self.merge_saliency(layers),
+            (math.isqrt(count), math.isqrt(count)),
+        )
+        indices = self.select(tokens, self.vispruner_options.budget(count))
+        return PrunedImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+            pooler_output=self.project(self.take_tokens(features, indices)),
+            kept_indices=list(indices),
+            placeholders=list(indices),
+            saliency=tokens.saliency,
+            full_counts=[count] * tiles,
+        )
