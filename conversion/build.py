@@ -43,7 +43,7 @@ from .checkpoint_io import (
 from .model_card import card_files, model_card
 from .published_layout import ModelLayout, layout_problems, model_layout, without_dropped_layers
 from .repo_config import RepoConfig, load_repo_config
-from .verify_worker import VIDEO_EXTRA, needs_torchvision
+from .verify_worker import VIDEO_EXTRA, needs_video_packages
 
 COPY_BLOCK = 16 * 2**20
 THIN_ABOVE = 2 * 10**9  # bytes of weights
@@ -160,7 +160,7 @@ def _load_tokenizer(folder: Path, architecture: str, base_config: Mapping[str, A
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a broken processor file raises, its name belongs in the message
-        if needs_torchvision(error):
+        if needs_video_packages(error):
             tqdm.write(f"the processor of {folder} is copied without having been tried: {VIDEO_EXTRA}")
             return _tokenizer_alone(folder)
         raise BuildError(f"the processor of the base {folder} does not load: {error}") from error

@@ -30,7 +30,8 @@ from transformers import (
 QUESTION = {"image": "What is in this picture?", "video": "What happens in this video?"}
 NEW_TOKENS = 4
 FRAMES = 8
-VIDEO_EXTRA = "it reads videos too, which needs torchvision: pip install 'vispruner[video]'"
+VIDEO_PACKAGES = ("torchvision", "num2words")
+VIDEO_EXTRA = "it reads videos too, which takes more packages: pip install 'vispruner[video]'"
 
 
 class Refused(Exception):
@@ -75,7 +76,7 @@ class Worker:
         try:
             self.processor = AutoProcessor.from_pretrained(self.folder, trust_remote_code=True)
         except Exception as error:
-            if needs_torchvision(error):
+            if needs_video_packages(error):
                 raise Refused(f"the processor cannot be tried here: {VIDEO_EXTRA}") from error
             raise
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=True)
@@ -249,9 +250,9 @@ class Worker:
         )
 
 
-def needs_torchvision(error: BaseException) -> bool:
-    """Say whether a processor failed to load because torchvision is missing, without which none reads videos."""
-    return isinstance(error, ImportError) and "torchvision" in str(error).lower()
+def needs_video_packages(error: BaseException) -> bool:
+    """Say whether a processor failed to load because what only those need that read videos is not installed."""
+    return isinstance(error, ImportError) and any(name in str(error).lower() for name in VIDEO_PACKAGES)
 
 
 def sample_image(frame: int = 0) -> Image.Image:
