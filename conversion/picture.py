@@ -1,4 +1,4 @@
-"""Show which patches of an image a pruned model keeps, on the image as the model sees it (resized, cropped, tiled).
+"""Show which patches of an image or a video a pruned model keeps, as the model sees it (resized, cropped, tiled).
 
 A picture has a panel per budget side by side, a text column with the legend on the left, and questions with their
 answers underneath.
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from transformers import AutoProcessor, PreTrainedModel
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from transformers import PreTrainedModel
 
 import vispruner
-from vispruner.pruning_mixin import Modality
 from vispruner.token_selection import important_tokens
 
 from .base_checkpoint import resolve_base
-from .questions import SCENE, WRONG, Question, ask, judged, questions_about
+from .questions import SCENE, WRONG, Picture, Question, ask, judged, load_processor, model_inputs, questions_about
 from .repo_config import DEMO_CONFIG, load_repo_config
 
 # Okabe-Ito orange and blue: told apart with every common colour blindness, and by their brightness in grey.
@@ -39,6 +38,8 @@ TEXT_WIDTH = 372  # of the left column
 TILES_WIDTH = 1536  # shared by the tiles that stand side by side
 TILE_WIDTHS = (320, 720)  # at least, at most
 SMALL_IMAGE = 128
+FRAMES = 8  # of a video, evenly spaced
+STRIP = 8  # tiles or frames in a row, where nothing says how they lie
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,28 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
         raise OSError(f"{os.fspath(path)} is not a readable image: {error}") from error
 
 
+def open_picture(path: Path, reads_videos: bool) -> Picture:
+    """Read a photo, or at most 8 frames of an animated picture (GIF, WebP, PNG) or of a folder with a file per frame."""
+    if path.is_dir():
+        if not reads_videos:
+            raise ValueError(f"{path} is a folder of frames, and this model reads no videos: give a photo")
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise ValueError(f"{path} holds no frames")
+        return [open_photo(file) for file in _evenly_spaced(files)]
+    photo = open_photo(path)
+    if not reads_videos:
+        return photo
+    with Image.open(path) as image:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    return photo if len(frames) == 1 else _evenly_spaced(frames)
+
+
+def _evenly_spaced(frames: list[Any]) -> list[Any]:
+    count = min(len(frames), FRAMES)
+    return [frames[number * len(frames) // count] for number in range(count)]
+
+
 def show(
     image: str | os.PathLike[str] | None,
     repo: str | None,
@@ -89,7 +112,8 @@ def show(
 ) -> Path:
     """Write the picture of the patches that the model in `repo` keeps of the file `image`.
 
-    image             None for the scene in the package, which is asked its own questions unless one is given
+    image             a photo; for models that read videos also an animated picture or a folder of frames.
+                      None for the scene in the package, which is asked its own questions unless one is given
     repo              a built repo, or any stock checkpoint together with a budget; a folder or a Hub id.
                       Its own code is never run: the installed package reads it. None for the embedded checkpoint
     visual_token_num  overrides the budget that the repo stores
@@ -100,7 +124,8 @@ def show(
         raise ValueError("give either --visual-token-num (one budget) or --budgets (several side by side)")
     out = _png_path(out)
     path = SCENE if image is None else Path(image)
-    photo = open_photo(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
     first = budgets[0] if budgets else visual_token_num
     options: dict[str, Any] = {} if first is None else {"visual_token_num": first}
     name, source = (Path(repo).name, repo) if repo is not None else (DEMO_CONFIG, None)
@@ -108,19 +133,20 @@ def show(
         config = load_repo_config(DEMO_CONFIG)
         source, options = str(resolve_base(config.base_model)), {**config.vispruner_config, **options}
     model = vispruner.load(source, dtype="auto", **options).eval()
-    processor = AutoProcessor.from_pretrained(source)
+    processor = load_processor(str(source))
+    picture = open_picture(path, reads_videos=getattr(processor, "video_processor", None) is not None)
     questions = questions_about(path, question)
     if budgets or questions:
-        panels = view_budgets(model, processor, photo, budgets or [None], questions)
+        panels = view_budgets(model, processor, picture, budgets or [None], questions)
     else:
-        panels = [Panel(view_kept_patches(model, processor, photo))]
+        panels = [Panel(view_kept_patches(model, processor, picture))]
     return save_png(kept_patches_picture(panels, f"{path.name} as {name} sees it", questions), out)
 
 
 def view_budgets(
     model: PreTrainedModel,
     processor: Any,
-    photo: Image.Image,
+    picture: Picture,
     budgets: Sequence[int | None],
     questions: Sequence[Question] = (),
 ) -> list[Panel]:
@@ -132,61 +158,54 @@ def view_budgets(
         for changes in [{"method": "none"}, *variants]:
             model.config.vispruner_config = stored
             model.set_vispruner_config(**changes)
-            answers = [ask(model, processor, photo, question.text) for question in questions]
-            panels.append(Panel(view_kept_patches(model, processor, photo), answers))
+            answers = [ask(model, processor, picture, question.text) for question in questions]
+            panels.append(Panel(view_kept_patches(model, processor, picture), answers))
     finally:
         model.config.vispruner_config = stored
     return panels
 
 
 @torch.no_grad()
-def view_kept_patches(
-    model: PreTrainedModel, processor: Any, picture: Image.Image | Sequence[Image.Image]
-) -> list[TileView]:
-    """Encode one photo, or the frames of one video, and return what it was encoded as: tiles, or a strip of frames."""
-    modality, inputs, normalised_by = _encoder_inputs(model, processor, picture)
-    described = {name: inputs[name] for name in modality.described_by if name in inputs}
-    pixels = inputs[modality.pixels].to(model.dtype)
-    output = getattr(model.model, f"get_{modality.name}_features")(pixels, **described, return_dict=True)
-    items = getattr(model.model, f"{modality.name}_views")(pixels, **described)
+def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture) -> list[TileView]:
+    """Encode one photo, or the frames of one video, and return what it was encoded as: tiles, or a strip of frames.
+
+    A cell of their grids is a visual token: a patch, or the block of patches that the model merged into one.
+    """
+    inputs = model_inputs(model, processor, picture, "")
+    kind = "image" if isinstance(picture, Image.Image) else "video"
+    given = sorted((m for m in model.modalities if m.pixels in inputs), key=lambda m: m.name != kind)
+    modality = given[0]  # of a video, where the model has no other modality: its frames are images
+    arguments = {name: inputs[name] for name in modality.described_by if name in inputs}
+    pixels = inputs[modality.pixels]
+    output = getattr(model.model, f"get_{modality.name}_features")(pixels, **arguments, return_dict=True)
+    items = getattr(model.model, f"{modality.name}_views")(pixels, **arguments)
     pruned = output.saliency is not None  # else nothing was dropped
     saliency = torch.cat([part.flatten() for part in output.saliency]).float().cpu() if pruned else None
+    normalised_by = getattr(processor, f"{kind}_processor")
     tiles: list[TileView] = []
     first = 0
-    for item, (views, chosen) in enumerate(zip(items, output.kept_indices, strict=True)):
+    for number, (views, indices) in enumerate(zip(items, output.kept_indices, strict=True)):
         sizes = [rows * columns for rows, columns in (view.grid for view in views)]
         kept = torch.zeros(sum(sizes), dtype=torch.bool)
-        chosen = chosen.cpu()
+        chosen = indices.cpu()
         kept[chosen[chosen >= 0]] = True
         ranks = kept.float() if saliency is None else saliency[first : first + sum(sizes)]
         first += sum(sizes)
         for view, own, rank in zip(views, kept.split(sizes), ranks.split(sizes), strict=True):
             important = _important_tokens(model, own, rank) if pruned else None
-            row, column = view.place
+            # What is an item by itself, a tile for some models, stands beside the one before.
+            row, column = view.place if len(items) == 1 else divmod(number, STRIP)
             tiles.append(
                 TileView(
                     image_from_pixels(view.pixels.float().cpu(), normalised_by),
                     own.view(view.grid),
                     None if important is None else important.view(view.grid),
                     row,
-                    column + item if len(views) == 1 else column,
+                    column,
                     pruned,
                 )
             )
     return tiles
-
-
-def _encoder_inputs(
-    model: PreTrainedModel, processor: Any, picture: Image.Image | Sequence[Image.Image]
-) -> tuple[Modality, Any, Any]:
-    """Return the modality of a photo or of frames, the processor's tensors, and the part that normalised them."""
-    name = "image" if isinstance(picture, Image.Image) else "video"
-    modality = next((modality for modality in model.modalities if modality.name == name), None)
-    part = getattr(processor, f"{name}_processor", None)
-    if modality is None or part is None:
-        raise ValueError(f"{type(model).__name__} with this processor reads no {name}: give another picture")
-    given = {"images": picture} if name == "image" else {"videos": [list(picture)], "do_sample_frames": False}
-    return modality, part(**given, return_tensors="pt").to(model.device), part
 
 
 def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:
