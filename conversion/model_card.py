@@ -162,7 +162,7 @@ def _base(repo: RepoConfig, revision: str | None) -> dict[str, str]:
 
 
 def _has_tiles(repo: RepoConfig) -> bool:
-    return repo.architecture == "llava_next"
+    return ARCHITECTURES[repo.architecture].base_class.budget_unit.startswith("tile")
 
 
 def _budget(field: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _budget(field: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _budget_text(repo: RepoConfig, options: Mapping[str, Any]) -> str:
-    per = "tile of an image" if _has_tiles(repo) else "image"
+    per = ARCHITECTURES[repo.architecture].base_class.budget_unit
     if options["method"] == DENSE:
         return "all visual tokens"
     if options["visual_token_num"] is not None:
@@ -195,12 +195,13 @@ def _other_budget(options: Mapping[str, Any]) -> dict[str, str]:
 
 def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
     """Return the rows of the first table that say how it prunes: the options that the method takes, and the rest."""
-    options = repo.vispruner_config
-    rows = [("class", f"`{ARCHITECTURES[repo.architecture].model_class.__name__}`")]
+    options, architecture = repo.vispruner_config, ARCHITECTURES[repo.architecture]
+    rows = [("class", f"`{architecture.model_class.__name__}`")]
     if options["method"] == DENSE:
         return [*rows, ("method", "`none`: nothing is dropped")]
     selector = SELECTORS[options["method"]]
     summary = (selector.function.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    whose = "of [CLS]" if architecture.base_class.has_cls_token else "from all tokens of the image, on average"
     layer, policy, tiles = options["attention_layer"], options["position_policy"], options["tile_mode"]
     meanings = {
         "important_ratio": "share of the budget for the most attended tokens; the rest is for the least redundant",
@@ -212,9 +213,9 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         ("method", f"`{options['method']}`: {summary[:1].lower()}{summary[1:]}"),
         ("budget", _budget_text(repo, options)),
         *((f"`{name}`", f"{options[name]}: {text}") for name, text in meanings.items() if name in selector.options),
-        ("attention", f"of [CLS], in {'the layer that gives the features' if layer is None else f'layer {layer}'}"),
-        ("positions", POSITIONS[policy or "renumber"]),
-        *([("tiles", TILES[tiles])] if _has_tiles(repo) else []),
+        ("attention", f"{whose}, in {'the layer that gives the features' if layer is None else f'layer {layer}'}"),
+        ("positions", POSITIONS[policy or architecture.model_class.default_position_policy]),
+        *([("tiles", TILES[tiles])] if repo.architecture == "llava_next" else []),
     ]
 
 

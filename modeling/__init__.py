@@ -80,10 +80,11 @@ def __getattr__(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The two classes that one `model_type` is loaded with."""
+    """The classes that one `model_type` is loaded with; `base_class` is the part of `model_class` that encodes."""
 
     config_class: Any
     model_class: Any
+    base_class: Any
 
 
 def _model_types() -> list[str]:
@@ -94,14 +95,15 @@ def _model_types() -> list[str]:
 @cache
 def _architecture(model_type: str) -> Architecture:
     module = import_module(f".modeling_vispruner_{model_type}", __name__)
-    (model_class,) = (
-        value
-        for name, value in vars(module).items()
-        if name.startswith("VisPruner")
-        and name.endswith("ForConditionalGeneration")
-        and value.__module__ == module.__name__
+    model_class, base_class = (
+        next(
+            value
+            for name, value in vars(module).items()
+            if name.startswith("VisPruner") and name.endswith(kind) and value.__module__ == module.__name__
+        )
+        for kind in ("ForConditionalGeneration", "Model")
     )
-    return Architecture(model_class.config_class, model_class)
+    return Architecture(model_class.config_class, model_class, base_class)
 
 
 def architecture_of(model_type: str) -> Architecture:

@@ -29,6 +29,7 @@ class Idefics3EncoderMixin(TileEncoderMixin):
     connector: Any
     image_seq_len: int
     has_cls_token = False
+    budget_unit = "tile of an image"
 
     @property
     def vision_attentions(self) -> Sequence[Any]:

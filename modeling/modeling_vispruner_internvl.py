@@ -30,6 +30,7 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
     """`InternVLModel` whose `get_image_features` returns only the kept visual tokens of each tile."""
 
     config_class = VisPrunerInternVLConfig
+    budget_unit = "tile of an image or frame of a video"
 
     def __init__(self, config: VisPrunerInternVLConfig) -> None:
         super().__init__(config)

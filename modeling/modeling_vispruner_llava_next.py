@@ -26,6 +26,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
     """`LlavaNextModel` whose `get_image_features` returns only the kept visual tokens of each tile."""
 
     config_class = VisPrunerLlavaNextConfig
+    budget_unit = "tile of an image"
 
     def __init__(self, config: VisPrunerLlavaNextConfig) -> None:
         super().__init__(config)

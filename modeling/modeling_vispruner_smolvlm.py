@@ -29,6 +29,7 @@ class VisPrunerSmolVLMModel(Idefics3EncoderMixin, SmolVLMModel):
     """`SmolVLMModel` whose `get_image_features` returns only the kept visual tokens of each tile."""
 
     config_class = VisPrunerSmolVLMConfig
+    budget_unit = "tile of an image or frame of a video"
 
     def __init__(self, config: VisPrunerSmolVLMConfig) -> None:
         super().__init__(config)

@@ -94,6 +94,7 @@ class VisPrunerModelMixin:
     """For the base model (encoder, projector, language model). An architecture says:
 
     has_cls_token        whether token 0 of its encoder is [CLS], whose attention then ranks the others
+    budget_unit          what the budget is for, in words
     vision_attentions    the encoder's attention modules, in order
     feature_layer        the number of the encoder layer that produces the features
     check_prunable       what else must hold, as a ValueError
@@ -106,6 +107,7 @@ class VisPrunerModelMixin:
 
     config: Any
     has_cls_token = True
+    budget_unit = "image"
 
     @property
     def vision_attentions(self) -> Sequence[Any]:

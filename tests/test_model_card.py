@@ -89,7 +89,7 @@ def test_the_metadata_of_a_real_base_reads_back_as_what_its_yaml_says(name: str,
         "base_model": source["base_model"],
         "language": source["card"]["language"],
         "library_name": "transformers",
-        "license": source["card"]["license"],
+        **{name: text for name, text in source["card"].items() if name.startswith("license")},
         "pipeline_tag": "image-text-to-text",
         "tags": ["vispruner", "visual-token-pruning"],
     }
