@@ -1,4 +1,4 @@
-"""What LLaVA-1.5 and LLaVA-NeXT share: a CLIP tower whose [CLS] ranks the patches, and a projector for each patch."""
+"""What the LLaVA family shares: a tower (CLIP, SigLIP) whose attention ranks the patches, and their projector."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,21 +8,27 @@ from transformers.utils.import_utils import torch_compilable_check
 
 from .configuration_vispruner import used_vision_layers
 from .pruned_encoder import VisPrunerModelMixin, VisualTokens
-from .visual_attention import run_clip_tower
+from .visual_attention import run_tower
 
-DROPPED_LAYERS = r"vision_tower\.(vision_model\.)?encoder\.layers\.\d+\."
+DROPPED_LAYERS = r"(vision|image|video)_tower\.(vision_model\.)?encoder\.layers\.\d+\."
 
 
-class LlavaEncoderMixin(VisPrunerModelMixin):
-    """For `LlavaModel` and its like: encode (B, 3, height, width) with a CLIP tower, rank and project the patches."""
+class TowerEncoderMixin(VisPrunerModelMixin):
+    """Encode (B, 3, height, width) with a tower of transformer layers, rank and project the patches.
+
+    tower_type       model_type of the towers whose attention is read
+    select_strategy  the `vision_feature_select_strategy` by which features are the patches alone
+    """
 
     vision_tower: Any
     multi_modal_projector: Any
     _keys_to_ignore_on_load_unexpected: Any
+    tower_type = "clip_vision_model"
+    select_strategy = "default"
 
     @property
     def vision_layers(self) -> Sequence[Any]:
-        return getattr(self.vision_tower, "vision_model", self.vision_tower).encoder.layers
+        return layers_of(self.vision_tower)
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -38,47 +44,60 @@ class LlavaEncoderMixin(VisPrunerModelMixin):
 
     def check_prunable(self) -> None:
         vision = self.config.vision_config
-        if not self._has_clip_tower:
+        if not self._has_known_tower:
+            lacking = "of a [CLS] token, which it lacks" if self.has_cls_token else "of that encoder"
             raise ValueError(
-                f"vision_config.model_type must be clip_vision_model, got {vision.model_type!r}: tokens are ranked by "
-                'the attention of a [CLS] token, which it lacks (vispruner_config.method="none" loads it dense)'
+                f"vision_config.model_type must be {self.tower_type}, got {vision.model_type!r}: tokens are ranked by "
+                f'the attention {lacking} (vispruner_config.method="none" loads it dense)'
             )
         self.require_patches(self.config.vision_feature_select_strategy)
         self.warn_if_all_are_kept((vision.image_size // vision.patch_size) ** 2)
 
     @property
-    def _has_clip_tower(self) -> bool:
-        return self.config.vision_config.model_type == "clip_vision_model"
+    def _has_known_tower(self) -> bool:
+        return self.config.vision_config.model_type == self.tower_type
 
     def prepare_pruning(self) -> None:
-        if not self._has_clip_tower and self.vispruner_options.method == "none":
+        if not self._has_known_tower and self.vispruner_options.method == "none":
             return
         super().prepare_pruning()
         if used_vision_layers(self.config) == len(self.vision_layers):
             # Layers above those are not missed: loading need not warn of a base that still has them.
             self._keys_to_ignore_on_load_unexpected.add(DROPPED_LAYERS)
 
-    @staticmethod
-    def require_patches(strategy: str | None) -> None:
+    def require_patches(self, strategy: str | None) -> None:
         """Raise ValueError unless features are patches without [CLS], the only ones that can be ranked."""
-        if strategy not in (None, "default"):
+        if strategy not in (None, self.select_strategy):
+            patches = "patches without [CLS]" if self.has_cls_token else "all patches"
             raise ValueError(
-                f'vision_feature_select_strategy must be "default" (patches without [CLS]), got {strategy!r}'
+                f'vision_feature_select_strategy must be "{self.select_strategy}" ({patches}), got {strategy!r}'
             )
 
     def encode(
         self, pixel_values: torch.Tensor, feature_layer: int | list[int] | None, **kwargs: Any
     ) -> tuple[Any, VisualTokens]:
         """Run the tower on (B, 3, height, width); return its output and what selectors look at."""
+        outputs, _, tokens = self.encode_with(self.vision_tower, pixel_values, feature_layer, **kwargs)
+        return outputs, tokens
+
+    def encode_with(
+        self, tower: Any, pixel_values: torch.Tensor, feature_layer: int | list[int] | None, **kwargs: Any
+    ) -> tuple[Any, torch.Tensor, VisualTokens]:
+        """As `encode`, with a tower of choice; the features of all its tokens, [CLS] among them, come in between."""
         layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
         with self.open_tap() as tap:
-            outputs, features = run_clip_tower(self.vision_tower, pixel_values, layer, **kwargs)
+            outputs, states = run_tower(tower, pixel_values, layer, **kwargs)
         patch = self.config.vision_config.patch_size
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
-        return outputs, VisualTokens(features, tap.saliency, tap.layer_saliency, grid)
+        features = states[:, 1:] if self.has_cls_token else states
+        return outputs, states, VisualTokens(features, tap.saliency, tap.layer_saliency, grid)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         return self.multi_modal_projector(features)
+
+
+class LlavaEncoderMixin(TowerEncoderMixin):
+    """For `LlavaModel` and its like, whose prompts hold images alone."""
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -99,3 +118,8 @@ class LlavaEncoderMixin(VisPrunerModelMixin):
             ),
         )
         return mask[..., None].to(inputs_embeds.device)
+
+
+def layers_of(tower: Any) -> Sequence[Any]:
+    """Return the transformer layers of a CLIP or SigLIP tower."""
+    return getattr(tower, "vision_model", tower).encoder.layers

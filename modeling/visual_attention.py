@@ -227,10 +227,10 @@ SALIENCY_KINDS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def run_clip_tower(
+def run_tower(
     vision_tower: nn.Module, pixel_values: torch.Tensor, feature_layer: int | list[int], **kwargs: Any
 ) -> tuple[Any, torch.Tensor]:
-    """Run a tower with a [CLS] token once; return its output and the features (B, N, C) of its patches.
+    """Run a tower once; return its output and the features (B, N, C) of its tokens, [CLS] among them if it has one.
 
     pixel_values   (B, 3, height, width)
     feature_layer  index or indices into hidden_states, several are concatenated
@@ -239,5 +239,5 @@ def run_clip_tower(
     every = bool(kwargs.pop("output_hidden_states", None)) or not KEEPS_NAMED_HIDDEN_STATES
     wanted = True if every else indices
     outputs = vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted, **kwargs)
-    states = [outputs.hidden_states[index][:, 1:] for index in indices]
+    states = [outputs.hidden_states[index] for index in indices]
     return outputs, states[0] if len(states) == 1 else torch.cat(states, dim=-1)

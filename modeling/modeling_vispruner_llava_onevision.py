@@ -1,0 +1,346 @@
+"""LLaVA-OneVision with visual token pruning: SigLIP has no [CLS], so patches are ranked by the attention they receive.
+
+Images are packed as stock packs them, newlines kept (`tile_mode` is a field of LLaVA-NeXT and says nothing here). An
+image has two pools of tokens: of its base tile T stay, and of the packed grid of its other tiles T for every tile. A
+video is pruned frame by frame, after pooling. Where stock interpolates tokens (that pooling, and the grids that
+anyres_max_N scales down), the features and the attention that they are chosen by are interpolated alike.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    Cache,
+    GenerationMixin,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionModel,
+)
+from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape
+from transformers.utils import can_return_tuple
+
+from .configuration_vispruner import VisPrunerConfigMixin
+from .encoded_images import EncodedImages
+from .llava_encoder import TowerEncoderMixin
+from .pruned_encoder import PrunedImageFeatures, VisualTokens, inherit_checkpoint_conversion
+from .pruning_mixin import STOCK_TAKES_FEATURES, Modality, VisPrunerMixin, give_lm_head_its_own_rows
+
+NEWLINE = -1
+FEATURE_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
+
+
+class VisPrunerLlavaOnevisionConfig(VisPrunerConfigMixin, LlavaOnevisionConfig):
+    """`LlavaOnevisionConfig` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How stock lines up one image's tokens; on the host.
+
+    size    (height, width) of the original image
+    tiles   how many it is cut into, the base tile first
+    order   (n,) tile * N + patch of each token, newline = -1; the patch nearest to it where `scaled`
+    scaled  whether tokens are interpolated between patches
+    """
+
+    size: list[int]
+    tiles: int
+    order: torch.Tensor
+    scaled: bool
+
+    @property
+    def newlines(self) -> int:
+        return int((self.order == NEWLINE).sum())
+
+    def rest(self, base: int) -> tuple[int, int]:
+        """Return rows and columns of what follows the `base` tokens of the base tile, without newlines."""
+        rows = self.newlines if self.tiles > 1 else 0
+        return rows, (len(self.order) - base) // rows - 1 if rows else 0
+
+
+class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
+    """`LlavaOnevisionModel` whose `get_image_features` and `get_video_features` return only the kept visual tokens."""
+
+    config_class = VisPrunerLlavaOnevisionConfig
+    has_cls_token = False
+    tower_type = "siglip_vision_model"
+    select_strategy = "full"
+
+    def __init__(self, config: VisPrunerLlavaOnevisionConfig) -> None:
+        super().__init__(config)
+        self.prepare_pruning()
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a frame, after pooling."""
+        return math.ceil(self.side / 2) ** 2
+
+    def packings(self, image_sizes: torch.Tensor | None, batch_num_images: Any = None) -> list[Packing]:
+        """Return how stock packs each image; one that shares its prompt with others is its base tile alone."""
+        if image_sizes is None:
+            raise ValueError("image_sizes is missing: pass the processor's image_sizes together with pixel_values")
+        sizes = torch.as_tensor(image_sizes).tolist()
+        together = [1] * len(sizes) if batch_num_images is None else torch.as_tensor(batch_num_images).tolist()
+        alone = [images == 1 for images in together for _ in range(images)]
+        if len(alone) != len(sizes):
+            raise ValueError(f"batch_num_images counts {len(alone)} images, but image_sizes has {len(sizes)}")
+        return [self._packing(size, anyres) for size, anyres in zip(sizes, alone, strict=True)]
+
+    def _packing(self, size: list[int], anyres: bool) -> Packing:
+        side, rows, columns = self.side, 0, 0
+        if anyres:
+            pinpoints, tile_size = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+            rows, columns = get_anyres_image_grid_shape(size, pinpoints, tile_size)
+        tile, patch = torch.arange(rows * columns)[:, None], torch.arange(side**2)
+        y = torch.cat([patch[None] // side, tile // max(columns, 1) * side + patch // side])
+        x = torch.cat([patch[None] % side, tile % max(columns, 1) * side + patch % side])
+        places = self._pack(torch.stack([y, x], dim=-1).double(), size, torch.full((2,), torch.nan).double())
+        newline = places.isnan().any(-1)
+        nearest = places.nan_to_num().round()
+        y, x = nearest.long().unbind(-1)
+        tile = 1 + y // side * columns + x // side
+        tile[: side**2] = 0
+        order = (tile * side**2 + y % side * side + x % side).masked_fill(newline, NEWLINE)
+        return Packing(size, 1 + rows * columns, order, not torch.equal(nearest, places.nan_to_num()))
+
+    def _pack(self, tiles: torch.Tensor, size: list[int], newline: torch.Tensor) -> torch.Tensor:
+        """Line up what an image's tiles (tiles, N, channels) have, as stock does -> (n, channels)."""
+        packed, _ = self.pack_image_features(
+            [tiles], [size], image_newline=newline, vision_aspect_ratio=self.config.vision_aspect_ratio
+        )
+        return packed[0]
+
+    def _budgets(self, packing: Packing) -> tuple[int, int]:
+        """Return how many tokens of the base tile and of the rest of an image stay."""
+        options, base = self.vispruner_options, self.side**2
+        rest = math.prod(packing.rest(base))
+        if options.method == "none" or options.visual_token_num is None:
+            return options.budget(base), options.budget(rest) if rest else 0
+        return options.budget(base), min(rest, options.visual_token_num * (packing.tiles - 1))
+
+    def image_token_counts(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        batch_num_images: Any = None,
+        **arguments: Any,
+    ) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full prompt and those that are kept."""
+        packings = self.packings(image_sizes, batch_num_images)
+        kept = [sum(self._budgets(packing)) + packing.newlines for packing in packings]
+        return [len(packing.order) for packing in packings], kept
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        batch_num_images: Any = None,
+        **kwargs: Any,
+    ) -> PrunedImageFeatures:
+        """Encode (images, tiles, 3, h, w) or (all tiles, 3, h, w), pack, select, project."""
+        packings = self.packings(image_sizes, batch_num_images)
+        if all(sum(self._budgets(packing)) + packing.newlines == len(packing.order) for packing in packings):
+            outputs = super().get_image_features(
+                pixel_values,
+                image_sizes,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                batch_num_images=batch_num_images,
+                **kwargs,
+            )
+            return self.keep_everything(outputs, [packing.order.to(pixel_values.device) for packing in packings])
+        self.require_patches(vision_feature_select_strategy)
+        tiles = [packing.tiles for packing in packings]
+        if pixel_values.dim() == 5:
+            pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
+        outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
+        placeholders = self._choose(tokens, packings)
+        images = zip(tokens.features.split(tiles), packings, placeholders, strict=True)
+        orders = [packing.order.to(pixel_values.device, non_blocking=True) for packing in packings]
+        return PrunedImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+            pooler_output=[self._tokens_at(*image) for image in images],
+            kept_indices=[order[places] for order, places in zip(orders, placeholders, strict=True)],
+            placeholders=placeholders,
+            saliency=tokens.saliency,
+            full_counts=[len(packing.order) for packing in packings],
+        )
+
+    def _choose(self, tokens: VisualTokens, packings: list[Packing]) -> list[torch.Tensor]:
+        """Return per image which tokens of its packing stay, ascending."""
+        base, device = self.side**2, tokens.features.device
+        tiles = channels_of(tokens).split([packing.tiles for packing in packings])
+        first = tokens_in(torch.stack([image[0] for image in tiles]), tokens, (self.side, self.side))
+        kept_of_base = self.select(first, self.vispruner_options.budget(base))
+        chosen = []
+        for image, packing, kept in zip(tiles, packings, kept_of_base, strict=True):
+            newlines = (packing.order == NEWLINE).nonzero()[:, 0].to(device, non_blocking=True)
+            places = [kept, newlines]
+            if packing.tiles > 1:
+                rows, columns = packing.rest(base)
+                packed = self._pack(image, packing.size, image.new_zeros(image.shape[-1]))
+                grid = packed[base:].unflatten(0, (rows, columns + 1))[:, :columns].flatten(0, 1)
+                rest = self.select(tokens_in(grid[None], tokens, (rows, columns)), self._budgets(packing)[1])[0]
+                places.append(base + rest + rest // columns)
+            chosen.append(torch.cat(places).sort().values)
+        return chosen
+
+    def _tokens_at(self, features: torch.Tensor, packing: Packing, places: torch.Tensor) -> torch.Tensor:
+        """Project one image's features (tiles, N, C) to its visual tokens at `places` of the packing."""
+        if packing.scaled:  # stock interpolates what is projected
+            return self._pack(self.project(features), packing.size, self.image_newline)[places]
+        order = packing.order.to(places.device, non_blocking=True)[places]
+        tokens = self.project(features.flatten(0, 1)[order.clamp(min=0)])
+        return torch.where((order == NEWLINE)[:, None], self.image_newline.to(tokens), tokens)
+
+    def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
+        """Return per video the visual tokens of a full prompt and those that are kept."""
+        videos, frames = pixel_values_videos.shape[:2]
+        kept = frames * self.vispruner_options.budget(self.frame_tokens)
+        return [frames * self.frame_tokens + 1] * videos, [kept + 1] * videos
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs: Any,
+    ) -> PrunedImageFeatures:
+        """Encode (videos, frames, 3, h, w), pool, select in each frame; `pooler_output` is (videos, tokens, D)."""
+        videos, frames = pixel_values_videos.shape[:2]
+        newline = self.image_newline.expand(videos, 1, -1)
+        if self.keeps_all(self.frame_tokens):
+            outputs = super().get_video_features(
+                pixel_values_videos,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **kwargs,
+            )
+            if not STOCK_TAKES_FEATURES:
+                outputs.pooler_output = torch.cat([outputs.pooler_output, newline.to(outputs.pooler_output)], dim=1)
+            order = torch.arange(frames * self.frame_tokens, device=pixel_values_videos.device)
+            return self.keep_everything(outputs, [nn.functional.pad(order, (0, 1), value=NEWLINE)] * videos)
+        self.require_patches(vision_feature_select_strategy)
+        outputs, tokens = self.encode(pixel_values_videos.flatten(0, 1), vision_feature_layer, **kwargs)
+        side = math.ceil(self.side / 2)
+        pooled = tokens_in(self.apply_pooling(channels_of(tokens)), tokens, (side, side))
+        kept = self.select(pooled, self.vispruner_options.budget(self.frame_tokens))
+        visual = self.take_tokens(self.apply_pooling(self.project(tokens.features)), kept)
+        visual = visual.unflatten(0, (videos, frames)).flatten(1, 2)
+        start = torch.arange(frames, device=kept.device)[:, None] * self.frame_tokens
+        places = (kept.unflatten(0, (videos, frames)) + start).flatten(1)
+        full = frames * self.frame_tokens
+        return PrunedImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+            pooler_output=torch.cat([visual, newline.to(visual)], dim=1),
+            kept_indices=list(nn.functional.pad(places, (0, 1), value=NEWLINE)),
+            placeholders=list(nn.functional.pad(places, (0, 1), value=full)),
+            saliency=pooled.saliency,
+            full_counts=[full + 1] * videos,
+        )
+
+
+def channels_of(tokens: VisualTokens) -> torch.Tensor:
+    """Return all that tokens are chosen by as channels (B, N, C + 1 + L), so that it is interpolated in one piece."""
+    layers = [] if tokens.layer_saliency is None else [tokens.layer_saliency.transpose(1, 2)]
+    features = tokens.features.detach().to(torch.promote_types(tokens.features.dtype, torch.float32))
+    return torch.cat([part.to(features) for part in (features, tokens.saliency[..., None], *layers)], dim=-1)
+
+
+def tokens_in(channels: torch.Tensor, like: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
+    """Undo `channels_of`, in the dtypes of `like`."""
+    width = like.features.shape[-1]
+    features, saliency, layers = channels.split([width, 1, channels.shape[-1] - width - 1], dim=-1)
+    saliency, layers = saliency[..., 0].to(like.saliency), layers.transpose(1, 2)
+    return VisualTokens(
+        features.to(like.features), saliency, layers if like.layer_saliency is not None else None, grid
+    )
+
+
+class VisPrunerLlavaOnevisionForConditionalGeneration(
+    VisPrunerMixin, LlavaOnevisionForConditionalGeneration, GenerationMixin
+):
+    """`LlavaOnevisionForConditionalGeneration` that prunes visual tokens by `vispruner_config` (arXiv 2412.01818)."""
+
+    config_class = VisPrunerLlavaOnevisionConfig
+    modalities = (
+        Modality("image", "pixel_values", ("image_sizes", "batch_num_images", *FEATURE_CHOICE), "image_token_id"),
+        Modality("video", "pixel_values_videos", FEATURE_CHOICE, "video_token_id"),
+    )
+
+    def __init__(self, config: VisPrunerLlavaOnevisionConfig) -> None:
+        super(LlavaOnevisionForConditionalGeneration, self).__init__(config)  # stock would build a stock model
+        self.model = VisPrunerLlavaOnevisionModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
+        self.post_init()
+
+    def _run_stock(self, stock_forward: Any, inputs: dict[str, Any]) -> Any:
+        """Where stock takes no features, it adds the newline behind a video itself, which ours have already."""
+        if not STOCK_TAKES_FEATURES and "pixel_values_videos" in inputs:
+            self._encode_here(inputs)
+        return super()._run_stock(stock_forward, inputs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_sizes_videos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        batch_num_images: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        encoded_images: EncodedImages | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
+        inputs = dict(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            image_sizes=image_sizes,
+            pixel_values_videos=pixel_values_videos,
+            image_sizes_videos=image_sizes_videos,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            batch_num_images=batch_num_images,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
+            **kwargs,
+        )
+        return self.pruned_forward(super().forward, inputs)
+
+
+inherit_checkpoint_conversion(VisPrunerLlavaOnevisionForConditionalGeneration, "llava_onevision")
+inherit_checkpoint_conversion(VisPrunerLlavaOnevisionModel, "LlavaOnevisionModel")
