@@ -189,22 +189,19 @@ def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture) 
         kept = torch.zeros(sum(sizes), dtype=torch.bool)
         chosen = indices.cpu()
         kept[chosen[chosen >= 0]] = True
-        ranks = kept.float() if saliency is None else saliency[first : first + sum(sizes)]
+        important = None
+        if saliency is not None:
+            pools = [1 + len(views) + place if view.pool is None else view.pool for place, view in enumerate(views)]
+            pool_of = torch.tensor(pools).repeat_interleave(torch.tensor(sizes))
+            important = _important_tokens(model, kept, saliency[first : first + sum(sizes)], pool_of)
         first += sum(sizes)
-        for view, own, rank in zip(views, kept.split(sizes), ranks.split(sizes), strict=True):
-            important = _important_tokens(model, own, rank) if pruned else None
+        marked = [None] * len(views) if important is None else important.split(sizes)
+        for view, own, mark in zip(views, kept.split(sizes), marked, strict=True):
             # What is an item by itself, a tile for some models, stands beside the one before.
             row, column = view.place if len(items) == 1 else divmod(number, STRIP)
-            tiles.append(
-                TileView(
-                    image_from_pixels(view.pixels.float().cpu(), normalised_by),
-                    own.view(view.grid),
-                    None if important is None else important.view(view.grid),
-                    row,
-                    column,
-                    pruned,
-                )
-            )
+            image = image_from_pixels(view.pixels.float().cpu(), normalised_by)
+            mark = None if mark is None else mark.view(view.grid)
+            tiles.append(TileView(image, own.view(view.grid), mark, row, column, pruned))
     return tiles
 
 
@@ -216,19 +213,22 @@ def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def _important_tokens(model: PreTrainedModel, kept: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor | None:
+def _important_tokens(
+    model: PreTrainedModel, kept: torch.Tensor, saliency: torch.Tensor, pool: torch.Tensor
+) -> torch.Tensor | None:
     """Return True at the tokens (N,) kept for their attention; None when the method makes no difference.
 
-    Whatever a method chose from, its important tokens are the most attended of those it kept.
+    Whatever a method chose from, its important tokens are the most attended of those it kept of each pool.
     """
     options = model.model.vispruner_options
     ratio = {"vispruner": options.important_ratio, "cls_attention": 1.0}.get(options.method)
     if ratio is None:
         return None
-    places = kept.nonzero()[:, 0]
     important = torch.zeros_like(kept)
-    if len(places):
-        important[places[important_tokens(saliency[places][None], len(places), ratio)[0]]] = True
+    for number in pool.unique():
+        places = (kept & (pool == number)).nonzero()[:, 0]
+        if len(places):
+            important[places[important_tokens(saliency[places][None], len(places), ratio)[0]]] = True
     return important
 
 

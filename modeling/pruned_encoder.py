@@ -70,11 +70,13 @@ class TokenView(NamedTuple):
     pixels  (3, height, width), normalised as the processor left them
     grid    (rows, columns) of its tokens; those of an item's views are numbered one after the other, row by row
     place   (row, column) among the other views of its item
+    pool    views of one item with the same number were chosen from together; None was chosen from alone
     """
 
     pixels: torch.Tensor
     grid: tuple[int, int]
     place: tuple[int, int] = (0, 0)
+    pool: int | None = None
 
 
 def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str) -> None:

@@ -120,13 +120,65 @@ def _qwen(row: Row, config: Any, name: str = "Qwen2_5_VL") -> dict[str, Any]:
     }
 
 
+def _llava_onevision(row: Row, config: Any) -> dict[str, Any]:
+    side = config.vision_config.image_size
+    size = {"height": side, "width": side}
+    patches = (side // config.vision_config.patch_size) ** 2
+    return {
+        "tokens": {config.image_token_id: "<image>", config.video_token_id: "<video>"},
+        "files": {
+            "preprocessor_config.json": {
+                "image_processor_type": "LlavaOnevisionImageProcessor",
+                "size": size,
+                "image_grid_pinpoints": config.image_grid_pinpoints,
+                **HALF,
+            },
+            "video_preprocessor_config.json": {
+                "video_processor_type": "LlavaOnevisionVideoProcessor",
+                "size": size,
+                **HALF,
+            },
+            "processor_config.json": {
+                "processor_class": "LlavaOnevisionProcessor",
+                "num_image_tokens": patches,
+                "vision_feature_select_strategy": config.vision_feature_select_strategy,
+                "vision_aspect_ratio": config.vision_aspect_ratio,
+            },
+        },
+        "prompt": ("<image>", "<video>"),
+        "names": {},
+    }
+
+
+def _video_llava(row: Row, config: Any) -> dict[str, Any]:
+    side = config.vision_config.image_size
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, **HALF}
+    return {
+        "tokens": {config.image_token_index: "<image>", config.video_token_index: "<video>"},
+        "files": {
+            "preprocessor_config.json": {"image_processor_type": "VideoLlavaImageProcessor", **sizes},
+            "video_preprocessor_config.json": {"video_processor_type": "VideoLlavaVideoProcessor", **sizes},
+            "processor_config.json": {
+                "processor_class": "VideoLlavaProcessor",
+                "patch_size": config.vision_config.patch_size,
+                "vision_feature_select_strategy": config.vision_feature_select_strategy,
+                "num_additional_image_tokens": 1,
+            },
+        },
+        "prompt": ("<image>", "<video>"),
+        "names": {},
+    }
+
+
 WRITERS: dict[str, Callable[[Row, Any], dict[str, Any]]] = {
     "idefics3": _idefics3,
     "internvl": _internvl,
+    "llava_onevision": _llava_onevision,
     "qwen2_5_vl": _qwen,
     "qwen2_vl": lambda row, config: _qwen(row, config, "Qwen2VL"),
     "qwen3_vl": lambda row, config: _qwen(row, config, "Qwen3VL"),
     "smolvlm": _smolvlm,
+    "video_llava": _video_llava,
 }
 # Without torchvision (and num2words) these cannot be loaded.
 READS_VIDEOS = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava")
