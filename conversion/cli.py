@@ -1,4 +1,4 @@
-"""The command `vispruner`: demo, build, verify, convert, show.
+"""The command `vispruner`: demo, build, verify, convert, show, codebook.
 
 Exit status: 0 done, 1 a repo was refused by verify, 2 bad input (one line says what), 130 interrupted.
 """
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vispruner {__version__}")
     parser.add_argument("--traceback", action="store_true", help="print the Python traceback of an error too")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_build, _add_verify, _add_convert, _add_show):
+    for add in (_add_demo, _add_build, _add_verify, _add_convert, _add_show, _add_codebook):
         add(commands)
     return parser
 
@@ -169,6 +169,25 @@ def _add_show(commands: Any) -> None:
     parser.add_argument("--question", metavar="TEXT", help="answer this unpruned and under every budget drawn")
 
 
+def _add_codebook(commands: Any) -> None:
+    examples = (
+        "  vispruner codebook pictures/ --repo path/to/llava-1.5-7b-hf --out codebook.safetensors\n"
+        "  vispruner codebook pictures/ more.png --prototypes 128 --out codebook.safetensors"
+    )
+    summary = 'collect prototypes of redundant visual tokens from pictures, for the method "codebook"'
+    parser = _add_command(commands, "codebook", summary, examples, _codebook)
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="pictures, or folders of pictures")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
+    parser.add_argument(
+        "--repo",
+        metavar="DIR_OR_ID",
+        help="a built repo or a stock checkpoint; its own code is never run (default: the trained toy in the package)",
+    )
+    parser.add_argument(
+        "--prototypes", type=int, default=64, metavar="M", help="how many prototypes, default: %(default)s"
+    )
+
+
 # Each command imports what it needs only when it runs, so that --help and mistyped options answer soon.
 
 
@@ -200,6 +219,13 @@ def _convert(source: str, destination: str, vision_tower: str | None, overwrite:
 
     convert_llava(source, destination, vision_tower=vision_tower, overwrite=overwrite)
     print(f"converted {source} to {destination}")
+    return 0
+
+
+def _codebook(**options: Any) -> int:
+    from .codebook import write_codebook
+
+    print(f"wrote {write_codebook(**options)}")
     return 0
 
 

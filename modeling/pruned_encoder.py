@@ -129,6 +129,10 @@ class VisPrunerModelMixin:
     def selector_inputs(self) -> frozenset[str]:
         return frozenset({"projected", "grid", "layer_saliency"})
 
+    def saliency_layer(self, layer: int) -> int:
+        """Return the layer to read saliency in where a selector asks for `layer`."""
+        return layer
+
     def check_prunable(self) -> None:
         """Raise ValueError with the remedy when this config cannot be pruned."""
 
@@ -194,7 +198,7 @@ class VisPrunerModelMixin:
             return SaliencyTap(attentions, main, seen=seen)
         behind_cls = self.has_cls_token and selector.saliency_kind == "received"
         kind = "received_behind_cls" if behind_cls else selector.saliency_kind
-        layers = selector.saliency_layers(len(attentions), self.feature_layer)
+        layers = map(self.saliency_layer, selector.saliency_layers(len(attentions), self.feature_layer))
         return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers], seen)
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:

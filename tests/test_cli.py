@@ -17,7 +17,7 @@ import vispruner
 from vispruner.conversion import build, cli, convert, demo, picture, verify
 from vispruner.conversion.questions import Question, is_right, scene_questions
 
-COMMANDS = ("demo", "build", "verify", "convert", "show")
+COMMANDS = ("demo", "build", "verify", "convert", "show", "codebook")
 
 
 @pytest.fixture(scope="module")

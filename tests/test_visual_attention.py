@@ -23,7 +23,14 @@ from transformers.models.clip.modeling_clip import CLIPAttention, eager_attentio
 
 import vispruner
 from vispruner import visual_attention
-from vispruner.visual_attention import Reading, SaliencyTap, cls_saliency, make_tappable
+from vispruner.visual_attention import (
+    QUERIES_AT_ONCE,
+    Reading,
+    SaliencyTap,
+    cls_saliency,
+    make_tappable,
+    received_attention,
+)
 
 HEADS, LAYERS, N = 4, 4, 64  # of the tiny tower; N patches beside the [CLS] token
 KEPT = 12
@@ -515,3 +522,20 @@ def test_offloaded_towers_give_the_same(model: Any, tmp_path: Path, where: str) 
         expected, found = model.get_image_features(images()), offloaded.get_image_features(images())
     assert torch.equal(found.saliency, expected.saliency)
     assert torch.equal(torch.stack(list(found.pooler_output)), torch.stack(list(expected.pooler_output)))
+
+
+@pytest.mark.parametrize("tokens", [7, QUERIES_AT_ONCE, 2 * QUERIES_AT_ONCE + 5])
+def test_padding_gets_no_attention_and_does_not_ask(tokens: int) -> None:
+    """What the other tokens get is what they get where there is no padding."""
+    q, k = (torch.randn(2, 3, tokens, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    seen = torch.ones(2, tokens, dtype=torch.bool)
+    seen[0, tokens // 2 :] = False
+    seen[1, ::3] = False
+    received, by_cls = received_attention(q, k, seen=seen), cls_saliency(q, k, seen=seen)
+    assert (received[~seen] == 0).all() and (by_cls[~seen[:, 1:]] == 0).all()
+    for image in range(2):
+        real_q, real_k = (rows[image : image + 1, :, seen[image]] for rows in (q, k))
+        torch.testing.assert_close(received[image, seen[image]], received_attention(real_q, real_k)[0])
+    first_q, first_k = (rows[:1, :, : tokens // 2] for rows in (q, k))
+    torch.testing.assert_close(by_cls[0, : tokens // 2 - 1], cls_saliency(first_q, first_k)[0])
+    torch.testing.assert_close(received_attention(q, k, seen=torch.ones_like(seen)), received_attention(q, k))

@@ -1,0 +1,160 @@
+"""Build, write and read the codebook of redundant visual tokens that the method `codebook` compares tokens with.
+
+The recipe is this project's and not that of the method's authors. The half of a picture's tokens with the least
+saliency counts as redundant. From those of all pictures, prototypes are picked one by one, each the token that makes
+the prototypes resemble all the others best: no training, no random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+from transformers import AutoProcessor, PreTrainedModel
+
+import vispruner
+from vispruner.related_selectors import select_scope
+
+from .base_checkpoint import resolve_base
+from .picture import open_photo
+from .repo_config import load_repo_config
+
+EMBEDDED = "tiny-llava-vispruner"
+KEY = "codebook"
+PROTOTYPES = 64
+REDUNDANT_SHARE = 0.5
+MOST_COMPARED = 4096  # tokens, all with each other
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+
+
+class CodebookError(ValueError):
+    """A codebook that cannot be built, or a file that is none for this model."""
+
+
+def write_codebook(
+    images: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    repo: str | None = None,
+    prototypes: int = PROTOTYPES,
+) -> Path:
+    """Build the codebook of the model in `repo` from picture files, or folders of them, and write it to `out`.
+
+    repo   a built repo or any stock checkpoint, folder or Hub id; its own code is never run. None: the embedded one
+    """
+    files = list(chain.from_iterable(_picture_files(Path(image).expanduser()) for image in images))
+    source = str(resolve_base(load_repo_config(EMBEDDED).base_model)) if repo is None else repo
+    model = vispruner.load(source, dtype="auto", method="cls_attention", visual_token_num=1).eval()
+    photos = tqdm((open_photo(file) for file in files), total=len(files), desc="encoding", unit="picture")
+    codebook = build_codebook(model, AutoProcessor.from_pretrained(source), photos, prototypes)
+    about = {"base_model": EMBEDDED if repo is None else Path(repo).name, "pictures": str(len(files))}
+    return save_codebook(codebook, out, about)
+
+
+def _picture_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise CodebookError(f"{path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return files
+
+
+@torch.no_grad()
+def build_codebook(
+    model: PreTrainedModel, processor: Any, pictures: Iterable[Image.Image], prototypes: int = PROTOTYPES
+) -> torch.Tensor:
+    """Return prototypes (M, D) of the projected features that `model` has for the redundant tokens of `pictures`.
+
+    D is the language model's width. Deterministic; of many tokens an even sample is compared.
+    """
+    if prototypes < 1:
+        raise CodebookError(f"a codebook needs at least one prototype, got {prototypes}")
+    pool: list[torch.Tensor] = []
+    with _redundant_tokens(model) as redundant:
+        for picture in pictures:
+            inputs = processor.image_processor(images=picture.convert("RGB"), return_tensors="pt").to(model.device)
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+            model.get_image_features(**inputs)
+            pool += redundant
+            redundant.clear()
+    count = sum(len(tokens) for tokens in pool)
+    if count < prototypes:
+        raise CodebookError(f"{prototypes} prototypes need as many redundant tokens, got {count}: give more pictures")
+    tokens = torch.cat(pool)
+    if count > MOST_COMPARED:
+        tokens = tokens[torch.arange(MOST_COMPARED) * count // MOST_COMPARED]
+    picks = select_scope(tokens[None], torch.ones(1, len(tokens)), prototypes)[0]
+    return tokens[picks]
+
+
+@contextmanager
+def _redundant_tokens(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Note the redundant tokens (n, D) of everything that the model selects from, in float32 on the CPU."""
+    base: Any = model.model
+    stored, select = model.config.vispruner_config, base.select
+    noted: list[torch.Tensor] = []
+
+    def noting_select(tokens: Any, visual_token_num: int) -> torch.Tensor:
+        count = int(tokens.saliency.shape[1] * REDUNDANT_SHARE)
+        least_attended = tokens.saliency.argsort(dim=-1, stable=True)[:, :count]
+        projected = base.take_tokens(base.project(tokens.features), least_attended)
+        noted.append(projected.flatten(0, 1).float().cpu())
+        return select(tokens, visual_token_num)
+
+    model.set_vispruner_config(method="cls_attention", visual_token_num=1)
+    base.select = noting_select
+    try:
+        yield noted
+    finally:
+        del base.select
+        model.config.vispruner_config = stored
+
+
+def save_codebook(codebook: torch.Tensor, out: str | os.PathLike[str], about: dict[str, str]) -> Path:
+    """Write a safetensors file that appears only when it is complete; `about` is kept in its metadata, as JSON."""
+    out = Path(out).expanduser()
+    if out.suffix != ".safetensors":
+        raise CodebookError(f"a codebook must be written to a .safetensors file, got {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {out} does not exist: make {out.parent} first")
+    recipe = f"the {REDUNDANT_SHARE:.0%} least attended tokens of each picture, covered greedily by cosine"
+    about = {"recipe": recipe, "vispruner_version": vispruner.__version__, **about}
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        # One entry, because safetensors writes several in any order, and the same codebook must give the same bytes.
+        entry = {KEY: json.dumps(about, sort_keys=True)}
+        partial.write_bytes(save({KEY: codebook.contiguous()}, metadata=entry))
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return out
+
+
+def read_codebook(path: str | os.PathLike[str], width: int) -> torch.Tensor:
+    """Return the prototypes (M, width) that a file holds; CodebookError when it is none for a model of that width."""
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        if names != [KEY]:
+            raise CodebookError(f"{path} is no codebook: it must hold one tensor, {KEY!r}, got {names}")
+        codebook: torch.Tensor = file.get_tensor(KEY)
+    if codebook.ndim != 2 or len(codebook) == 0 or not codebook.is_floating_point():
+        raise CodebookError(
+            f"{path}: a codebook is a floating-point (M, D) with M >= 1, got {codebook.dtype} {tuple(codebook.shape)}"
+        )
+    if codebook.shape[1] != width:
+        raise CodebookError(
+            f"{path} was made for another model: its prototypes are {codebook.shape[1]} wide, visual tokens {width}"
+        )
+    if not codebook.isfinite().all():
+        raise CodebookError(f"{path} holds NaN or infinity: build it again")
+    return codebook

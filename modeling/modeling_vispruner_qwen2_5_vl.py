@@ -1,0 +1,128 @@
+"""Qwen2.5-VL with visual token pruning: saliency is read in the last layer that attends over the whole image.
+
+Its other layers attend within windows, for which the encoder sorts the patches.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
+from transformers.utils import can_return_tuple
+from transformers.vision_utils import get_vision_window_index
+
+from .configuration_vispruner import VisPrunerConfigMixin
+from .encoded_images import EncodedImages
+from .mrope_positions import MRoPEMixin
+from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
+from .qwen_vl_encoder import QwenVLEncoderMixin
+
+
+class VisPrunerQwen2_5_VLConfig(VisPrunerConfigMixin, Qwen2_5_VLConfig):
+    """`Qwen2_5_VLConfig` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None
+
+
+class VisPrunerQwen2_5_VLModel(QwenVLEncoderMixin, Qwen2_5_VLModel):
+    """`Qwen2_5_VLModel` whose image and video features are only the kept visual tokens."""
+
+    config_class = VisPrunerQwen2_5_VLConfig
+
+    def __init__(self, config: VisPrunerQwen2_5_VLConfig) -> None:
+        super().__init__(config)
+        self.prepare_pruning()
+
+    @property
+    def feature_layer(self) -> int:
+        return self.saliency_layer(len(self.vision_attentions) - 1)
+
+    def saliency_layer(self, layer: int) -> int:
+        """Return the layer that attends over the whole image and is the next at or below `layer`, else above it."""
+        whole = sorted(self.visual.fullatt_block_indexes)
+        return max((index for index in whole if index <= layer), default=whole[0])
+
+    def check_prunable(self) -> None:
+        layer, whole = self.vispruner_options.attention_layer, self.visual.fullatt_block_indexes
+        if layer is not None and layer % len(self.vision_attentions) not in whole:
+            raise ValueError(
+                f"vispruner_config.attention_layer must be one of {list(whole)}, which attend over the whole image, "
+                f"got {layer}"
+            )
+
+    def in_raster_order(self, merged: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        vision = self.visual
+        order, _ = get_vision_window_index(grid_thw, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+        return merged[..., order.argsort().to(merged.device)]
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> PrunedImageFeatures:
+        """Encode images and select merged tokens; `pooler_output` holds (T, D) per image."""
+        return self.encode_pruned(super().get_image_features, pixel_values, image_grid_thw, **kwargs)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> PrunedImageFeatures:
+        """Encode videos and select merged tokens of each frame; `pooler_output` holds (T, D) per frame."""
+        return self.encode_pruned(super().get_video_features, pixel_values_videos, video_grid_thw, **kwargs)
+
+
+class VisPrunerQwen2_5_VLForConditionalGeneration(MRoPEMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
+    """`Qwen2_5_VLForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
+
+    config_class = VisPrunerQwen2_5_VLConfig
+
+    def __init__(self, config: VisPrunerQwen2_5_VLConfig) -> None:
+        super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
+        self.model = VisPrunerQwen2_5_VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        encoded_images: EncodedImages | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            second_per_grid_ts=second_per_grid_ts,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
+            **kwargs,
+        )
+        return self.pruned_forward(super().forward, inputs)
+
+
+inherit_checkpoint_conversion(VisPrunerQwen2_5_VLForConditionalGeneration, "Qwen2_5_VLForConditionalGeneration")
+inherit_checkpoint_conversion(VisPrunerQwen2_5_VLModel, "Qwen2_5_VLModel")

@@ -1,0 +1,118 @@
+"""Qwen3-VL with visual token pruning: features of several encoder layers (deepstack) lose the same tokens.
+
+Saliency is read in the last layer of its encoder. Each frame of a video stands behind its timestamp in the prompt.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, GenerationMixin, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
+from transformers.utils import can_return_tuple
+
+from .configuration_vispruner import VisPrunerConfigMixin
+from .encoded_images import EncodedImages
+from .mrope_positions import MRoPEMixin
+from .pruned_encoder import PrunedImageFeatures
+from .pruning_mixin import STOCK_TAKES_FEATURES
+from .qwen_vl_encoder import QwenVLEncoderMixin
+
+
+class VisPrunerQwen3VLConfig(VisPrunerConfigMixin, Qwen3VLConfig):
+    """`Qwen3VLConfig` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None
+
+
+class VisPrunerQwen3VLModel(QwenVLEncoderMixin, Qwen3VLModel):
+    """`Qwen3VLModel` whose image and video features are only the kept visual tokens."""
+
+    config_class = VisPrunerQwen3VLConfig
+
+    def __init__(self, config: VisPrunerQwen3VLConfig) -> None:
+        super().__init__(config)
+        self.prepare_pruning()
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> PrunedImageFeatures:
+        """Encode images and select merged tokens; `pooler_output` holds (T, D) per image."""
+        return self.encode_pruned(super().get_image_features, pixel_values, image_grid_thw, **kwargs)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> PrunedImageFeatures:
+        """Encode videos and select merged tokens of each frame; `pooler_output` holds (T, D) per frame."""
+        return self.encode_pruned(super().get_image_features, pixel_values_videos, video_grid_thw, **kwargs)
+
+
+class VisPrunerQwen3VLForConditionalGeneration(MRoPEMixin, Qwen3VLForConditionalGeneration, GenerationMixin):
+    """`Qwen3VLForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
+
+    config_class = VisPrunerQwen3VLConfig
+
+    def __init__(self, config: VisPrunerQwen3VLConfig) -> None:
+        super(Qwen3VLForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
+        self.model = VisPrunerQwen3VLModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def _run_stock(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
+        """On 5.17 features are put in the place of pixels, since those of deepstack go past the embedded prompt."""
+        if STOCK_TAKES_FEATURES:
+            return super()._run_stock(stock_forward, inputs)
+        encoded = inputs.pop("mm_encoder_outputs", None) or {}
+        for modality in self.modalities:
+            features = encoded.get(modality.name)
+            if features is None and inputs.get(modality.pixels) is not None:
+                described = {name: inputs[name] for name in modality.described_by if name in inputs}
+                encode = getattr(self.model, f"get_{modality.name}_features")
+                features = encode(inputs[modality.pixels], **described, return_dict=True)
+            if features is not None:
+                levels = [torch.cat(level) for level in features.deepstack_features]
+                tokens = list(features.pooler_output)
+                inputs[modality.pixels] = PrunedImageFeatures(pooler_output=tokens, deepstack_features=levels)
+        return stock_forward(**inputs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        video_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        encoded_images: EncodedImages | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            pixel_values=pixel_values,
+            pixel_values_videos=pixel_values_videos,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
+            **kwargs,
+        )
+        return self.pruned_forward(super().forward, inputs)

@@ -1,0 +1,212 @@
+"""Video-LLaVA with visual token pruning: an image tower and a video tower, both with a [CLS] that ranks the patches.
+
+Every image and every frame keeps T of its N patches. [CLS], which stock hands to the language model with each frame of
+a video (never with an image), stays on top of T. The paper's budgets are for 8 frames of 256 patches: 455, 227 and 114
+of 2048 are 56.9, 28.4 and 14.3 a frame, so T = 57, 28 and 14: they keep 456, 224 and 112 patches, and 8 [CLS].
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    Cache,
+    GenerationMixin,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaModel,
+)
+from transformers.utils import can_return_tuple
+
+from .configuration_vispruner import VisPrunerConfigMixin
+from .encoded_images import EncodedImages
+from .llava_encoder import TowerEncoderMixin, layers_of
+from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
+from .pruning_mixin import Modality, VisPrunerMixin, give_lm_head_its_own_rows
+from .visual_attention import make_tappable
+
+# Stock of 5.17 knows images by the second name alone; the processor of 5.23 still uses it, its models only the first.
+NAMES_OF_IMAGES = ("pixel_values", "pixel_values_images")
+IMAGES = next(name for name in NAMES_OF_IMAGES if name in inspect.signature(VideoLlavaModel.forward).parameters)
+
+
+class VisPrunerVideoLlavaConfig(VisPrunerConfigMixin, VideoLlavaConfig):
+    """`VideoLlavaConfig` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None
+
+
+class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
+    """`VideoLlavaModel` whose `get_image_features` and `get_video_features` return only the kept visual tokens."""
+
+    config_class = VisPrunerVideoLlavaConfig
+
+    def __init__(self, config: VisPrunerVideoLlavaConfig) -> None:
+        super().__init__(config)
+        self.prepare_pruning()
+
+    @property
+    def vision_layers(self) -> Sequence[Any]:
+        return layers_of(self.image_tower)
+
+    def prepare_pruning(self) -> None:
+        """As ever, for the video tower too: the layers of both, made from one config, go by the same numbers."""
+        super().prepare_pruning()
+        if self._has_known_tower:
+            make_tappable([layer.self_attn for layer in layers_of(self.video_tower)])
+
+    def _patches(self, pixel_values: torch.Tensor) -> int:
+        height, width = pixel_values.shape[-2:]
+        patch = self.config.vision_config.patch_size
+        return (height // patch) * (width // patch)
+
+    def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full prompt and those that are kept."""
+        full, images = self._patches(pixel_values), len(pixel_values)
+        return [full] * images, [self.vispruner_options.budget(full)] * images
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        pixel_values_images: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> PrunedImageFeatures:
+        """Encode (B, 3, height, width), select, project; `pooler_output` is (B, T, D)."""
+        pixel_values = pixel_values_images if pixel_values is None else pixel_values
+        if self.keeps_all(self._patches(pixel_values)):
+            outputs = super().get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                **kwargs,
+            )
+            return self.keep_everything(outputs)
+        self.require_patches(vision_feature_select_strategy)
+        outputs, _, tokens = self.encode_with(self.image_tower, pixel_values, vision_feature_layer, **kwargs)
+        images, patches = tokens.saliency.shape
+        indices = self.select(tokens, self.vispruner_options.budget(patches))
+        return PrunedImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+            pooler_output=self.project(self.take_tokens(tokens.features, indices)),
+            kept_indices=list(indices),
+            placeholders=list(indices),
+            saliency=tokens.saliency,
+            full_counts=[patches] * images,
+        )
+
+    def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
+        """Return per frame the visual tokens of a full prompt and those that are kept, [CLS] among them."""
+        patches, frames = self._patches(pixel_values_videos), pixel_values_videos.shape[:2].numel()
+        return [1 + patches] * frames, [1 + self.vispruner_options.budget(patches)] * frames
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> PrunedImageFeatures:
+        """Encode (videos, frames, 3, h, w), select, project; `pooler_output` is (videos * frames, 1 + T, D).
+
+        What `PrunedImageFeatures` tells per image is told per frame here; the kept index of [CLS] is -1.
+        """
+        if self.keeps_all(self._patches(pixel_values_videos)):
+            outputs = super().get_video_features(
+                pixel_values_videos, vision_feature_layer=vision_feature_layer, **kwargs
+            )
+            frames, tokens = outputs.pooler_output.shape[:2]
+            return self.keep_everything(outputs, list(torch.arange(-1, tokens - 1).expand(frames, -1)))
+        frames = pixel_values_videos.flatten(0, 1)
+        outputs, states, tokens = self.encode_with(self.video_tower, frames, vision_feature_layer, **kwargs)
+        patches = tokens.saliency.shape[1]
+        indices = self.select(tokens, self.vispruner_options.budget(patches))
+        places = nn.functional.pad(1 + indices, (1, 0))
+        return PrunedImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+            pooler_output=self.project(self.take_tokens(states, places)),
+            kept_indices=list(places - 1),
+            placeholders=list(places),
+            saliency=tokens.saliency,
+            full_counts=[1 + patches] * len(frames),
+        )
+
+
+class VisPrunerVideoLlavaForConditionalGeneration(VisPrunerMixin, VideoLlavaForConditionalGeneration, GenerationMixin):
+    """`VideoLlavaForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
+
+    config_class = VisPrunerVideoLlavaConfig
+    modalities = (
+        Modality("image", IMAGES, ("vision_feature_layer", "vision_feature_select_strategy"), "image_token_id"),
+        Modality("video", "pixel_values_videos", ("vision_feature_layer",), "video_token_id"),
+    )
+
+    def __init__(self, config: VisPrunerVideoLlavaConfig) -> None:
+        super(VideoLlavaForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
+        self.model = VisPrunerVideoLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
+        self.post_init()
+
+    def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As ever; images go by either of the names that stock has had for them."""
+        return super().generate(inputs, generation_config, **images_by_one_name(kwargs))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_images: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        encoded_images: EncodedImages | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
+        inputs = dict(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            pixel_values_images=pixel_values_images,
+            pixel_values_videos=pixel_values_videos,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
+            **kwargs,
+        )
+        return self.pruned_forward(super().forward, images_by_one_name(inputs))
+
+
+def images_by_one_name(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Name the images as this version of stock does."""
+    given = [inputs[name] for name in NAMES_OF_IMAGES if inputs.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(NAMES_OF_IMAGES)} are two names of the same thing: pass one of them")
+    others = {name: value for name, value in inputs.items() if name not in NAMES_OF_IMAGES}
+    return {**others, IMAGES: given[0]} if given else others
+
+
+inherit_checkpoint_conversion(VisPrunerVideoLlavaForConditionalGeneration, "video_llava")
+inherit_checkpoint_conversion(VisPrunerVideoLlavaModel, "VideoLlavaModel")

@@ -1,0 +1,116 @@
+"""What the Qwen-VL models share: an encoder without [CLS] that packs images of any size and merges 2 x 2 patches.
+
+A token's saliency is the attention that its patches receive from all patches of the image or frame, on average.
+Merged tokens are selected by merged features. What has placeholders of its own is an image, or a frame of a video (two
+pictures, which the encoder takes together); each frame is pruned on its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.utils import ModelOutput
+
+from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, VisualTokens
+from .visual_attention import SaliencyTap
+
+
+class QwenVLEncoderMixin(VisPrunerModelMixin):
+    """For the base models of the family: count, encode and select images and videos by their (t, h, w) grids."""
+
+    visual: Any
+    has_cls_token = False
+    budget_unit = "image or frame of a video"
+
+    @property
+    def vision_attentions(self) -> Sequence[Any]:
+        return [block.attn for block in self.visual.blocks]
+
+    def image_token_counts(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **arguments: Any
+    ) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full prompt and those that are kept."""
+        return self._token_counts(image_grid_thw, "image_grid_thw")
+
+    def video_token_counts(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **arguments: Any
+    ) -> tuple[list[int], list[int]]:
+        """Return per frame of all videos the visual tokens of a full prompt and those that are kept."""
+        return self._token_counts(video_grid_thw, "video_grid_thw")
+
+    def _token_counts(self, grid_thw: torch.Tensor | None, name: str) -> tuple[list[int], list[int]]:
+        if grid_thw is None:
+            raise ValueError(f"{name} is missing: pass all that the processor returned")
+        full = [rows * columns for rows, columns in self.frames_of(grid_thw)]
+        return full, [self.vispruner_options.budget(count) for count in full]
+
+    def frames_of(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
+        """Return per frame of (images, 3) grids the rows and columns of its merged tokens."""
+        side = self.visual.spatial_merge_size
+        return [(int(h) // side, int(w) // side) for t, h, w in grid_thw.tolist() for _ in range(int(t))]
+
+    def encode_pruned(self, encode: Any, pixels: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+        """Run stock `encode(pixels, grid_thw)` and keep of each image or frame what its budget leaves."""
+        if isinstance(pixels, ModelOutput):  # features made before, which stock forward of 5.17 can be given this way
+            return pixels
+        frames = self.frames_of(grid_thw)
+        counts = [rows * columns for rows, columns in frames]
+        kwargs.pop("return_dict", None)
+        if all(map(self.keeps_all, counts)):
+            everything = self.keep_everything(encode(pixels, grid_thw, return_dict=True, **kwargs))
+            everything.deepstack_features = _split_levels(
+                everything, [len(image) for image in everything.pooler_output]
+            )
+            return everything
+        with self.open_tap() as tap:
+            outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
+        images = self._images(outputs, tap, grid_thw, frames)
+        kept = self.select_each(images)
+        return PrunedImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            pooler_output=[image.features[0, stays] for image, stays in zip(images, kept, strict=True)],
+            kept_indices=kept,
+            placeholders=kept,
+            saliency=[image.saliency[0] for image in images],
+            full_counts=counts,
+            deepstack_features=_pruned_levels(_split_levels(outputs, counts), kept),
+        )
+
+    def _images(
+        self, outputs: Any, tap: SaliencyTap, grid_thw: torch.Tensor, frames: list[tuple[int, int]]
+    ) -> list[VisualTokens]:
+        counts = [rows * columns for rows, columns in frames]
+        features = torch.cat(list(outputs.pooler_output)).split(counts)
+        saliency = self._merged(tap.saliency, grid_thw).split(counts, dim=-1)
+        layers = tap.layer_saliency
+        of_layers = [None] * len(counts) if layers is None else self._merged(layers, grid_thw).split(counts, dim=-1)
+        parts = zip(features, saliency, of_layers, frames, strict=True)
+        return [VisualTokens(tokens[None], score, layer, grid) for tokens, score, layer, grid in parts]
+
+    def _merged(self, saliency: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """Average the saliency (..., patches) of the patches that become one token: (..., tokens), in raster order."""
+        merged = saliency.unflatten(-1, (-1, self.visual.spatial_merge_size**2)).mean(-1)
+        return self.in_raster_order(merged, grid_thw)
+
+    def in_raster_order(self, merged: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """Undo what an encoder did to the order of merged tokens (..., tokens)."""
+        return merged
+
+
+def _split_levels(outputs: Any, counts: list[int]) -> list[list[torch.Tensor]] | None:
+    """Return the deepstack features per level and image or frame; 5.17 has one tensor per level."""
+    levels = getattr(outputs, "deepstack_features", None)
+    if levels is None:
+        return None
+    joined = [level if isinstance(level, torch.Tensor) else torch.cat(list(level)) for level in levels]
+    return [list(level.split(counts)) for level in joined]
+
+
+def _pruned_levels(
+    levels: list[list[torch.Tensor]] | None, kept: list[torch.Tensor]
+) -> list[list[torch.Tensor]] | None:
+    if levels is None:
+        return None
+    return [[frame[stays] for frame, stays in zip(level, kept, strict=True)] for level in levels]
