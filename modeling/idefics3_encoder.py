@@ -28,6 +28,7 @@ class Idefics3EncoderMixin(TileEncoderMixin):
     vision_model: Any
     connector: Any
     image_seq_len: int
+    dtype: torch.dtype
     has_cls_token = False
     budget_unit = "tile of an image"
 
