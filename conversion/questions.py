@@ -61,6 +61,9 @@ def model_inputs(model: PreTrainedModel, processor: Any, picture: Picture, quest
         inputs = processor(images=picture, text=prompt, return_tensors="pt")
     else:
         inputs = processor(videos=[list(picture)], text=prompt, return_tensors="pt", do_sample_frames=False)
+    for name, renamed in model.renamed_inputs.items():
+        if name in inputs:
+            inputs[renamed] = inputs.pop(name)
     return inputs.to(model.device, model.dtype)
 
 

@@ -425,6 +425,7 @@ def _worker_settings(folder: Path, weights: BaseCheckpoint, run_models: bool) ->
         "run_models": run_models,
         "thin": weights.repo_id is not None,
         "class_name": architecture.model_class.__name__,
+        "renamed_inputs": architecture.model_class.renamed_inputs,
         "modalities": [modality._asdict() for modality in architecture.model_class.modalities],
         "weights_folder": str(weights.folder),
         "weight_files": [str(path) for path in checkpoint_shards(weights.folder)] if run_models else [],

@@ -47,6 +47,7 @@ class Worker:
         self.weights_folder = Path(settings["weights_folder"])  # of a thin repo: its base in the Hub cache
         self.weight_files: list[str] = settings["weight_files"]
         self.stored_names: dict[str, str] = settings["stored_names"]
+        self.renamed_inputs: dict[str, str] = settings["renamed_inputs"]  # as is this
         self.modalities: list[dict[str, Any]] = settings["modalities"]  # the model class's, as dicts
         self.model: Any = None
         self.processor: Any = None
@@ -234,7 +235,8 @@ class Worker:
         visual: dict[str, Any] = {"images": sample_image()}
         if kind == "video":
             visual = {"videos": [[sample_image(frame) for frame in range(FRAMES)]], "do_sample_frames": False}
-        return dict(self.processor(text=self.prompt(kind), return_tensors="pt", **visual))
+        inputs = self.processor(text=self.prompt(kind), return_tensors="pt", **visual)
+        return {self.renamed_inputs.get(name, name): value for name, value in inputs.items()}
 
     def _cast(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         pixels = [modality["pixels"] for modality in self.modalities if modality["pixels"] in inputs]
