@@ -24,7 +24,7 @@ COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 # CLIP and SigLIP towers lost this level in transformers 5; older versions and vLLM read names only with it.
 TOWER_LEVEL = "vision_model"
 
-VISION_LAYER = re.compile(r"model\.vision_tower\.vision_model\.encoder\.layers\.(\d+)\.")
+VISION_LAYER = re.compile(r"model\.\w+\.(?:vision_model\.)?encoder\.layers?\.(\d+)\.")
 
 
 class LayoutError(ValueError):

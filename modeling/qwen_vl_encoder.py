@@ -79,10 +79,10 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         counts = [rows * columns for rows, columns in frames]
         kwargs.pop("return_dict", None)
         if all(map(self.keeps_all, counts)):
-            everything = self.keep_everything(encode(pixels, grid_thw, return_dict=True, **kwargs))
-            everything.deepstack_features = _split_levels(
-                everything, [len(image) for image in everything.pooler_output]
-            )
+            outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
+            outputs.pooler_output = torch.cat(list(outputs.pooler_output)).split(counts)
+            everything = self.keep_everything(outputs)
+            everything.deepstack_features = _split_levels(outputs, counts)
             return everything
         with self.open_tap() as tap:
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
