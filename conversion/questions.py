@@ -46,7 +46,7 @@ def load_processor(source: str) -> Any:
     """Load a stock processor; ValueError says what to install for one that needs more than this package does."""
     try:
         return AutoProcessor.from_pretrained(source)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         if needs_video_packages(error):
             raise ValueError(f"the processor of {source} does not load: {VIDEO_EXTRA}") from error
         raise

@@ -31,7 +31,7 @@ QUESTION = {"image": "What is in this picture?", "video": "What happens in this 
 NEW_TOKENS = 4
 FRAMES = 8
 VIDEO_PACKAGES = ("torchvision", "num2words")
-VIDEO_EXTRA = "it reads videos too, which takes more packages: pip install 'vispruner[video]'"
+VIDEO_EXTRA = "it needs packages that most others do not: pip install 'vispruner[video]'"
 
 
 class Refused(Exception):
@@ -253,8 +253,9 @@ class Worker:
 
 
 def needs_video_packages(error: BaseException) -> bool:
-    """Say whether a processor failed to load because what only those need that read videos is not installed."""
-    return isinstance(error, ImportError) and any(name in str(error).lower() for name in VIDEO_PACKAGES)
+    """Say whether a processor failed to load because what is needed to read videos is not installed."""
+    is_missing = isinstance(error, ImportError) or "Missing optional dependencies" in str(error)
+    return is_missing and any(name in str(error).lower() for name in VIDEO_PACKAGES)
 
 
 def sample_image(frame: int = 0) -> Image.Image:

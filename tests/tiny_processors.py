@@ -15,6 +15,8 @@ from rows import PLAIN, Row
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from vispruner.pruning_mixin import STOCK_TAKES_FEATURES
+
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 UNKNOWN = PLAIN.stop
 TEMPLATE = """\
@@ -180,8 +182,9 @@ WRITERS: dict[str, Callable[[Row, Any], dict[str, Any]]] = {
     "smolvlm": _smolvlm,
     "video_llava": _video_llava,
 }
-# Without torchvision (and num2words) these cannot be loaded.
-READS_VIDEOS = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava")
+# Without torchvision (and num2words) these cannot be loaded: they read videos, or 5.17 wants it for their images.
+NEED_EXTRA = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava")
+NEED_EXTRA += () if STOCK_TAKES_FEATURES else ("idefics3",)
 
 
 def write_processor(row: Row, folder: Path) -> None:
