@@ -81,7 +81,7 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def open_picture(path: Path, reads_videos: bool) -> Picture:
-    """Read a photo, or at most 8 frames of an animated picture (GIF, WebP, PNG) or of a folder with a file per frame."""
+    """Read a photo, or at most 8 frames of an animated picture (GIF, WebP, PNG) or of a folder, a file per frame."""
     if path.is_dir():
         if not reads_videos:
             raise ValueError(f"{path} is a folder of frames, and this model reads no videos: give a photo")

@@ -54,13 +54,12 @@ def load_processor(source: str) -> Any:
 
 def model_inputs(model: PreTrainedModel, processor: Any, picture: Picture, question: str) -> Any:
     """Return what `generate` takes to answer a question, in the words of the processor's chat template."""
-    kind = "image" if isinstance(picture, Image.Image) else "video"
+    is_photo = isinstance(picture, Image.Image)
+    kind = "image" if is_photo else "video"
     content = [{"type": kind, kind: picture}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    if kind == "image":
-        inputs = processor(images=picture, text=prompt, return_tensors="pt")
-    else:
-        inputs = processor(videos=[list(picture)], text=prompt, return_tensors="pt", do_sample_frames=False)
+    visual = {"images": picture} if is_photo else {"videos": [picture], "do_sample_frames": False}
+    inputs = processor(text=prompt, return_tensors="pt", **visual)
     for name, renamed in model.renamed_inputs.items():
         if name in inputs:
             inputs[renamed] = inputs.pop(name)

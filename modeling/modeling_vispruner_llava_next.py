@@ -80,11 +80,9 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         kept = [self._kept_count(packing, tiles) for packing, tiles in zip(packings, self._tiles(sizes), strict=True)]
         return [len(packing) for packing in packings], kept
 
-    def image_views(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, **arguments: Any
-    ) -> list[list[TokenView]]:
+    def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
         """Return the tiles of each image: the base tile left of the others, which stand as in the image."""
-        sizes = _on_host(image_sizes)
+        sizes = _on_host(arguments["image_sizes"])
         images = pixel_values if pixel_values.dim() == 5 else pixel_values.split(self._tiles(sizes))
         views = []
         for image, size in zip(images, sizes, strict=True):

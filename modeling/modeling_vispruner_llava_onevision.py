@@ -120,11 +120,9 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         )
         return packed[0]
 
-    def image_views(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor, batch_num_images: Any = None, **arguments: Any
-    ) -> list[list[TokenView]]:
+    def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
         """Return the tiles of each image: the base tile left of the others, which stand as in the image."""
-        packings = self.packings(image_sizes, batch_num_images)
+        packings = self.packings(arguments["image_sizes"], arguments.get("batch_num_images"))
         tiles = [packing.tiles for packing in packings]
         images = pixel_values if pixel_values.dim() == 5 else pixel_values.split(tiles)
         views = []

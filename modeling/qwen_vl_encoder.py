@@ -49,17 +49,13 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         side = self.visual.spatial_merge_size
         return [(int(h) // side, int(w) // side) for t, h, w in grid_thw.tolist() for _ in range(int(t))]
 
-    def image_views(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **arguments: Any
-    ) -> list[list[TokenView]]:
+    def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
         """Return every image, put together again from its patches, with a grid of merged tokens."""
-        return self._views(pixel_values, image_grid_thw)
+        return self._views(pixel_values, arguments["image_grid_thw"])
 
-    def video_views(
-        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **arguments: Any
-    ) -> list[list[TokenView]]:
+    def video_views(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
         """Return every frame as an image of its own: the first of its two pictures."""
-        return self._views(pixel_values_videos, video_grid_thw)
+        return self._views(pixel_values_videos, arguments["video_grid_thw"])
 
     def _views(self, pixels: torch.Tensor, grid_thw: torch.Tensor) -> list[list[TokenView]]:
         vision = self.config.vision_config

@@ -204,7 +204,9 @@ def test_with_torchvision_every_check_passes(name: str, published: dict[str, Pub
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_layers_are_dropped_only_where_the_config_says_which_are_unused(name: str, tmp_path: Path, cache: Path) -> None:
+def test_layers_are_dropped_only_where_the_config_says_which_are_unused(
+    name: str, tmp_path: Path, cache: Path
+) -> None:
     row = ROWS[name]
     base = write_base(row, tmp_path / "base")
     config = write_yaml(row, tmp_path)

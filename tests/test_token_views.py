@@ -62,7 +62,7 @@ def test_every_token_that_can_be_kept_has_a_cell(name: str, kind: str, bases: di
     cells = [[view.grid[0] * view.grid[1] for view in item] for item in views]
     assert sum(map(sum, cells)) == sum(part.numel() for part in features.saliency)
     for sizes, kept in zip(cells, features.kept_indices, strict=True):
-        assert -1 <= int(kept.min()) and int(kept.max()) < sum(sizes)
+        assert int(kept.min()) >= -1 and int(kept.max()) < sum(sizes)
     for view in (view for item in views for view in item):
         assert view.pixels.dim() == 3 and view.pixels.shape[0] == 3
         assert view.pixels.shape[1] * view.grid[1] == view.pixels.shape[2] * view.grid[0]  # cells are squares
@@ -101,7 +101,9 @@ def test_a_pixel_changes_the_token_of_the_cell_in_which_it_is_shown(name: str, k
         cells = _changed_cells(before, after)
         tokens = _changed_tokens(features, other)
         if cells and tokens:  # padding has cells and no tokens
-            assert cells == tokens or (name in INTERPOLATED and all(_is_beside(cell, tokens, before) for cell in cells))
+            assert cells == tokens or (
+                name in INTERPOLATED and all(_is_beside(cell, tokens, before) for cell in cells)
+            )
             shown += 1
     assert shown >= PROBES // 4
 

@@ -29,9 +29,8 @@ TEMPLATE = """\
 {%- endfor -%}
 """
 
-# What `written` gets: special tokens by id, files by name with what they hold, how a prompt writes image and video, and
-# the names under which the processor asks the tokenizer for special tokens.
-Files = dict[str, dict[str, Any]]
+# Each function below returns: `tokens`, special ones by id; `files`, what they hold by name; `prompt`, how an image
+# and a video are written; `names` by which the processor asks the tokenizer for special tokens.
 
 
 def _internvl(row: Row, config: Any) -> dict[str, Any]:

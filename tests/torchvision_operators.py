@@ -1,4 +1,4 @@
-"""Declare the two compiled operators that torchvision names on import, for environments where its binary does not load.
+"""Declare the two compiled operators that torchvision names on import, where its binary does not load.
 
 `.ci/run` puts this file and a .pth that imports it into an environment, before torchvision is imported first. Video
 processors use neither of the two.
