@@ -66,7 +66,7 @@ class QwenVLRow:
                 inputs[f"pixel_values{suffix}"] = torch.cat(pixels[token])
                 inputs[f"{name}_grid_thw"] = torch.tensor(grids[token])
         if self.has_seconds and pixels[VIDEO]:
-            inputs["second_per_grid_ts"] = torch.ones(len(pixels[VIDEO]))
+            inputs["second_per_grid_ts"] = torch.full((len(pixels[VIDEO]),), 2.0)  # apart from the default, 1
         return inputs
 
     def written(self, token: int, frames: int, tokens: int) -> list[int]:
