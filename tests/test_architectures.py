@@ -27,6 +27,7 @@ README = Path(__file__).parent.parent / "README.md"
 NEW = 6
 # Padding and batching change the order of sums in matrix products; activations are of order 1 to 10.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}  # of text, which new tokens are too: 0
 
 HELLO, ASK = [11, 12, 13], [14, 15, 16, 17]
 ONE = [HELLO, Image((56, 84), seed=1), ASK]
@@ -142,11 +143,13 @@ def embedded_run(
         places = (inputs["input_ids"] == token) & ~dropped
         embeds[places] = torch.cat(items)
     embeds = embeds[~dropped][None]
+    types = {"token_type_ids": inputs["token_type_ids"][~dropped][None]} if "token_type_ids" in inputs else {}
     new, ends = [], []
     for _ in range(NEW):
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        ends.append(stock(inputs_embeds=embeds, attention_mask=mask).logits[0, -1])
+        ends.append(stock(inputs_embeds=embeds, attention_mask=mask, **types).logits[0, -1])
         new.append(int(ends[-1].argmax()))
+        types = {name: torch.nn.functional.pad(value, (0, 1)) for name, value in types.items()}
         embeds = torch.cat([embeds, stock.get_input_embeddings()(torch.tensor([[new[-1]]]))], dim=1)
     return new, ends[0]
 
@@ -252,7 +255,7 @@ def test_any_other_number_of_placeholders_is_refused(model: Model) -> None:
     inputs = model.prompt(ONE)
     token = model.pruned._placeholder_ids[0]
     column = int((inputs["input_ids"][0] == token).nonzero()[0])
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    for name in ("input_ids", "attention_mask", *TOKEN_TYPES):
         if name in inputs:
             inputs[name] = torch.cat([inputs[name][:, :column], inputs[name][:, column + 1 :]], dim=1)
     for call in (model.pruned, model.pruned.generate):
@@ -295,8 +298,8 @@ def test_decoding_equals_scoring_the_whole_in_one_pass(model: Model) -> None:
     new = result.sequences[:, inputs["input_ids"].shape[1] :]
     whole["input_ids"] = result.sequences
     whole["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
-    if "mm_token_type_ids" in inputs:
-        whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, NEW))
+    for name in TOKEN_TYPES & inputs.keys():
+        whole[name] = torch.nn.functional.pad(inputs[name], (0, NEW))
     scored = logits(model.pruned, whole)[0, -NEW - 1 : -1]
     torch.testing.assert_close(torch.cat(result.logits), scored, **TOLERANCE)
     assert scored.argmax(-1).tolist() == new[0].tolist()
