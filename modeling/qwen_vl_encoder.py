@@ -26,6 +26,14 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
     def vision_attentions(self) -> Sequence[Any]:
         return [block.attn for block in self.visual.blocks]
 
+    def check_prunable(self) -> None:
+        policy = self.vispruner_options.position_policy
+        if policy not in (None, "original"):
+            raise ValueError(
+                f'vispruner_config.position_policy must be null or "original", got {policy!r}: tokens have a time, a '
+                "height and a width here, which cannot be numbered anew"
+            )
+
     def image_token_counts(
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **arguments: Any
     ) -> tuple[list[int], list[int]]:
