@@ -21,12 +21,14 @@ from typing import Any
 import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
+import vispruner
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.questions import SCENE, ask, scene_questions
 
-pytestmark = pytest.mark.skipif(
+needs_server = pytest.mark.skipif(
     not is_serve_available(), reason="`transformers serve` needs `pip install 'vispruner[serve]'`"
 )
 
@@ -135,11 +137,20 @@ def expected(repo: Path) -> dict[str, list[str]]:
     return answers
 
 
+@pytest.mark.parametrize("architecture", sorted(vispruner.ARCHITECTURES))
+def test_every_class_is_known_to_take_images(architecture: str) -> None:
+    """By this table of class names `transformers serve` and pipelines tell what a model takes."""
+    name = vispruner.ARCHITECTURES[architecture].model_class.__name__
+    assert name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+
+
+@needs_server
 def test_answers_are_those_of_the_pruned_repo(server: Server, expected: dict[str, list[str]]) -> None:
     assert expected["pruned"] != expected["dense"]
     assert [text_of(server.ask(question)) for question in QUESTIONS] == expected["pruned"]
 
 
+@needs_server
 @pytest.mark.parametrize("images", [1, 2])
 def test_the_prompt_is_shortened_by_what_was_dropped(server: Server, images: int) -> None:
     """`usage` counts the prompt as the client sent it; the server's log says what the model saw of it."""
@@ -150,6 +161,7 @@ def test_the_prompt_is_shortened_by_what_was_dropped(server: Server, images: int
     ]
 
 
+@needs_server
 def test_a_streamed_answer_is_the_same(server: Server, expected: dict[str, list[str]]) -> None:
     body = server.post([picture(), {"type": "text", "text": QUESTIONS[0]}], stream=True)
     chunks = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line.startswith("data: {")]
@@ -157,12 +169,14 @@ def test_a_streamed_answer_is_the_same(server: Server, expected: dict[str, list[
     assert "".join(pieces).strip() == expected["pruned"][0]
 
 
+@needs_server
 def test_a_prompt_without_an_image_is_left_alone(server: Server) -> None:
     before = len(server.shortened())
     assert server.ask(QUESTIONS[0], images=0)["usage"]["completion_tokens"] > 0
     assert len(server.shortened()) == before
 
 
+@needs_server
 def test_a_broken_image_is_an_error_and_the_server_lives(server: Server, expected: dict[str, list[str]]) -> None:
     broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     with pytest.raises(urllib.error.HTTPError):
@@ -170,6 +184,7 @@ def test_a_broken_image_is_an_error_and_the_server_lives(server: Server, expecte
     assert text_of(server.ask(QUESTIONS[0])) == expected["pruned"][0]
 
 
+@needs_server
 def test_without_trust_remote_code_nothing_is_pruned(
     repo: Path, expected: dict[str, list[str]], tmp_path: Path
 ) -> None:
