@@ -15,6 +15,7 @@ from .configuration_vispruner import VisPrunerConfigMixin
 from .encoded_images import EncodedImages
 from .mrope_positions import MRoPEMixin
 from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
+from .pruning_mixin import give_lm_head_its_own_rows
 from .qwen_vl_encoder import QwenVLEncoderMixin
 
 
@@ -37,16 +38,27 @@ class VisPrunerQwen2_5_VLModel(QwenVLEncoderMixin, Qwen2_5_VLModel):
     def feature_layer(self) -> int:
         return self.saliency_layer(len(self.vision_attentions) - 1)
 
+    @property
+    def whole_image_layers(self) -> list[int]:
+        """The layers that attend over the whole image, ascending."""
+        return sorted(index for index in self.visual.fullatt_block_indexes if index < len(self.vision_attentions))
+
     def saliency_layer(self, layer: int) -> int:
         """Return the layer that attends over the whole image and is the next at or below `layer`, else above it."""
-        whole = sorted(self.visual.fullatt_block_indexes)
+        whole = self.whole_image_layers
         return max((index for index in whole if index <= layer), default=whole[0])
 
     def check_prunable(self) -> None:
-        layer, whole = self.vispruner_options.attention_layer, self.visual.fullatt_block_indexes
+        super().check_prunable()
+        layer, whole = self.vispruner_options.attention_layer, self.whole_image_layers
+        if not whole:
+            raise ValueError(
+                "vision_config.fullatt_block_indexes names no layer of the encoder: tokens are ranked in a layer that "
+                'attends over the whole image (vispruner_config.method="none" loads it dense)'
+            )
         if layer is not None and layer % len(self.vision_attentions) not in whole:
             raise ValueError(
-                f"vispruner_config.attention_layer must be one of {list(whole)}, which attend over the whole image, "
+                f"vispruner_config.attention_layer must be one of {whole}, which attend over the whole image, "
                 f"got {layer}"
             )
 
@@ -79,6 +91,7 @@ class VisPrunerQwen2_5_VLForConditionalGeneration(MRoPEMixin, Qwen2_5_VLForCondi
         super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
         self.model = VisPrunerQwen2_5_VLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
         self.post_init()
 
     def forward(

@@ -11,6 +11,7 @@ from .configuration_vispruner import VisPrunerConfigMixin
 from .encoded_images import EncodedImages
 from .mrope_positions import MRoPEMixin
 from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
+from .pruning_mixin import give_lm_head_its_own_rows
 from .qwen_vl_encoder import QwenVLEncoderMixin
 
 
@@ -53,6 +54,7 @@ class VisPrunerQwen2VLForConditionalGeneration(MRoPEMixin, Qwen2VLForConditional
         super(Qwen2VLForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
         self.model = VisPrunerQwen2VLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
         self.post_init()
 
     def forward(

@@ -3,7 +3,6 @@
 Saliency is read in the last layer of its encoder. Each frame of a video stands behind its timestamp in the prompt.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .configuration_vispruner import VisPrunerConfigMixin
 from .encoded_images import EncodedImages
 from .mrope_positions import MRoPEMixin
 from .pruned_encoder import PrunedImageFeatures
-from .pruning_mixin import STOCK_TAKES_FEATURES
+from .pruning_mixin import give_lm_head_its_own_rows
 from .qwen_vl_encoder import QwenVLEncoderMixin
 
 
@@ -58,24 +57,8 @@ class VisPrunerQwen3VLForConditionalGeneration(MRoPEMixin, Qwen3VLForConditional
         super(Qwen3VLForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
         self.model = VisPrunerQwen3VLModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
         self.post_init()
-
-    def _run_stock(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
-        """On 5.17 features are put in the place of pixels, since those of deepstack go past the embedded prompt."""
-        if STOCK_TAKES_FEATURES:
-            return super()._run_stock(stock_forward, inputs)
-        encoded = inputs.pop("mm_encoder_outputs", None) or {}
-        for modality in self.modalities:
-            features = encoded.get(modality.name)
-            if features is None and inputs.get(modality.pixels) is not None:
-                described = {name: inputs[name] for name in modality.described_by if name in inputs}
-                encode = getattr(self.model, f"get_{modality.name}_features")
-                features = encode(inputs[modality.pixels], **described, return_dict=True)
-            if features is not None:
-                levels = [torch.cat(level) for level in features.deepstack_features]
-                tokens = list(features.pooler_output)
-                inputs[modality.pixels] = PrunedImageFeatures(pooler_output=tokens, deepstack_features=levels)
-        return stock_forward(**inputs)
 
     def forward(
         self,

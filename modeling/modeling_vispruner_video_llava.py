@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 from .configuration_vispruner import VisPrunerConfigMixin
 from .encoded_images import EncodedImages
 from .llava_encoder import TowerEncoderMixin, layers_of
-from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
+from .pruned_encoder import PrunedImageFeatures, TokenView, inherit_checkpoint_conversion
 from .pruning_mixin import Modality, VisPrunerMixin, give_lm_head_its_own_rows
 from .visual_attention import make_tappable
 
@@ -77,17 +77,18 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         **kwargs: Any,
     ) -> PrunedImageFeatures:
         """Encode (B, 3, height, width), select, project; `pooler_output` is (B, T, D)."""
-        pixel_values = pixel_values_images if pixel_values is None else pixel_values
-        if self.keeps_all(self._patches(pixel_values)):
+        names = {"pixel_values": pixel_values, "pixel_values_images": pixel_values_images}
+        pixels = images_by_one_name(names)[IMAGES]
+        if self.keeps_all(self._patches(pixels)):
             outputs = super().get_image_features(
-                pixel_values,
+                pixels,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 **kwargs,
             )
             return self.keep_everything(outputs)
         self.require_patches(vision_feature_select_strategy)
-        outputs, _, tokens = self.encode_with(self.image_tower, pixel_values, vision_feature_layer, **kwargs)
+        outputs, _, tokens = self.encode_with(self.image_tower, pixels, vision_feature_layer, **kwargs)
         images, patches = tokens.saliency.shape
         indices = self.select(tokens, self.vispruner_options.budget(patches))
         return PrunedImageFeatures(
@@ -99,6 +100,10 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
             saliency=tokens.saliency,
             full_counts=[patches] * images,
         )
+
+    def video_views(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
+        """Return every frame as an image of its own; [CLS] has no place in it."""
+        return self.image_views(pixel_values_videos.flatten(0, 1))
 
     def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per frame the visual tokens of a full prompt and those that are kept, [CLS] among them."""
@@ -147,6 +152,8 @@ class VisPrunerVideoLlavaForConditionalGeneration(VisPrunerMixin, VideoLlavaForC
         Modality("video", "pixel_values_videos", ("vision_feature_layer",), "video_token_id"),
     )
 
+    renamed_inputs = {name: IMAGES for name in NAMES_OF_IMAGES if name != IMAGES}
+
     def __init__(self, config: VisPrunerVideoLlavaConfig) -> None:
         super(VideoLlavaForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
         self.model = VisPrunerVideoLlavaModel(config)
@@ -154,9 +161,9 @@ class VisPrunerVideoLlavaForConditionalGeneration(VisPrunerMixin, VideoLlavaForC
         self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
         self.post_init()
 
-    def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As ever; images go by either of the names that stock has had for them."""
-        return super().generate(inputs, generation_config, **images_by_one_name(kwargs))
+        return super().generate(*args, **images_by_one_name(kwargs))
 
     def forward(
         self,

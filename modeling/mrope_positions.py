@@ -4,12 +4,14 @@ The stock model numbers the full prompt; the columns that stay are gathered from
 from the position where the full prompt ended.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .prompt_shortening import ShortenedPrompt
-from .pruning_mixin import Modality, VisPrunerMixin
+from .pruned_encoder import PrunedImageFeatures
+from .pruning_mixin import STOCK_TAKES_FEATURES, Modality, VisPrunerMixin
 
 GRID_IMAGES = Modality("image", "pixel_values", ("image_grid_thw",), "image_token_id")
 GRID_VIDEOS = Modality("video", "pixel_values_videos", ("video_grid_thw",), "video_token_id")
@@ -37,19 +39,57 @@ class MRoPEMixin(VisPrunerMixin):
     def _number_full_prompt(self, inputs: dict[str, Any]) -> torch.Tensor:
         if inputs.get("mm_token_type_ids") is None:
             raise ValueError("mm_token_type_ids are missing: pass all that the processor returned")
+        for modality, token in zip(self.modalities, self._placeholder_ids, strict=True):
+            (grid,) = modality.described_by
+            if inputs.get(grid) is None and (inputs["input_ids"] == token).any():
+                raise ValueError(f"{grid} is missing: positions in a prompt depend on it; pass it with every prompt")
         names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         given = {name: inputs[name] for name in names if inputs.get(name) is not None}
         positions, self.model.rope_deltas = self.model.get_rope_index(inputs["input_ids"], **given)
         return positions
 
     def _positions_after(self, prompt: ShortenedPrompt, positions: torch.Tensor) -> torch.Tensor:
-        shift = prompt.shift.to(positions.device)
         kept = super()._positions_after(prompt, positions)
         if len(kept) == TEXT_ROW:
-            kept[0] += shift
-        if (deltas := self.model.rope_deltas) is not None:  # from the length of a prompt to its next position
-            self.model.rope_deltas = deltas - shift.amin(1, keepdim=True).to(deltas.device)
+            kept[0] += prompt.shift.to(kept.device)
         return kept
+
+    def _shorten(self, inputs: dict[str, Any], *args: Any) -> ShortenedPrompt:
+        """Shorten, and tell stock how far the next position is from the length of the shortened prompt."""
+        positions = inputs.get("position_ids")
+        prompt = super()._shorten(inputs, *args)
+        if positions is not None and positions.dim() == 3:
+            mask = inputs.get("attention_mask")
+            length = prompt.length if mask is None else mask.sum(1).to(positions.device)
+            self.model.rope_deltas = (positions[-3:].amax(dim=(0, 2)) + 1 - length)[:, None]
+        return prompt
+
+    def _run_stock(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
+        """Stock takes pixels or features, not both; that of 5.17, which takes none, is given them as pixels.
+
+        So it can still number the prompt by its ids, and Qwen3-VL gets what goes past the embedded prompt.
+        """
+        encoded = dict(inputs.pop("mm_encoder_outputs", None) or {})
+        if encoded or not STOCK_TAKES_FEATURES:
+            for modality in self.modalities:
+                if (pixels := inputs.pop(modality.pixels, None)) is not None:
+                    described = {name: inputs[name] for name in modality.described_by if name in inputs}
+                    encode = getattr(self.model, f"get_{modality.name}_features")
+                    encoded[modality.name] = encode(pixels, **described, return_dict=True)
+        if encoded and STOCK_TAKES_FEATURES:
+            inputs["mm_encoder_outputs"] = encoded
+        elif encoded:
+            pixels = {modality.name: modality.pixels for modality in self.modalities}
+            inputs |= {pixels[name]: _in_one_tensor_per_level(features) for name, features in encoded.items()}
+        return stock_forward(**inputs)
 
     def _require_contiguous_cache(self, inputs: dict[str, Any]) -> None:
         """The next position is known: stock remembers how far it is from the length of the cache."""
+
+
+def _in_one_tensor_per_level(features: Any) -> PrunedImageFeatures:
+    levels = getattr(features, "deepstack_features", None)
+    return PrunedImageFeatures(
+        pooler_output=list(features.pooler_output),
+        deepstack_features=None if levels is None else [torch.cat(list(level)) for level in levels],
+    )

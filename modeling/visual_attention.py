@@ -115,7 +115,7 @@ class _TappableConfig:
         return self._stock_config._attn_implementation if _open.tap is None else TAPPED_ATTENTION
 
 
-def make_tappable(attention_modules: list[Any]) -> None:
+def make_tappable(attention_modules: Sequence[Any]) -> None:
     """Prepare attention modules for `SaliencyTap`; their computation does not change. Once per model, at creation."""
     for place, module in enumerate(attention_modules):
         if not hasattr(module, "config"):

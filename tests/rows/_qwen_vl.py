@@ -66,7 +66,7 @@ class QwenVLRow:
                 inputs[f"pixel_values{suffix}"] = torch.cat(pixels[token])
                 inputs[f"{name}_grid_thw"] = torch.tensor(grids[token])
         if self.has_seconds and pixels[VIDEO]:
-            inputs["second_per_grid_ts"] = torch.ones(len(pixels[VIDEO]))
+            inputs["second_per_grid_ts"] = torch.full((len(pixels[VIDEO]),), 2.0)  # apart from the default, 1
         return inputs
 
     def written(self, token: int, frames: int, tokens: int) -> list[int]:
@@ -91,7 +91,8 @@ class QwenVLRow:
                 grids = inputs[f"{name}_grid_thw"]
                 frames = self.frames(stock.model.visual, inputs[f"pixel_values{suffix}"], grids)
                 for features, saliency in frames:
-                    budget = max(1, int(len(features) * options["keep_ratio"] + 0.5))
+                    count, ratio = options["visual_token_num"], options["keep_ratio"]
+                    budget = max(1, int(len(features) * ratio + 0.5)) if count is None else min(count, len(features))
                     kept = select_tokens("vispruner", features[None], saliency[None], budget)[0]
                     found[token].append((features[kept], kept))
         return found

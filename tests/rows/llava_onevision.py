@@ -128,17 +128,17 @@ class LlavaOnevisionRow:
 
     @torch.no_grad()
     def reference(self, stock: Any, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> Reference:
-        budget, newline = options["visual_token_num"], stock.model.image_newline
+        newline = stock.model.image_newline
         images, videos = [], []
         for pixels, (size, rows, columns) in zip(inputs.get("pixel_values", ()), images_of(inputs), strict=True):
             features, saliency, projected = encode(stock, pixels[: 1 + rows * columns])
-            stays = {("base", patch) for patch in choose(features[0], saliency[0], budget)}
+            stays = {("base", patch) for patch in choose(features[0], saliency[0], options)}
             pools = {"base": projected[0]}
             if rows:
                 image = (size, rows, columns)
                 rest = self.grid_tokens(features[1:], *image), self.grid_tokens(saliency[1:, :, None], *image)[:, 0]
                 pools["rest"] = self.grid_tokens(projected[1:], *image)
-                stays |= {("rest", place) for place in choose(*rest, budget * rows * columns)}
+                stays |= {("rest", place) for place in choose(*rest, options, rows * columns)}
             layout = self.layout(size, rows, columns)
             places = [place for place, token in enumerate(layout) if token is NEWLINE or token in stays]
             tokens = [newline if layout[n] is NEWLINE else pools[layout[n][0]][layout[n][1]] for n in places]
@@ -147,7 +147,7 @@ class LlavaOnevisionRow:
             tokens, places = [], []
             for number, frame in enumerate(frames):
                 features, saliency, projected = (pool(part[0]) for part in encode(stock, frame[None]))
-                for place in choose(features, saliency[:, 0], budget):
+                for place in choose(features, saliency[:, 0], options):
                     tokens.append(projected[place])
                     places.append(number * POOLED**2 + place)
             videos.append((torch.stack([*tokens, newline]), torch.tensor([*places, len(frames) * POOLED**2])))
@@ -174,8 +174,13 @@ def encode(stock: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return features, outputs.attentions[-1].mean(dim=(1, 2)), stock.model.multi_modal_projector(features)
 
 
-def choose(features: torch.Tensor, saliency: torch.Tensor, budget: int) -> list[int]:
-    return select_tokens("vispruner", features[None], saliency[None], min(budget, len(features)))[0].tolist()
+def choose(features: torch.Tensor, saliency: torch.Tensor, options: Mapping[str, Any], tiles: int = 1) -> list[int]:
+    """Which of a pool's tokens stay: T for each of its tiles, or a fraction of all."""
+    if options["visual_token_num"] is None:
+        budget = max(1, math.floor(len(features) * options["keep_ratio"] + 0.5))
+    else:
+        budget = min(options["visual_token_num"] * tiles, len(features))
+    return select_tokens("vispruner", features[None], saliency[None], budget)[0].tolist()
 
 
 def resized(grid: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
