@@ -178,7 +178,9 @@ def _load_tokenizer(folder: Path, architecture: str, base_config: Mapping[str, A
         # Configs have called it an index, too.
         known = (base_config.get(name) for name in (modality.placeholder, modality.placeholder[:-2] + "index"))
         expected = next((token for token in known if token is not None), None)
-        written = getattr(processor, f"{modality.name}_token_id", None)
+        # The tokenizer first: Gemma 3's processor calls the token so that it replaces by placeholders.
+        told = (getattr(part, f"{modality.name}_token_id", None) for part in (processor.tokenizer, processor))
+        written = next((token for token in told if token is not None), None)
         if None not in (expected, written) and written != expected:
             raise BuildError(
                 f"the base {folder}: the processor's {modality.name} token is {written}, config.json's is {expected}: "

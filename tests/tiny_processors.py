@@ -171,10 +171,46 @@ def _video_llava(row: Row, config: Any) -> dict[str, Any]:
     }
 
 
+def _gemma3(row: Row, config: Any) -> dict[str, Any]:
+    side = config.vision_config.image_size
+    size = {"height": side, "width": side}
+    names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    ids = (config.image_token_index, config.boi_token_index, config.eoi_token_index)
+    return {
+        "tokens": dict(zip(ids, names.values(), strict=True)),
+        "files": {
+            "preprocessor_config.json": {"image_processor_type": "Gemma3ImageProcessor", "size": size, **HALF},
+            "processor_config.json": {
+                "processor_class": "Gemma3Processor",
+                "image_seq_length": config.mm_tokens_per_image,
+            },
+        },
+        "prompt": ("<start_of_image>", ""),
+        "names": names,
+    }
+
+
+def _paligemma(row: Row, config: Any) -> dict[str, Any]:
+    side = config.vision_config.image_size
+    image = {"image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}, **HALF}
+    patches = (side // config.vision_config.patch_size) ** 2
+    return {
+        "tokens": {config.image_token_index: "<image>"},
+        "files": {
+            "preprocessor_config.json": {**image, "image_seq_length": patches},
+            "processor_config.json": {"processor_class": "PaliGemmaProcessor"},
+        },
+        "prompt": ("<image>", ""),
+        "names": {"image_token": "<image>"},
+    }
+
+
 WRITERS: dict[str, Callable[[Row, Any], dict[str, Any]]] = {
+    "gemma3": _gemma3,
     "idefics3": _idefics3,
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
+    "paligemma": _paligemma,
     "qwen2_5_vl": _qwen,
     "qwen2_vl": lambda row, config: _qwen(row, config, "Qwen2VL"),
     "qwen3_vl": lambda row, config: _qwen(row, config, "Qwen3VL"),
