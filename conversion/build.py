@@ -178,13 +178,13 @@ def _load_tokenizer(folder: Path, architecture: str, base_config: Mapping[str, A
         # Configs have called it an index, too.
         known = (base_config.get(name) for name in (modality.placeholder, modality.placeholder[:-2] + "index"))
         expected = next((token for token in known if token is not None), None)
-        # The tokenizer first: Gemma 3's processor calls the token so that it replaces by placeholders.
-        told = (getattr(part, f"{modality.name}_token_id", None) for part in (processor.tokenizer, processor))
-        written = next((token for token in told if token is not None), None)
-        if None not in (expected, written) and written != expected:
+        # Gemma's processor calls what begins an image its image token, and its tokenizer the placeholder.
+        parts = (processor, processor.tokenizer)
+        written = {getattr(part, f"{modality.name}_token_id", None) for part in parts} - {None}
+        if expected is not None and written and expected not in written:
             raise BuildError(
-                f"the base {folder}: the processor's {modality.name} token is {written}, config.json's is {expected}: "
-                "processor and model do not belong together"
+                f"the base {folder}: the processor's {modality.name} token is {min(written)}, config.json's is "
+                f"{expected}: processor and model do not belong together"
             )
     return processor.tokenizer
 

@@ -173,35 +173,41 @@ def _video_llava(row: Row, config: Any) -> dict[str, Any]:
 
 def _gemma3(row: Row, config: Any) -> dict[str, Any]:
     side = config.vision_config.image_size
-    size = {"height": side, "width": side}
-    names = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-    ids = (config.image_token_index, config.boi_token_index, config.eoi_token_index)
+    special = {
+        config.image_token_index: "<image_soft_token>",
+        config.boi_token_index: "<start_of_image>",
+        config.eoi_token_index: "<end_of_image>",
+    }
+    image = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": side, "width": side}, **HALF}
     return {
-        "tokens": dict(zip(ids, names.values(), strict=True)),
+        "tokens": special,
         "files": {
-            "preprocessor_config.json": {"image_processor_type": "Gemma3ImageProcessor", "size": size, **HALF},
+            "preprocessor_config.json": image,
             "processor_config.json": {
                 "processor_class": "Gemma3Processor",
                 "image_seq_length": config.mm_tokens_per_image,
             },
         },
         "prompt": ("<start_of_image>", ""),
-        "names": names,
+        "names": dict(zip(("image_token", "boi_token", "eoi_token"), special.values(), strict=True)),
     }
 
 
 def _paligemma(row: Row, config: Any) -> dict[str, Any]:
-    side = config.vision_config.image_size
-    image = {"image_processor_type": "SiglipImageProcessor", "size": {"height": side, "width": side}, **HALF}
-    patches = (side // config.vision_config.patch_size) ** 2
+    vision = config.vision_config
     return {
         "tokens": {config.image_token_index: "<image>"},
         "files": {
-            "preprocessor_config.json": {**image, "image_seq_length": patches},
+            "preprocessor_config.json": {
+                "image_processor_type": "SiglipImageProcessor",
+                "size": {"height": vision.image_size, "width": vision.image_size},
+                "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+                **HALF,
+            },
             "processor_config.json": {"processor_class": "PaliGemmaProcessor"},
         },
         "prompt": ("<image>", ""),
-        "names": {"image_token": "<image>"},
+        "names": {},
     }
 
 
