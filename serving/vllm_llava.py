@@ -9,7 +9,7 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .vllm_pruning import PrunedVision, launch_options
+from .vllm_pruning import TOWER_NAMES, PrunedVision, launch_options
 
 
 class VisPrunerLlavaProcessingInfo(LlavaProcessingInfo):
@@ -25,6 +25,8 @@ class VisPrunerLlavaProcessingInfo(LlavaProcessingInfo):
 )
 class VisPrunerLlavaForConditionalGeneration(PrunedVision, LlavaForConditionalGeneration):
     """vLLM's LLaVA that projects only the visual tokens its `vispruner_config` keeps (arXiv 2412.01818)."""
+
+    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
 
     def _image_pixels_to_features(self, vision_tower: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.keeps_all:

@@ -16,7 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vispruner.configuration_vispruner import VisPrunerOptions
 from vispruner.modeling_vispruner_llava_next import paper_order
 
-from .vllm_pruning import PrunedVision, launch_options, patches_per_tile
+from .vllm_pruning import TOWER_NAMES, PrunedVision, launch_options, patches_per_tile
 
 
 def _tile_grid(config: Any, height: int, width: int) -> tuple[int, int]:
@@ -51,6 +51,7 @@ class VisPrunerLlavaNextProcessingInfo(LlavaNextProcessingInfo):
 class VisPrunerLlavaNextForConditionalGeneration(PrunedVision, LlavaNextForConditionalGeneration):
     """vLLM's LLaVA-NeXT that projects only the visual tokens its `vispruner_config` keeps (arXiv 2412.01818)."""
 
+    hf_to_vllm_mapper = LlavaNextForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
     supports_tower_connector_lora = False  # stock counts the rows of tower and projector from unpruned tiles
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:

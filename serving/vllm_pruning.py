@@ -3,6 +3,7 @@
 The method is the package's own: nothing here knows how tokens are ranked.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,15 +13,21 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
 from vispruner.token_selection import SELECTORS, select_tokens
 from vispruner.visual_attention import cls_saliency, resolve_attention_layer
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers say
 
 HOW_TO_SET = "--hf-overrides '{\"vispruner_config\": {\"visual_token_num\": 128}}'"
+
+# What transformers 5 saves lacks a level of the tower's names that vLLM's own LLaVA expects.
+TOWER_NAMES = WeightsMapper(
+    orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): "vision_tower.vision_model."}
+)
 
 
 def launch_options(model_config: ModelConfig) -> VisPrunerOptions:
