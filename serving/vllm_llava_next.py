@@ -67,7 +67,6 @@ class VisPrunerLlavaNextForConditionalGeneration(PrunedVision, LlavaNextForCondi
         pixel_values = torch.cat([image[:count] for image, count in images])  # images of one prompt are padded alike
         features, indices = self.select_features(pixel_values)
         patches = []
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         for image, kept, grid in zip(features.split(tiles), indices.split(tiles), grids, strict=True):
-            patches.append(image.flatten(0, 1)[paper_order(kept, *grid, side)])
+            patches.append(image.flatten(0, 1)[paper_order(kept, *grid, self.side)])
         return self.multi_modal_projector(torch.cat(patches)).split([len(image) for image in patches])

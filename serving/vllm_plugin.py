@@ -7,9 +7,7 @@ from importlib.util import find_spec
 
 # Module and class by the name in config.json's `architectures`; vLLM imports the module when it serves one of them.
 MODELS = {
-    "VisPrunerLlavaForConditionalGeneration": (
-        "vispruner.serving.vllm_llava:VisPrunerLlavaForConditionalGeneration"
-    ),
+    "VisPrunerLlavaForConditionalGeneration": ("vispruner.serving.vllm_llava:VisPrunerLlavaForConditionalGeneration"),
     "VisPrunerLlavaNextForConditionalGeneration": (
         "vispruner.serving.vllm_llava_next:VisPrunerLlavaNextForConditionalGeneration"
     ),

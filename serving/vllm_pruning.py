@@ -17,12 +17,13 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
-from vispruner.token_selection import SELECTORS, select_tokens
-from vispruner.visual_attention import cls_saliency, resolve_attention_layer
+from vispruner.pruned_encoder import VisPrunerModelMixin, VisualTokens
+from vispruner.token_selection import SELECTORS
+from vispruner.visual_attention import cls_saliency
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers say
 
-HOW_TO_SET = "--hf-overrides '{\"vispruner_config\": {\"visual_token_num\": 128}}'"
+HOW_TO_SET = '--hf-overrides \'{"vispruner_config": {"visual_token_num": 128}}\''
 
 # What transformers 5 saves lacks a level of the tower's names that vLLM's own LLaVA expects.
 TOWER_NAMES = WeightsMapper(
@@ -72,12 +73,14 @@ def _check(config: Any, options: VisPrunerOptions) -> None:
             f"vision_feature_layer must be one layer, got {config.vision_feature_layer}: vLLM's tower has one output"
         )
     layers = config.vision_config.num_hidden_layers
-    built = config.vision_feature_layer % (layers + 1)
-    layer = resolve_attention_layer(options.attention_layer, [config.vision_feature_layer], layers) % layers
-    if layer >= built:
+    built = config.vision_feature_layer % (layers + 1)  # vLLM builds the tower up to the layer that features come from
+    if built == 0:
+        raise ValueError("vision_feature_layer 0 is the embedding, which no attention layer produces")
+    wanted = built - 1 if options.attention_layer is None else options.attention_layer
+    if not -layers <= wanted < layers or wanted % layers >= built:
         raise ValueError(
-            f"vispruner_config.attention_layer must be below {built}, got {layer}: vLLM builds the vision tower only "
-            "up to the layer that features come from"
+            f"vispruner_config.attention_layer must be one of the first {built} encoder layers, got {wanted}: features "
+            f"come from those, and vLLM builds no more of the {layers}"
         )
 
 
@@ -91,6 +94,8 @@ class PrunedVision:
 
     config: Any
     vision_tower: Any
+    vispruner_options: VisPrunerOptions
+    select = VisPrunerModelMixin.select
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         options = launch_options(vllm_config.model_config)
@@ -105,11 +110,16 @@ class PrunedVision:
         patches = patches_per_tile(self.config)
         return self.vispruner_options.budget(patches) == patches
 
+    @property
+    def side(self) -> int:
+        """Patches along one side of an image or tile."""
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
     def select_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode tiles (B, 3, height, width); return all features (B, N, C) and the kept indices (B, T)."""
-        options = self.vispruner_options
-        layers = self.vision_tower.vision_model.encoder.layers
-        attention = layers[-1 if options.attention_layer is None else options.attention_layer].self_attn
+        """Encode images or tiles (B, 3, height, width); return their features (B, N, C) and the kept indices (B, T)."""
+        wanted, layers = self.vispruner_options.attention_layer, self.config.vision_config.num_hidden_layers
+        encoder = self.vision_tower.vision_model.encoder
+        attention = encoder.layers[-1 if wanted is None else wanted % layers].self_attn
         with _recorded_queries_and_keys(attention.attn) as recorded:
             features = super()._image_pixels_to_features(self.vision_tower, pixel_values)  # type: ignore[misc]
         if len(recorded) != 1:
@@ -117,16 +127,12 @@ class PrunedVision:
                 f"{type(attention.attn).__name__} was called {len(recorded)} times instead of once, so tokens cannot "
                 "be ranked: this version of vLLM is not supported"
             )
-        indices = select_tokens(
-            options.method,
-            features,
-            _saliency(attention, *recorded[0]),
-            options.budget(features.shape[1]),
-            important_ratio=options.important_ratio,
-            dedup_step=options.dedup_step,
-            seed=options.seed,
-        )
-        return features, indices
+        tokens = VisualTokens(features, _saliency(attention, *recorded[0]), grid=(self.side, self.side))
+        return features, self.select(tokens, self.vispruner_options.budget(features.shape[1]))
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Turn features (..., C) into visual tokens (..., D), for the selectors that compare those."""
+        return self.multi_modal_projector(features)  # type: ignore[attr-defined]
 
 
 def _read_weights_of_base(model_config: ModelConfig, options: VisPrunerOptions) -> None:
