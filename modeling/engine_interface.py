@@ -70,7 +70,10 @@ class EngineProcessorMixin:
         """Stock, and read how many tokens are kept from the config.json beside the processor's files."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         files = {name: kwargs[name] for name in FILE_ARGUMENTS if name in kwargs}
-        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **files)
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **files)
+        except OSError:  # a processor that was saved without its model: no engine can use it, everyone else can
+            return processor
         processor.vispruner_config = config.get("vispruner_config")
         return processor
 
@@ -125,3 +128,6 @@ class VisPrunerLlavaNextProcessor(EngineProcessorMixin, LlavaNextProcessor):
         side = images.crop_size["height"]
         rows, columns = get_anyres_image_grid_shape([int(v) for v in image_size], images.image_grid_pinpoints, side)
         return options.budget((side // self.patch_size) ** 2) * (1 + rows * columns)
+
+
+ENGINE_PROCESSORS = {"llava": VisPrunerLlavaProcessor, "llava_next": VisPrunerLlavaNextProcessor}

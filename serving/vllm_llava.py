@@ -1,5 +1,7 @@
 """LLaVA-1.5 in vLLM with visual token pruning: an image takes T placeholders of the prompt instead of N."""
 
+from functools import cached_property
+
 import torch
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
@@ -9,6 +11,8 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from vispruner.configuration_vispruner import VisPrunerOptions
+
 from .vllm_pruning import TOWER_NAMES, PrunedVision, launch_options
 
 
@@ -17,7 +21,11 @@ class VisPrunerLlavaProcessingInfo(LlavaProcessingInfo):
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         patches = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
-        return launch_options(self.ctx.model_config).budget(patches)
+        return self.vispruner_options.budget(patches)
+
+    @cached_property
+    def vispruner_options(self) -> VisPrunerOptions:
+        return launch_options(self.ctx.model_config)
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -15,7 +15,7 @@ MODELS = {
 
 
 def register() -> None:
-    """Register the pruned architectures with vLLM; again is no different from once, and without vLLM it does nothing."""
+    """Register the pruned architectures with vLLM, once however often it is called; without vLLM do nothing."""
     if find_spec("vllm") is None:
         return
     from vllm import ModelRegistry

@@ -16,14 +16,13 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
-from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
+from vispruner.configuration_vispruner import VisPrunerOptions
 from vispruner.pruned_encoder import VisPrunerModelMixin, VisualTokens
-from vispruner.token_selection import SELECTORS
 from vispruner.visual_attention import cls_saliency
 
-logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers say
+from .launch_options import attention_layer, merged_options, side_of_tile
 
-HOW_TO_SET = '--hf-overrides \'{"vispruner_config": {"visual_token_num": 128}}\''
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers say
 
 # What transformers 5 saves lacks a level of the tower's names that vLLM's own LLaVA expects.
 TOWER_NAMES = WeightsMapper(
@@ -32,61 +31,16 @@ TOWER_NAMES = WeightsMapper(
 
 
 def launch_options(model_config: ModelConfig) -> VisPrunerOptions:
-    """Return the `vispruner_config` of this launch: that of the repo with the one of --hf-overrides laid over it.
+    """Return the `vispruner_config` of this launch, that of --hf-overrides laid over the repo's.
 
-    Raises ValueError for a config that cannot be served pruned. vLLM itself replaces the repo's by the launch's.
+    vLLM itself has replaced the repo's by the launch's, so the repo's is read again.
     """
     config, overrides = model_config.hf_config, model_config.hf_overrides
     given = overrides.get("vispruner_config") if isinstance(overrides, dict) else None
-    stored = getattr(config, "vispruner_config", None)
-    if given is not None:
-        repo = get_hf_file_to_dict("config.json", model_config.model, model_config.revision) or {}
-        stored = repo.get("vispruner_config")
-    if given is None and stored is None:
-        raise ValueError(f"{model_config.model} has no vispruner_config: say how many tokens to keep, {HOW_TO_SET}")
-    options = VisPrunerOptions.from_dict(merge_vispruner_config(stored, given))
-    if options.method != "none":
-        _check(config, options)
-    return options
-
-
-def _check(config: Any, options: VisPrunerOptions) -> None:
-    if options.method not in SELECTORS:
-        raise ValueError(
-            f"vispruner_config.method must be one of {[*sorted(SELECTORS), 'none']}, got {options.method!r}"
-        )
-    if options.position_policy == "original":
-        raise ValueError(
-            'vispruner_config.position_policy "original" cannot be served: vLLM numbers the tokens of a prompt itself '
-            '(use null or "renumber")'
-        )
-    tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
-    if tower != "clip_vision_model":
-        raise ValueError(
-            f"vision_config.model_type must be clip_vision_model, got {tower!r}: tokens are ranked by the attention "
-            "of a [CLS] token, which it lacks"
-        )
-    if strategy != "default":
-        raise ValueError(f'vision_feature_select_strategy must be "default" (no [CLS]), got {strategy!r}')
-    if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(
-            f"vision_feature_layer must be one layer, got {config.vision_feature_layer}: vLLM's tower has one output"
-        )
-    layers = config.vision_config.num_hidden_layers
-    built = config.vision_feature_layer % (layers + 1)  # vLLM builds the tower up to the layer that features come from
-    if built == 0:
-        raise ValueError("vision_feature_layer 0 is the embedding, which no attention layer produces")
-    wanted = built - 1 if options.attention_layer is None else options.attention_layer
-    if not -layers <= wanted < layers or wanted % layers >= built:
-        raise ValueError(
-            f"vispruner_config.attention_layer must be one of the first {built} encoder layers, got {wanted}: features "
-            f"come from those, and vLLM builds no more of the {layers}"
-        )
-
-
-def patches_per_tile(config: Any) -> int:
-    """Return N, the visual tokens of one image or tile before pruning."""
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    if given is None:
+        return merged_options(config, getattr(config, "vispruner_config", None), None)
+    repo = get_hf_file_to_dict("config.json", model_config.model, model_config.revision) or {}
+    return merged_options(config, repo.get("vispruner_config"), given)
 
 
 class PrunedVision:
@@ -95,6 +49,7 @@ class PrunedVision:
     config: Any
     vision_tower: Any
     vispruner_options: VisPrunerOptions
+    supports_tower_connector_lora = False  # stock counts the rows of tower and projector without pruning
     select = VisPrunerModelMixin.select
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -102,24 +57,22 @@ class PrunedVision:
         _read_weights_of_base(vllm_config.model_config, options)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.vispruner_options = options
-        patches = patches_per_tile(self.config)
+        patches = self.side**2
         logger.info_once("VisPruner keeps %d of %d visual tokens per image or tile", options.budget(patches), patches)
-
-    @property
-    def keeps_all(self) -> bool:
-        patches = patches_per_tile(self.config)
-        return self.vispruner_options.budget(patches) == patches
 
     @property
     def side(self) -> int:
         """Patches along one side of an image or tile."""
-        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+        return side_of_tile(self.config)
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.vispruner_options.budget(self.side**2) == self.side**2
 
     def select_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode images or tiles (B, 3, height, width); return their features (B, N, C) and the kept indices (B, T)."""
-        wanted, layers = self.vispruner_options.attention_layer, self.config.vision_config.num_hidden_layers
-        encoder = self.vision_tower.vision_model.encoder
-        attention = encoder.layers[-1 if wanted is None else wanted % layers].self_attn
+        """Encode images or tiles (B, 3, height, width); return features (B, N, C) and kept indices (B, T)."""
+        layers = self.vision_tower.vision_model.encoder.layers
+        attention = layers[attention_layer(self.config, self.vispruner_options)].self_attn
         with _recorded_queries_and_keys(attention.attn) as recorded:
             features = super()._image_pixels_to_features(self.vision_tower, pixel_values)  # type: ignore[misc]
         if len(recorded) != 1:
@@ -137,9 +90,12 @@ class PrunedVision:
 
 def _read_weights_of_base(model_config: ModelConfig, options: VisPrunerOptions) -> None:
     """Let vLLM read the weights of a thin repo, which holds none, where its config.json says they are."""
-    if options.weights == "thin" and options.base_model_name_or_path != model_config.model:
-        logger.info_once("Weights come from %s at %s", options.base_model_name_or_path, options.base_model_revision)
-        model_config.model, model_config.revision = options.base_model_name_or_path, options.base_model_revision
+    base, revision = options.base_model_name_or_path, options.base_model_revision
+    if options.weights == "thin" and base != model_config.model:
+        logger.info_once("The weights are those of %s at %s", base, revision)
+        model_config.model, model_config.revision = base, revision
+        if isinstance(model_config.hf_overrides, dict):  # from now on the repo's own config.json is out of reach
+            model_config.hf_overrides = {**model_config.hf_overrides, "vispruner_config": options.to_dict()}
 
 
 @contextmanager
