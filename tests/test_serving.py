@@ -83,8 +83,6 @@ def test_without_vllm_the_plugin_is_silent_and_imports_neither_vllm_nor_torch() 
 def test_vllm_finds_the_plugin_by_an_entry_point_and_tests_do_not_install_vllm() -> None:
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     entry_point = '[project.entry-points."vllm.general_plugins"]\nvispruner = "vispruner.serving.vllm_plugin:register"'
-        '[project.entry-points."vllm.general_plugins"]\nvispruner = "vispruner.serving.vllm_plugin:register"\n'
-    )
     assert entry_point in project
     assert re.findall(r"^.*vllm[<>=].*$", project, re.MULTILINE) == ['vllm = ["vllm>=0.32,<0.33"]']
 
