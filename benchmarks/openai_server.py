@@ -26,6 +26,7 @@ from PIL import Image
 
 START_TIMEOUT = 300.0
 REQUEST_TIMEOUT = 120.0
+LOG_TAIL = 20_000  # characters; vLLM says what is wrong long before it ends
 
 
 class ServerError(RuntimeError):
@@ -96,13 +97,13 @@ class OpenAIServer:
         end = time.monotonic() + START_TIMEOUT
         while time.monotonic() < end:
             if self.process.poll() is not None:
-                raise ServerError(f"the server ended while starting:\n{self.log_text()[-4000:]}")
+                raise ServerError(f"the server ended while starting:\n{self.log_text()[-LOG_TAIL:]}")
             try:
                 if self.get("/health") is not None:
                     return
             except (OSError, http.client.HTTPException, ServerError):
                 time.sleep(0.2)
-        raise ServerError(f"the server was not ready after {START_TIMEOUT:.0f} s:\n{self.log_text()[-4000:]}")
+        raise ServerError(f"the server was not ready after {START_TIMEOUT:.0f} s:\n{self.log_text()[-LOG_TAIL:]}")
 
     def log_text(self) -> str:
         """Return what server and engine wrote until now."""
@@ -144,6 +145,7 @@ class OpenAIServer:
         body = {
             "model": "model",
             "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+            "add_special_tokens": True,  # the chat templates of LLaVA leave the first one to the tokenizer
             "temperature": 0,
             "max_tokens": 16,
             "stream": True,

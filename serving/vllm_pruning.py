@@ -116,4 +116,4 @@ def _saliency(attention: Any, query: torch.Tensor, key: torch.Tensor) -> torch.T
     saliency = cls_saliency(query, key, attention.scale)
     if attention.tp_size == 1:
         return saliency
-    return tensor_model_parallel_all_reduce(saliency) / attention.tp_size
+    return tensor_model_parallel_all_reduce(saliency.contiguous()) / attention.tp_size

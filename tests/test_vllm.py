@@ -114,7 +114,13 @@ def require_equal_answers(answers: list[Answer], asked: list[Asked], budget: int
 
 def recorded_accuracy(budget: int) -> float:
     rows = json.loads(RECORD.read_text(encoding="utf-8"))["rows"]
-    (found,) = [row["accuracy"] for row in rows if (row["selector"], row["visual_token_num"]) == ("vispruner", budget)]
+    wanted = {
+        "selector": "vispruner",
+        "visual_token_num": budget,
+        "important_ratio": 0.5,
+        "position_policy": "renumber",
+    }
+    (found,) = [row["accuracy"] for row in rows if all(row[name] == value for name, value in wanted.items())]
     return found
 
 
@@ -125,16 +131,18 @@ def stock_answers(repo: Path, asked: list[Asked], serve: partial[OpenAIServer]) 
         return ask_all(server, asked)
 
 
+@pytest.fixture(scope="class")
+def server(repo: Path, serve: partial[OpenAIServer]) -> Iterator[OpenAIServer]:
+    with serve("repo", repo) as running:
+        yield running
+
+
+@pytest.fixture(scope="class")
+def answers(server: OpenAIServer, asked: list[Asked]) -> list[Answer]:
+    return ask_all(server, asked)
+
+
 class TestBuiltRepo:
-    @pytest.fixture(scope="class")
-    def server(self, repo: Path, serve: partial[OpenAIServer]) -> Iterator[OpenAIServer]:
-        with serve("repo", repo) as server:
-            yield server
-
-    @pytest.fixture(scope="class")
-    def answers(self, server: OpenAIServer, asked: list[Asked]) -> list[Answer]:
-        return ask_all(server, asked)
-
     def test_every_prompt_is_shorter_by_exactly_the_dropped_tokens(
         self, answers: list[Answer], stock_answers: list[Answer]
     ) -> None:
@@ -187,13 +195,14 @@ class TestBuiltRepo:
         wait_until_idle(server)
         assert server.ask(asked[0].text, [asked[0].url]).prompt_tokens > 18
 
-    def test_a_thousand_requests_leave_nothing_behind(self, server: OpenAIServer, asked: list[Asked]) -> None:
-        ask_all(server, asked)  # what is allocated once is now there
+    def test_thousands_of_requests_leave_nothing_behind(self, server: OpenAIServer, asked: list[Asked]) -> None:
+        """What is allocated as it is needed approaches an end; a leak of 64 kB a request, one image's, would not."""
+        ask_all(server, (asked * 4)[:1000])
         before = resident_bytes(server)
         ask_all(server, (asked * 4)[:1000])
         wait_until_idle(server)
         assert server.metrics()["kv_cache_usage_perc"] == 0
-        assert resident_bytes(server) - before < 64 * 2**20
+        assert resident_bytes(server) - before < 1000 * 2**16
 
 
 def wait_until_idle(server: OpenAIServer) -> None:
@@ -241,7 +250,7 @@ def test_the_repos_own_code_is_served_pruned_without_the_plugin(
 def test_without_plugin_and_remote_code_the_repo_is_refused_and_never_dense(
     repo: Path, serve: partial[OpenAIServer]
 ) -> None:
-    with pytest.raises(ServerError, match="contains custom code"), serve("refused", repo, plugin=False):
+    with pytest.raises(ServerError, match="are not supported for now"), serve("refused", repo, plugin=False):
         pass
 
 
@@ -271,10 +280,10 @@ def test_llava_next_keeps_the_budget_of_every_tile_and_a_thin_repo_finds_its_wei
     model, processor = vispruner.load(base, visual_token_num=12).eval(), AutoProcessor.from_pretrained(base)
     pictures = [photo, photo.transpose(Image.Transpose.ROTATE_90), photo.crop((60, 40, 260, 240))]
     with serve("next", thin) as server:
-        text_only = server.ask("What is this?").prompt_tokens
         for image in pictures:
             inputs = questions.model_inputs(model, processor, image, "What is this?")
-            _, (kept,) = model.visual_token_counts(inputs["pixel_values"], inputs["image_sizes"])
+            (full,), (kept,) = model.visual_token_counts(inputs["pixel_values"], inputs["image_sizes"])
             answer = server.ask("What is this?", [data_url(image)])
-            assert kept == 12 * len(inputs["pixel_values"][0]) and kept <= answer.prompt_tokens - text_only <= kept + 2
+            assert kept == 12 * len(inputs["pixel_values"][0])
+            assert answer.prompt_tokens == inputs["input_ids"].shape[1] - full + kept
             assert answer.text == questions.ask(model, processor, image, "What is this?")
