@@ -50,12 +50,12 @@ class PrunedVision:
     vision_tower: Any
     vispruner_options: VisPrunerOptions
     supports_tower_connector_lora = False  # stock counts the rows of tower and projector without pruning
-    select = VisPrunerModelMixin.select
+    select: Any = VisPrunerModelMixin.select  # which needs of a model no more than these options and `project`
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         options = launch_options(vllm_config.model_config)
         _read_weights_of_base(vllm_config.model_config, options)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.vispruner_options = options
         patches = self.side**2
         logger.info_once("VisPruner keeps %d of %d visual tokens per image or tile", options.budget(patches), patches)
