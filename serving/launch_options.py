@@ -9,7 +9,10 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
 from vispruner.token_selection import SELECTORS
+from vispruner.visual_attention import Reading
 
+# What a selector may ask for beside features and saliency.
+SELECTOR_INPUTS = frozenset({"projected", "grid", "layer_saliency"})
 HOW_TO_SET = '--hf-overrides \'{"vispruner_config": {"visual_token_num": 128}}\''
 
 
@@ -26,6 +29,8 @@ def merged_options(config: Any, stored: dict[str, Any] | None, given: dict[str, 
     if options.method not in SELECTORS:
         allowed = [*sorted(SELECTORS), "none"]
         raise ValueError(f"vispruner_config.method must be one of {allowed}, got {options.method!r}")
+    if missing := sorted(SELECTORS[options.method].needs - SELECTOR_INPUTS):
+        raise ValueError(f'vispruner_config.method "{options.method}" needs {", ".join(missing)}, which is not served')
     if options.position_policy == "original":
         raise ValueError(
             'vispruner_config.position_policy "original" cannot be served: the engine numbers the tokens of a prompt '
@@ -54,22 +59,27 @@ def _check_tower(config: Any, options: VisPrunerOptions) -> None:
             f"vision_feature_layer must be one layer, got {config.vision_feature_layer}: the engine's tower has one "
             "output"
         )
-    attention_layer(config, options)
+    readings(config, options)
 
 
-def attention_layer(config: Any, options: VisPrunerOptions) -> int:
-    """Return the number of the encoder layer whose attention ranks tokens; the engine must have built it."""
+def readings(config: Any, options: VisPrunerOptions) -> list[Reading]:
+    """Return what to read of which encoder layer: first the saliency that ranks tokens, then what the method adds."""
     layers = config.vision_config.num_hidden_layers
-    built = config.vision_feature_layer % (layers + 1)  # the tower ends where features come from
+    built = config.vision_feature_layer % (layers + 1)  # the engine's tower ends where features come from
     if built == 0:
         raise ValueError("vision_feature_layer 0 is the embedding, which no attention layer produces")
-    wanted = built - 1 if options.attention_layer is None else options.attention_layer
-    if not -layers <= wanted < layers or wanted % layers >= built:
-        raise ValueError(
-            f"vispruner_config.attention_layer must be one of the first {built} encoder layers, got {wanted}: "
-            f"features come from those, and the engine builds no more of the {layers}"
-        )
-    return wanted % layers
+    selector, wanted = SELECTORS[options.method], options.attention_layer
+    found = [Reading(built - 1 if wanted is None else wanted, "cls")]
+    if selector.saliency_layers is not None:
+        kind = "received_behind_cls" if selector.saliency_kind == "received" else selector.saliency_kind
+        found += [Reading(layer, kind) for layer in selector.saliency_layers(layers, built - 1)]
+    for layer, _ in found:
+        if not -layers <= layer < layers or layer % layers >= built:
+            raise ValueError(
+                f"vispruner_config: attention must be read from the first {built} encoder layers, not from {layer}: "
+                f"features come from those, and the engine builds no more of the {layers}"
+            )
+    return [Reading(layer % layers, kind) for layer, kind in found]
 
 
 def side_of_tile(config: Any) -> int:

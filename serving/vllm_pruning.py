@@ -5,7 +5,7 @@ The method is the package's own: nothing here knows how tokens are ranked.
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vispruner.configuration_vispruner import VisPrunerOptions
 from vispruner.pruned_encoder import VisPrunerModelMixin, VisualTokens
-from vispruner.visual_attention import cls_saliency
+from vispruner.visual_attention import SALIENCY_KINDS
 
-from .launch_options import attention_layer, merged_options, side_of_tile
+from .launch_options import merged_options, readings, side_of_tile
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers say
 
@@ -72,15 +72,21 @@ class PrunedVision:
     def select_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode images or tiles (B, 3, height, width); return features (B, N, C) and kept indices (B, T)."""
         layers = self.vision_tower.vision_model.encoder.layers
-        attention = layers[attention_layer(self.config, self.vispruner_options)].self_attn
-        with _recorded_queries_and_keys(attention.attn) as recorded:
+        wanted = readings(self.config, self.vispruner_options)
+        attentions = [layers[reading.layer].self_attn for reading in wanted]
+        with _recorded_queries_and_keys([attention.attn for attention in attentions]) as recorded:
             features = super()._image_pixels_to_features(self.vision_tower, pixel_values)  # type: ignore[misc]
-        if len(recorded) != 1:
+        if [len(calls) for calls in recorded] != [1] * len(recorded):
             raise RuntimeError(
-                f"{type(attention.attn).__name__} was called {len(recorded)} times instead of once, so tokens cannot "
-                "be ranked: this version of vLLM is not supported"
+                f"{type(attentions[0].attn).__name__} was not called once in every layer that tokens are ranked by: "
+                "this version of vLLM is not supported"
             )
-        tokens = VisualTokens(features, _saliency(attention, *recorded[0]), grid=(self.side, self.side))
+        saliency, *others = [
+            _saliency(reading.kind, attention, *calls[0])
+            for reading, attention, calls in zip(wanted, attentions, recorded, strict=True)
+        ]
+        further = torch.stack(others, dim=1) if others else None
+        tokens = VisualTokens(features, saliency, further, (self.side, self.side))
         return features, self.select(tokens, self.vispruner_options.budget(features.shape[1]))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
@@ -99,21 +105,21 @@ def _read_weights_of_base(model_config: ModelConfig, options: VisPrunerOptions) 
 
 
 @contextmanager
-def _recorded_queries_and_keys(attention: nn.Module) -> Iterator[list[Sequence[torch.Tensor]]]:
-    """Record what vLLM's attention layer is called with: queries, keys, values by position, (B, 1+N, H * d) each."""
-    recorded: list[Sequence[torch.Tensor]] = []
-    handle = attention.register_forward_pre_hook(lambda _, arguments: recorded.append(arguments[:2]))
-    try:
+def _recorded_queries_and_keys(attentions: Sequence[nn.Module]) -> Iterator[list[list[Sequence[torch.Tensor]]]]:
+    """Record what vLLM's attention layers are called with: queries, keys, ... by position, (B, 1+N, H * d) each."""
+    recorded: list[list[Sequence[torch.Tensor]]] = [[] for _ in attentions]
+    with ExitStack() as stack:
+        for attention, calls in zip(attentions, recorded, strict=True):
+            hook = attention.register_forward_pre_hook(lambda _, arguments, calls=calls: calls.append(arguments[:2]))
+            stack.callback(hook.remove)
         yield recorded
-    finally:
-        handle.remove()
 
 
-def _saliency(attention: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+def _saliency(kind: str, attention: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Return (B, N); under tensor parallelism each rank has some heads, and all must rank by all of them."""
     heads = attention.num_heads_per_partition
     query, key = (states.unflatten(-1, (heads, -1)).transpose(1, 2) for states in (query, key))
-    saliency = cls_saliency(query, key, attention.scale)
+    saliency = SALIENCY_KINDS[kind](query, key, attention.scale)
     if attention.tp_size == 1:
         return saliency
     return tensor_model_parallel_all_reduce(saliency.contiguous()) / attention.tp_size

@@ -21,13 +21,14 @@ from test_build import write_yaml
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vispruner import ARCHITECTURES, serving
+from vispruner import ARCHITECTURES, SELECTORS, load, serving
 from vispruner.conversion.build import BuildError, build_repo
 from vispruner.conversion.repo_config import RepoConfigError
 from vispruner.conversion.verify import verify_repo
 from vispruner.engine_interface import ENGINE_ATTENTION, ENGINE_PROCESSORS, require_servable
-from vispruner.serving.launch_options import attention_layer, merged_options, tokens_of_tiles
+from vispruner.serving.launch_options import merged_options, readings, tokens_of_tiles
 from vispruner.serving.vllm_plugin import MODELS, register
+from vispruner.visual_attention import Reading
 
 ROOT = Path(__file__).parent.parent
 SERVING = Path(serving.__file__).parent
@@ -127,9 +128,9 @@ def test_a_launch_changes_the_budget_and_nothing_else_of_the_repo(
         ({"visual_tokens": 3}, "unknown fields"),
         ({"method": "bogus"}, "method must be one of"),
         ({"position_policy": "original"}, 'position_policy "original" cannot be served'),
-        ({"attention_layer": 3}, "must be one of the first 3 encoder layers, got 3"),
-        ({"attention_layer": -1}, "must be one of the first 3 encoder layers, got -1"),
-        ({"attention_layer": -5}, "must be one of the first 3 encoder layers, got -5"),
+        ({"attention_layer": 3}, "from the first 3 encoder layers, not from 3"),
+        ({"attention_layer": -1}, "from the first 3 encoder layers, not from -1"),
+        ({"attention_layer": -5}, "from the first 3 encoder layers, not from -5"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(llava_config: Any, changes: dict, message: str) -> None:
@@ -160,7 +161,21 @@ def test_a_model_that_cannot_be_pruned_is_refused(tiny_llava_repo: Path, field: 
 @pytest.mark.parametrize(("given", "layer"), [(None, 2), (-2, 2), (-4, 0), (1, 1)])
 def test_the_layer_that_ranks_is_the_models(llava_config: Any, given: int | None, layer: int) -> None:
     options = merged_options(llava_config, {"visual_token_num": 8, "attention_layer": given}, None)
-    assert attention_layer(llava_config, options) == layer
+    assert readings(llava_config, options) == [Reading(layer, "cls")]
+
+
+@pytest.mark.parametrize("method", sorted(SELECTORS))
+def test_every_method_reads_what_the_model_reads_or_is_refused(tiny_llava_repo: Path, method: str) -> None:
+    given = {"method": method, "visual_token_num": 8, "seed": 0}
+    config = AutoConfig.from_pretrained(tiny_llava_repo)
+    try:
+        model = load(tiny_llava_repo, **given)
+    except ValueError:  # a method of which LLaVA cannot give all that it needs
+        with pytest.raises(ValueError, match="is not served"):
+            merged_options(config, given, None)
+        return
+    tap = model.model.open_tap()
+    assert readings(config, merged_options(config, given, None)) == [tap._main, *tap._others]
 
 
 def test_native_tiles_are_refused(llava_next_config: Any) -> None:
