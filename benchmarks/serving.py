@@ -126,8 +126,9 @@ MODELS = {"trained": trained_model, "wide": wide_model}
 
 
 @contextmanager
-def served(model: Model, work: Path) -> Iterator[list[Row]]:
-    """Serve a model dense and with each of its budgets, all at once."""
+def served(model: Model, work: Path, cores: int) -> Iterator[list[Row]]:
+    """Serve a model dense and with each of its budgets, all at once; an idle server takes no time of the cores."""
+    chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
     with ExitStack() as stack:
         rows = []
         for budget in tqdm((None, *model.budgets), desc=f"starting {model.name}", unit="server"):
@@ -135,7 +136,8 @@ def served(model: Model, work: Path) -> Iterator[list[Row]]:
             if budget is not None:
                 config = {"architectures": [OURS], "vispruner_config": {"visual_token_num": budget}}
             arguments = [*COMMON, *model.arguments, "--hf-overrides", json.dumps(config)]
-            server = OpenAIServer(model.folder, work / f"{model.name}-{budget or 'stock'}.log", arguments)
+            log = work / f"{model.name}-{budget or 'stock'}.log"
+            server = OpenAIServer(model.folder, log, arguments, VLLM_CPU_OMP_THREADS_BIND=chosen)
             rows.append(Row(model, budget, stack.enter_context(server)))
         yield rows
 
@@ -268,7 +270,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
-            with served(MODELS[name](Path(folder)), Path(folder)) as servers:
+            with served(MODELS[name](Path(folder)), Path(folder), arguments.cores) as servers:
                 share = run_rounds(
                     servers, arguments.rounds, arguments.requests, arguments.concurrency, arguments.seed
                 )
@@ -281,6 +283,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "serving",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device_name": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "cores": arguments.cores,
         "note": arguments.note,
         "rounds": arguments.rounds,
         "requests": arguments.requests,
@@ -304,6 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=200, metavar="N", help="of a row and round (%(default)s)")
     parser.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests at a time (%(default)s)")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--cores", type=int, default=cores, metavar="N", help="of every engine (all %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of pictures and order (%(default)s)")
     parser.add_argument("--note", help="put into the record, e.g. that other jobs were running")
     parser.add_argument("--out", type=Path, default=RESULTS / "serving-vllm-cpu.json", help="default: %(default)s")
