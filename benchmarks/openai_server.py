@@ -24,7 +24,7 @@ from typing import Any
 
 from PIL import Image
 
-START_TIMEOUT = 300.0
+START_TIMEOUT = 600.0
 REQUEST_TIMEOUT = 120.0
 LOG_TAIL = 20_000  # characters; vLLM says what is wrong long before it ends
 
