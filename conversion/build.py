@@ -21,6 +21,7 @@ from transformers import AutoProcessor, AutoTokenizer
 from vispruner import ARCHITECTURES, __version__, auto_map, code_files
 from vispruner import configuration_vispruner as configuration
 from vispruner.configuration_vispruner import merge_vispruner_config
+from vispruner.engine_interface import ENGINE_PROCESSORS
 
 from .base_checkpoint import (
     IMAGE_PROCESSOR_FILES,
@@ -57,6 +58,7 @@ def build_repo(
     overwrite: bool = False,
     show_progress: bool = True,
     drop_unused_vision_layers: bool = False,
+    engine_processor: bool = False,
 ) -> Path:
     """Build the repo that one YAML describes into the folder `out`, which appears only when it is complete.
 
@@ -65,6 +67,7 @@ def build_repo(
     thin       leave the weights in the base's repo; None is what the YAML says, else thin for bases over 2 GB
     overwrite  replace a non-empty `out`
     drop_unused_vision_layers   leave out the vision layers that nothing is read from, as the YAML's field does
+    engine_processor  let the repo's processor count kept tokens for serving engines, as the YAML's field does
     Raises BuildError, RepoConfigError, LayoutError or CheckpointError; `out` is then as it was before.
     """
     repo = config if isinstance(config, RepoConfig) else load_repo_config(config)
@@ -91,6 +94,8 @@ def build_repo(
         processor_files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
         for path in (*code_files(repo.architecture), *processor_files, *card_files(repo)):
             shutil.copyfile(path, staging / path.name)
+        if engine_processor or repo.engine_processor:
+            _name_engine_processor(staging / "processor_config.json", repo.architecture)
         if not thin:
             write_published_weights(folder, staging, names, show_progress=show_progress)
             written = {name: header.shape for name, header in read_tensor_headers(staging).items()}
@@ -226,6 +231,19 @@ def _repo_config_json(
         "auto_map": auto_map(repo.architecture),
         "vispruner_config": {**repo.vispruner_config, **bookkeeping},
     }
+
+
+def _name_engine_processor(path: Path, architecture: str) -> None:
+    """Say in processor_config.json which class of the repo's code counts kept tokens; the rest stays the base's."""
+    if architecture not in ENGINE_PROCESSORS:
+        raise BuildError(
+            f"engine_processor: there is none for {architecture}, only for {', '.join(ENGINE_PROCESSORS)}"
+        )
+    if not path.is_file():
+        raise BuildError("engine_processor: the base has no processor_config.json; take a newer revision of it")
+    config, processor = read_json(path), ENGINE_PROCESSORS[architecture]
+    module = processor.__module__.rsplit(".", 1)[-1]
+    _write_json(path, {**config, "auto_map": {"AutoProcessor": f"{module}.{processor.__name__}"}})
 
 
 def _without_unused_layers(config_json: dict[str, Any]) -> dict[str, Any]:

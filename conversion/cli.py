@@ -114,6 +114,12 @@ def _add_build(commands: Any) -> None:
         "the last one): the answers stay the same, encoding is faster, and the weight files, which lack these layers, "
         "are no longer the base's byte for byte",
     )
+    parser.add_argument(
+        "--engine-processor",
+        action="store_true",
+        help="let the processor tell vLLM how many visual tokens are kept, so that `--trust-remote-code` serves the "
+        "repo pruned where vispruner is not installed; all other callers get the base's processor",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
 
 

@@ -20,6 +20,7 @@ from transformers.utils.import_utils import torch_compilable_check
 from .base_weights import find_thin_repo
 from .configuration_vispruner import merge_vispruner_config
 from .encoded_images import EncodedImages
+from .engine_interface import EngineModelMixin
 from .prompt_shortening import (
     CachedPrompt,
     Counts,
@@ -83,7 +84,7 @@ IMAGES = Modality(
 )
 
 
-class VisPrunerMixin(GenerationMixin):
+class VisPrunerMixin(EngineModelMixin, GenerationMixin):
     """For the ForConditionalGeneration class: full prompts in, stock `forward` and `generate` on shortened ones.
 
     Modifications against stock:
