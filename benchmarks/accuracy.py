@@ -16,7 +16,8 @@ Object recall   the share of the objects that keep a patch, where a patch belong
             the object's box.
 100 %       nothing is dropped, so every selector is the dense model: it runs once, and each selector gets its row.
 
-`accelerate launch benchmarks/accuracy.py` shares the batches out among its processes; the figures stay the same.
+`accelerate launch --multi_gpu --num_processes N benchmarks/accuracy.py` shares the batches out among N processes; they
+run on the CPU, whatever accelerate calls them. The figures stay the same.
 """
 
 from __future__ import annotations

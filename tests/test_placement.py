@@ -169,18 +169,18 @@ def test_accelerate_launch_shares_the_accuracy_benchmark_out(
     common = ["--repo", str(repo), *three_batches, "--json"]
     assert importlib.import_module("accuracy").main([*common, str(tmp_path / "one.json"), "--processes", "1"]) == 0
     settings = (
-        "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+        "--multi_gpu --num_processes 3 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
     )
     launch("accelerate.commands.launch", *settings.split(), cwd=tmp_path)(
-        benchmarks / "accuracy.py", *common, "two.json"
+        benchmarks / "accuracy.py", *common, "three.json"
     )
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert one["rows"] == two["rows"] and {row["n"] for row in two["rows"]} == {70}
+    one, three = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "three"))
+    assert (one["processes"], three["processes"]) == (1, 3)  # by default it is 2
+    assert one["rows"] == three["rows"] and {row["n"] for row in three["rows"]} == {70}
 
 
 def launch(launcher: str, *options: str, cwd: Path) -> Any:
-    """Return what runs a script in two processes on the CPU, and fails when one of them does."""
+    """Return what runs a script in several processes on the CPU, and fails when one of them does."""
 
     def run(*script: object) -> None:
         command = [sys.executable, "-m", launcher, *options, *map(str, script)]
