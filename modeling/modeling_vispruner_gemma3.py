@@ -31,6 +31,7 @@ class VisPrunerGemma3Model(TileEncoderMixin, Gemma3Model):
 
     config_class = VisPrunerGemma3Config
     has_cls_token = False
+    budget_unit = "image or crop of an image"
 
     def __init__(self, config: VisPrunerGemma3Config) -> None:
         super().__init__(config)

@@ -235,6 +235,8 @@ def test_pixels_without_a_grid_are_refused(model: Model) -> None:
     for call in (model.pruned, model.pruned.generate):
         with pytest.raises(ValueError, match="image_grid_thw is missing"):
             call(**inputs)
+    with pytest.raises(ValueError, match="image_grid_thw or video_grid_thw is missing"):
+        model.pruned.get_image_features(inputs["pixel_values"])
 
 
 @every_model

@@ -72,7 +72,8 @@ class QwenVLRow:
     def written(self, token: int, frames: int, tokens: int) -> list[int]:
         """An image or a video as the processor writes it into a prompt."""
         if token == VIDEO and self.has_timestamps:
-            return (TIMESTAMP + [VISION_START] + [VIDEO] * tokens + [VISION_END]) * frames
+            each = [*TIMESTAMP, VISION_START, *[VIDEO] * tokens, VISION_END]
+            return [VISION_START, *each * frames, VISION_END]
         return [VISION_START] + [token] * (frames * tokens) + [VISION_END]
 
     def shortened(self, inputs: Mapping[str, torch.Tensor], kept: Mapping[int, Sequence[int]]) -> dict[str, Any]:
