@@ -248,7 +248,7 @@ def pickled_weights(repo: Path) -> None:
 
 BROKEN: list[tuple[Callable[[Path], None], str, str]] = [
     (no_config, "config.json", "has no config.json"),
-    (other_model_type, "config.json", "model_type is 'mllama', supported are llava, llava_next"),
+    (other_model_type, "config.json", "model_type is 'mllama', supported are gemma3, "),
     (no_vispruner_config, "vispruner_config", "config.json has no vispruner_config"),
     (no_budget, "vispruner_config", "needs a budget"),
     (partial_vispruner_config, "vispruner_config", "vispruner_config lacks attention_layer"),
