@@ -185,10 +185,11 @@ def _load_tokenizer(folder: Path, architecture: str, base_config: Mapping[str, A
         expected = next((token for token in known if token is not None), None)
         # Gemma's processor calls what begins an image its image token, and its tokenizer the placeholder.
         parts = (processor, processor.tokenizer)
-        written = {getattr(part, f"{modality.name}_token_id", None) for part in parts} - {None}
+        found = [getattr(part, f"{modality.name}_token_id", None) for part in parts]
+        written = [token for token in found if token is not None]
         if expected is not None and written and expected not in written:
             raise BuildError(
-                f"the base {folder}: the processor's {modality.name} token is {min(written)}, config.json's is "
+                f"the base {folder}: the processor's {modality.name} token is {written[0]}, config.json's is "
                 f"{expected}: processor and model do not belong together"
             )
     return processor.tokenizer

@@ -61,7 +61,7 @@ def model_inputs(model: PreTrainedModel, processor: Any, picture: Picture, quest
     visual: dict[str, Any] = {"images": picture}
     if not isinstance(picture, Image.Image):  # frames of one size, that of the first
         frames = [np.asarray(frame.resize(picture[0].size)) for frame in picture]
-        visual = {"videos": [np.stack(frames)], "do_sample_frames": False}
+        visual = {"videos": [[np.stack(frames)]], "do_sample_frames": False}
     inputs = processor(text=prompt, return_tensors="pt", **visual)
     for name, renamed in model.renamed_inputs.items():
         if name in inputs:
