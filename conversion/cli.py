@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from vispruner import __version__
 
-DESCRIPTION = "Prune the visual tokens of LLaVA-1.5 and LLaVA-NeXT, and publish the result as an ordinary Hub repo."
+DESCRIPTION = "Prune the visual tokens of a vision-language model, and publish the result as an ordinary Hub repo."
 
 EPILOG = """\
 first steps:
