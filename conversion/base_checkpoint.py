@@ -42,6 +42,7 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
     "image_processor_config.json",
+    "video_preprocessor_config.json",
     "tokenizer_config.json",
     "tokenizer.json",
     "tokenizer.model",

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor
+from transformers import AutoProcessor, AutoTokenizer
 
 from vispruner import ARCHITECTURES, __version__, auto_map, code_files
 from vispruner import configuration_vispruner as configuration
@@ -41,14 +41,9 @@ from .checkpoint_io import (
     write_checkpoint,
 )
 from .model_card import card_files, model_card
-from .published_layout import (
-    ModelTensors,
-    layout_problems,
-    model_tensors,
-    published_names,
-    without_dropped_layers,
-)
+from .published_layout import ModelLayout, layout_problems, model_layout, without_dropped_layers
 from .repo_config import RepoConfig, load_repo_config
+from .verify_worker import VIDEO_EXTRA, needs_video_packages
 
 COPY_BLOCK = 16 * 2**20
 THIN_ABOVE = 2 * 10**9  # bytes of weights
@@ -83,15 +78,15 @@ def build_repo(
             source = source.with_weights()
         folder = source.folder
         base_config = _read_base_config(folder, repo.architecture)
-        processor = _load_processor(folder, base_config)
+        tokenizer = _load_tokenizer(folder, repo.architecture, base_config)
         revision = _base_revision(repo, source if base is None else None, thin)
         config_json = _repo_config_json(base_config, repo, revision, thin)
         names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
         if drop_unused_vision_layers or repo.drop_unused_vision_layers:
             config_json = _without_unused_layers(config_json)
-            names, expected = without_dropped_layers(names, config_json), model_tensors(repo.architecture, config_json)
+            names, expected = without_dropped_layers(names, config_json), model_layout(repo.architecture, config_json)
         _write_json(staging / "config.json", config_json)
-        _write_json(staging / "generation_config.json", _generation_config(folder, base_config, processor.tokenizer))
+        _write_json(staging / "generation_config.json", _generation_config(folder, base_config, tokenizer))
         (staging / "README.md").write_text(model_card(repo, revision, thin), encoding="utf-8")
         processor_files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
         for path in (*code_files(repo.architecture), *processor_files, *card_files(repo)):
@@ -152,24 +147,11 @@ def _read_base_config(folder: Path, architecture: str) -> dict[str, Any]:
         raise BuildError(
             f"the base {folder} has model_type {model_type!r}, the YAML's architecture is {architecture!r}: {hint}"
         )
-    vision = config.get("vision_config")
-    tower = vision.get("model_type") if isinstance(vision, dict) else None
-    if tower != "clip_vision_model":
-        raise BuildError(
-            f"the base {folder} has a vision tower of type {tower!r}: pruning reads the attention of the [CLS] token, "
-            "so vision_config.model_type must be 'clip_vision_model'"
-        )
-    strategy = config.get("vision_feature_select_strategy", "default")
-    if strategy != "default":
-        raise BuildError(
-            f"the base {folder} has vision_feature_select_strategy {strategy!r}: [CLS] is then itself a visual token; "
-            "only 'default' can be pruned"
-        )
     return config
 
 
-def _load_processor(folder: Path, base_config: Mapping[str, Any]) -> Any:
-    """Load the base's processor; refuse one that is missing, broken or that writes another image token."""
+def _load_tokenizer(folder: Path, architecture: str, base_config: Mapping[str, Any]) -> Any:
+    """Return the base's tokenizer; refuse a processor that is missing, broken or writes other placeholders."""
     for what, files in (("image processor", IMAGE_PROCESSOR_FILES), ("tokenizer", TOKENIZER_FILES)):
         if not any((folder / name).is_file() for name in files):
             raise BuildError(
@@ -178,35 +160,49 @@ def _load_processor(folder: Path, base_config: Mapping[str, Any]) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # whatever a broken processor file raises, its name belongs in the message
+        if needs_video_packages(error):
+            tqdm.write(f"the processor of {folder} is copied without having been tried: {VIDEO_EXTRA}")
+            return _tokenizer_alone(folder)
         raise BuildError(f"the processor of the base {folder} does not load: {error}") from error
     for part in ("image_processor", "tokenizer"):
         if getattr(processor, part, None) is None:
             raise BuildError(
                 f"the processor of the base {folder} has no {part}: it cannot read an image with its text"
             )
-    if getattr(processor, "patch_size", None) is None:
+    if getattr(processor, "patch_size", ...) is None:
         raise BuildError(
             f"processor_config.json of the base {folder} has no patch_size: the processor cannot count visual tokens; "
             "take a newer revision of the base"
         )
-    image_token_id = base_config.get("image_token_index", base_config.get("image_token_id"))
-    if image_token_id is not None and processor.image_token_id != image_token_id:
-        raise BuildError(
-            f"the base {folder}: the processor's image token is {processor.image_token_id}, config.json's is "
-            f"{image_token_id}: processor and model do not belong together"
-        )
-    return processor
+    for modality in ARCHITECTURES[architecture].model_class.modalities:
+        # Configs have called it an index, too.
+        known = (base_config.get(name) for name in (modality.placeholder, modality.placeholder[:-2] + "index"))
+        expected = next((token for token in known if token is not None), None)
+        written = getattr(processor, f"{modality.name}_token_id", None)
+        if None not in (expected, written) and written != expected:
+            raise BuildError(
+                f"the base {folder}: the processor's {modality.name} token is {written}, config.json's is {expected}: "
+                "processor and model do not belong together"
+            )
+    return processor.tokenizer
+
+
+def _tokenizer_alone(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise BuildError(f"the tokenizer of the base {folder} does not load: {error}") from error
 
 
 def _check_weights(
     headers: Mapping[str, TensorHeader], folder: Path, repo: RepoConfig, config_json: Mapping[str, Any]
-) -> tuple[dict[str, str], ModelTensors]:
+) -> tuple[dict[str, str], ModelLayout]:
     """Return base name -> published name and what the model needs, once both fit each other."""
-    names = published_names(headers)
     try:
-        expected = model_tensors(repo.architecture, config_json)
+        expected = model_layout(repo.architecture, config_json)
     except ValueError as error:
         raise BuildError(f"{repo.path} with the config.json of {folder} describes no model: {error}") from error
+    names = expected.published_names(headers)
     found = {published: headers[name].shape for name, published in names.items()}
     if problems := layout_problems(expected, found):
         raise BuildError(f"the weights of {folder} are not those of its config.json: {'; '.join(problems)}")
@@ -233,7 +229,10 @@ def _repo_config_json(
 def _without_unused_layers(config_json: dict[str, Any]) -> dict[str, Any]:
     """Return config.json of a vision encoder that ends at the last layer in use."""
     config = ARCHITECTURES[config_json["model_type"]].config_class.from_dict(copy.deepcopy(config_json))
-    configuration.drop_unused_vision_layers(config)
+    try:
+        configuration.drop_unused_vision_layers(config)
+    except ValueError as error:
+        raise BuildError(f"{error}: build without drop_unused_vision_layers") from error
     layers = config.vision_config.num_hidden_layers
     return {
         **config_json,

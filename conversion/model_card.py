@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from vispruner import ARCHITECTURES, SELECTORS, VisPrunerOptions, __version__
 
@@ -75,6 +76,8 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
         built_by=_version(__version__),
         requires=REQUIRES,
         check=_check_line(repo),
+        counts=_count_arguments(repo),
+        reads_videos=repo.architecture in VIDEO_PROCESSOR_MAPPING_NAMES,
         other_budget=_other_budget(options),
         branches=[(name, _budget_text(repo, {**options, **_budget(field)})) for name, field in repo.budgets.items()],
         published=PUBLISHED.get(repo.base_model),
@@ -223,6 +226,16 @@ def _check_line(repo: RepoConfig) -> str:
     name = ARCHITECTURES[repo.architecture].model_class.__name__
     check = f'assert type(model).__name__ == "{name}"'
     return f'{check} and model.config.vispruner_config["method"] != "none"'
+
+
+def _count_arguments(repo: RepoConfig) -> str:
+    """Return what `visual_token_counts` takes of the processor's output."""
+    images = ARCHITECTURES[repo.architecture].model_class.modalities[0]
+    # What chooses features is no output of the processor; sizes have a place of their own behind the pixels.
+    described = [name for name in images.described_by if not name.startswith("vision_feature")]
+    places = {"image_sizes": ""}
+    arguments = [f'{places.get(name, f"{name}=")}inputs.get("{name}")' for name in described]
+    return ", ".join([f'inputs["{images.pixels}"]', *arguments])
 
 
 def _license(card: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Show which patches of an image a pruned model keeps, on the image as the model sees it (resized, cropped, tiled).
+"""Show which patches of an image or a video a pruned model keeps, as the model sees it (resized, cropped, tiled).
 
 A picture has a panel per budget side by side, a text column with the legend on the left, and questions with their
 answers underneath.
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from transformers import AutoProcessor, PreTrainedModel
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from transformers import PreTrainedModel
 
 import vispruner
 from vispruner.token_selection import important_tokens
 
 from .base_checkpoint import resolve_base
-from .questions import SCENE, WRONG, Question, ask, judged, questions_about
+from .questions import SCENE, WRONG, Picture, Question, ask, judged, load_processor, model_inputs, questions_about
 from .repo_config import DEMO_CONFIG, load_repo_config
 
 # Okabe-Ito orange and blue: told apart with every common colour blindness, and by their brightness in grey.
@@ -38,6 +38,8 @@ TEXT_WIDTH = 372  # of the left column
 TILES_WIDTH = 1536  # shared by the tiles that stand side by side
 TILE_WIDTHS = (320, 720)  # at least, at most
 SMALL_IMAGE = 128
+FRAMES = 8  # of a video, evenly spaced
+STRIP = 8  # tiles or frames in a row, where nothing says how they lie
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,28 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
         raise OSError(f"{os.fspath(path)} is not a readable image: {error}") from error
 
 
+def open_picture(path: Path, reads_videos: bool) -> Picture:
+    """Read a photo, or at most 8 frames of an animated picture (GIF, WebP, PNG) or of a folder, a file per frame."""
+    if path.is_dir():
+        if not reads_videos:
+            raise ValueError(f"{path} is a folder of frames, and this model reads no videos: give a photo")
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise ValueError(f"{path} holds no frames")
+        return [open_photo(file) for file in _evenly_spaced(files)]
+    photo = open_photo(path)
+    if not reads_videos:
+        return photo
+    with Image.open(path) as image:
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    return photo if len(frames) == 1 else _evenly_spaced(frames)
+
+
+def _evenly_spaced(frames: list[Any]) -> list[Any]:
+    count = min(len(frames), FRAMES)
+    return [frames[number * len(frames) // count] for number in range(count)]
+
+
 def show(
     image: str | os.PathLike[str] | None,
     repo: str | None,
@@ -88,7 +112,8 @@ def show(
 ) -> Path:
     """Write the picture of the patches that the model in `repo` keeps of the file `image`.
 
-    image             None for the scene in the package, which is asked its own questions unless one is given
+    image             a photo; for models that read videos also an animated picture or a folder of frames.
+                      None for the scene in the package, which is asked its own questions unless one is given
     repo              a built repo, or any stock checkpoint together with a budget; a folder or a Hub id.
                       Its own code is never run: the installed package reads it. None for the embedded checkpoint
     visual_token_num  overrides the budget that the repo stores
@@ -99,7 +124,8 @@ def show(
         raise ValueError("give either --visual-token-num (one budget) or --budgets (several side by side)")
     out = _png_path(out)
     path = SCENE if image is None else Path(image)
-    photo = open_photo(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
     first = budgets[0] if budgets else visual_token_num
     options: dict[str, Any] = {} if first is None else {"visual_token_num": first}
     name, source = (Path(repo).name, repo) if repo is not None else (DEMO_CONFIG, None)
@@ -107,19 +133,20 @@ def show(
         config = load_repo_config(DEMO_CONFIG)
         source, options = str(resolve_base(config.base_model)), {**config.vispruner_config, **options}
     model = vispruner.load(source, dtype="auto", **options).eval()
-    processor = AutoProcessor.from_pretrained(source)
+    processor = load_processor(str(source))
+    picture = open_picture(path, reads_videos=getattr(processor, "video_processor", None) is not None)
     questions = questions_about(path, question)
     if budgets or questions:
-        panels = view_budgets(model, processor, photo, budgets or [None], questions)
+        panels = view_budgets(model, processor, picture, budgets or [None], questions)
     else:
-        panels = [Panel(view_kept_patches(model, processor, photo))]
+        panels = [Panel(view_kept_patches(model, processor, picture))]
     return save_png(kept_patches_picture(panels, f"{path.name} as {name} sees it", questions), out)
 
 
 def view_budgets(
     model: PreTrainedModel,
     processor: Any,
-    photo: Image.Image,
+    picture: Picture,
     budgets: Sequence[int | None],
     questions: Sequence[Question] = (),
 ) -> list[Panel]:
@@ -131,41 +158,51 @@ def view_budgets(
         for changes in [{"method": "none"}, *variants]:
             model.config.vispruner_config = stored
             model.set_vispruner_config(**changes)
-            answers = [ask(model, processor, photo, question.text) for question in questions]
-            panels.append(Panel(view_kept_patches(model, processor, photo), answers))
+            answers = [ask(model, processor, picture, question.text) for question in questions]
+            panels.append(Panel(view_kept_patches(model, processor, picture), answers))
     finally:
         model.config.vispruner_config = stored
     return panels
 
 
 @torch.no_grad()
-def view_kept_patches(model: PreTrainedModel, processor: Any, photo: Image.Image) -> list[TileView]:
-    """Encode one photo and return its tiles: the base tile first, then the others row by row."""
-    inputs = processor.image_processor(images=photo, return_tensors="pt").to(model.device)
-    arguments = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    arguments["pixel_values"] = arguments["pixel_values"].to(model.dtype)
-    output = model.get_image_features(**arguments, return_dict=True)
-    pixels = arguments["pixel_values"].flatten(0, -4)  # (tiles, 3, height, width)
-    patch = model.config.vision_config.patch_size
-    rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-    kept = torch.zeros(len(pixels), rows * columns, dtype=torch.bool)
-    chosen = output.kept_indices[0].cpu()
-    kept.view(-1)[chosen[chosen >= 0]] = True
-    important = None
-    if output.saliency is not None:  # something was dropped
-        important = _important_patches(model, output.saliency.cpu(), inputs.get("image_sizes"))
-    places = _tile_places(model, inputs.get("image_sizes"), len(pixels))
-    views = [image_from_pixels(tile, processor.image_processor) for tile in pixels.float().cpu()]
-    return [
-        TileView(
-            view,
-            kept[tile].view(rows, columns),
-            None if important is None else important[tile].view(rows, columns),
-            *places[tile],
-            pruned=output.saliency is not None,
-        )
-        for tile, view in enumerate(views)
-    ]
+def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture) -> list[TileView]:
+    """Encode one photo, or the frames of one video, and return what it was encoded as: tiles, or a strip of frames.
+
+    A cell of their grids is a visual token: a patch, or the block of patches that the model merged into one.
+    """
+    inputs = model_inputs(model, processor, picture, "")
+    kind = "image" if isinstance(picture, Image.Image) else "video"
+    given = sorted((m for m in model.modalities if m.pixels in inputs), key=lambda m: m.name != kind)
+    modality = given[0]  # of a video, where the model has no other modality: its frames are images
+    arguments = {name: inputs[name] for name in modality.described_by if name in inputs}
+    pixels = inputs[modality.pixels]
+    output = getattr(model.model, f"get_{modality.name}_features")(pixels, **arguments, return_dict=True)
+    items = getattr(model.model, f"{modality.name}_views")(pixels, **arguments)
+    pruned = output.saliency is not None  # else nothing was dropped
+    saliency = torch.cat([part.flatten() for part in output.saliency]).float().cpu() if pruned else None
+    normalised_by = getattr(processor, f"{kind}_processor")
+    tiles: list[TileView] = []
+    first = 0
+    for number, (views, indices) in enumerate(zip(items, output.kept_indices, strict=True)):
+        sizes = [rows * columns for rows, columns in (view.grid for view in views)]
+        kept = torch.zeros(sum(sizes), dtype=torch.bool)
+        chosen = indices.cpu()
+        kept[chosen[chosen >= 0]] = True
+        important = None
+        if saliency is not None:
+            pools = [1 + len(views) + place if view.pool is None else view.pool for place, view in enumerate(views)]
+            pool_of = torch.tensor(pools).repeat_interleave(torch.tensor(sizes))
+            important = _important_tokens(model, kept, saliency[first : first + sum(sizes)], pool_of)
+        first += sum(sizes)
+        marked = [None] * len(views) if important is None else important.split(sizes)
+        for view, own, mark in zip(views, kept.split(sizes), marked, strict=True):
+            # What is an item by itself, a tile for some models, stands beside the one before.
+            row, column = view.place if len(items) == 1 else divmod(number, STRIP)
+            image = image_from_pixels(view.pixels.float().cpu(), normalised_by)
+            mark = None if mark is None else mark.view(view.grid)
+            tiles.append(TileView(image, own.view(view.grid), mark, row, column, pruned))
+    return tiles
 
 
 def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:
@@ -176,34 +213,23 @@ def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-def _important_patches(
-    model: PreTrainedModel, saliency: torch.Tensor, image_sizes: torch.Tensor | None
+def _important_tokens(
+    model: PreTrainedModel, kept: torch.Tensor, saliency: torch.Tensor, pool: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return (tiles, N) True at the patches kept for their attention; None when the method makes no difference."""
+    """Return True at the tokens (N,) kept for their attention; None when the method makes no difference.
+
+    Whatever a method chose from, its important tokens are the most attended of those it kept of each pool.
+    """
     options = model.model.vispruner_options
     ratio = {"vispruner": options.important_ratio, "cls_attention": 1.0}.get(options.method)
     if ratio is None:
         return None
-    candidates = torch.ones_like(saliency, dtype=torch.bool)
-    if image_sizes is not None and options.tile_mode == "native":
-        packing = model.model.stock_packing(image_sizes[0])
-        candidates = torch.zeros_like(candidates)
-        candidates.view(-1)[packing[packing >= 0]] = True
-    important = torch.zeros_like(candidates)
-    for tile, patches in enumerate(mask.nonzero()[:, 0] for mask in candidates):
-        if len(patches):
-            budget = options.budget(saliency.shape[1])
-            ranked = important_tokens(saliency[tile, patches][None], budget, ratio)[0]
-            important[tile, patches[ranked]] = True
+    important = torch.zeros_like(kept)
+    for number in pool.unique():
+        places = (kept & (pool == number)).nonzero()[:, 0]
+        if len(places):
+            important[places[important_tokens(saliency[places][None], len(places), ratio)[0]]] = True
     return important
-
-
-def _tile_places(model: PreTrainedModel, image_sizes: torch.Tensor | None, tiles: int) -> list[tuple[int, int]]:
-    """The base tile stands left of the others, which stand as in the image."""
-    if image_sizes is None:
-        return [(0, tile) for tile in range(tiles)]
-    columns = model.model.tile_grid(image_sizes[0])[1]
-    return [(0, 0)] + [(tile // columns, 1 + tile % columns) for tile in range(tiles - 1)]
 
 
 def kept_patches_picture(

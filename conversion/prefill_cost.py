@@ -38,7 +38,12 @@ def logits_flops(config: PreTrainedConfig) -> int:
 
 
 def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
-    """Return the operations of the two-layer projector for `visual_tokens` tokens."""
+    """Return the operations of LLaVA's two-layer projector, or its like, for `visual_tokens` tokens.
+
+    ValueError for a model with another one: language_model_flops, logits_flops and kv_cache_bytes hold for every model.
+    """
+    if not hasattr(config, "vision_feature_layer") or hasattr(config, "downsample_ratio"):
+        raise ValueError(f"what the projector of a {config.model_type} costs is not known: count its language model")
     layers = config.vision_feature_layer
     features = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
     width = config.get_text_config().hidden_size

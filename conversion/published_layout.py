@@ -1,35 +1,30 @@
-"""The weight names of a published repo: how a base's names become them, and which of them a model must have."""
+"""The weight names of a published repo: how a base's names become them, and which of them a model must have.
+
+What a base calls its tensors is transformers' own knowledge: a name is followed to the tensor of the model that it is
+loaded into, and published under that tensor's name.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
 from vispruner import ARCHITECTURES
 
-# Prefix in the base -> prefix in the published repo; the first that fits is taken. They cover the names of the
-# llava-hf repos, those that transformers 5 saves (no `vision_model` level in the CLIP tower), those of a loaded model,
-# and the published ones themselves.
-PUBLISHED_PREFIXES = (
-    ("language_model.lm_head.", "lm_head."),
-    ("language_model.model.", "model.language_model."),
-    ("multi_modal_projector.", "model.multi_modal_projector."),
-    ("vision_tower.vision_model.", "model.vision_tower.vision_model."),
-    ("vision_tower.", "model.vision_tower.vision_model."),
-    ("model.vision_tower.vision_model.", "model.vision_tower.vision_model."),
-    ("model.vision_tower.", "model.vision_tower.vision_model."),
-    ("image_newline", "model.image_newline"),
-)
 # Buffers that old versions of transformers saved and that every model now computes itself.
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
+# CLIP and SigLIP towers lost this level in transformers 5; older versions and vLLM read names only with it.
+TOWER_LEVEL = "vision_model"
 
-
-VISION_LAYER = re.compile(r"model\.vision_tower\.vision_model\.encoder\.layers\.(\d+)\.")
+VISION_LAYER = re.compile(r"model\.\w+\.(?:vision_model\.)?encoder\.layers?\.(\d+)\.")
 
 
 class LayoutError(ValueError):
@@ -37,56 +32,81 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True)
-class ModelTensors:
-    """The tensors of one model by published name; `tied` ones may be left out of a checkpoint."""
+class ModelLayout:
+    """The tensors of one model by published name, and the way there from the names of its bases.
+
+    shapes  published name -> shape
+    tied    published names that may be left out of a checkpoint
+    loaded  published name -> name in the state dict of this version of transformers
+    """
 
     shapes: dict[str, tuple[int, ...]]
     tied: frozenset[str]
+    loaded: dict[str, str]
+    model: PreTrainedModel = field(repr=False)
+    towers: tuple[str, ...]
+
+    def published_names(self, names: Iterable[str]) -> dict[str, str]:
+        """Return base name -> published name, without the buffers that are not published.
+
+        LayoutError where two base names become the same one, or where tensors would have to be computed anew.
+        """
+        transforms = get_model_conversion_mapping(self.model)
+        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+        state = dict.fromkeys(self.loaded.values(), True)
+        renamed: dict[str, str] = {}
+        taken: dict[str, str] = {}
+        for name in names:
+            if name.endswith(COMPUTED_BUFFERS):
+                continue
+            loaded, converted = rename_source_key(name, renamings, converters, self.model.base_model_prefix, state)
+            if converted is not None:
+                raise LayoutError(f"{name} is not stored as the model has it: save the base anew with transformers")
+            published = _published(loaded, self.towers)
+            if published in taken:
+                raise LayoutError(f"{taken[published]} and {name} are both {published}: the checkpoint holds it twice")
+            taken[published] = name
+            renamed[name] = published
+        return renamed
 
 
-def published_name(name: str) -> str | None:
-    """Return the name that a base's tensor has in the published repo; None for a buffer that is not published."""
-    if name.endswith(COMPUTED_BUFFERS):
-        return None
-    for base_prefix, published_prefix in PUBLISHED_PREFIXES:
-        if name.startswith(base_prefix):
-            return published_prefix + name.removeprefix(base_prefix)
-    return name
-
-
-def published_names(names: Iterable[str]) -> dict[str, str]:
-    """Return base name -> published name; LayoutError where two base names become the same one."""
-    renamed: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for name in names:
-        published = published_name(name)
-        if published is None:
-            continue
-        if published in taken:
-            raise LayoutError(f"{taken[published]} and {name} are both {published}: the checkpoint holds it twice")
-        taken[published] = name
-        renamed[name] = published
-    return renamed
-
-
-def model_tensors(architecture: str, config: Mapping[str, Any]) -> ModelTensors:
-    """Return the tensors of the model that config.json describes, without allocating them."""
+def model_layout(architecture: str, config: Mapping[str, Any]) -> ModelLayout:
+    """Return the layout of the model that config.json describes, whose tensors are not allocated."""
     classes: Any = ARCHITECTURES[architecture]
     # A copy: the config classes take what they are given apart.
     model_config = classes.config_class.from_dict(copy.deepcopy(dict(config)))
     with torch.device("meta"):
         model = classes.model_class(model_config)
-    shapes = {published_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = {published_name(name) for name in model.all_tied_weights_keys}
-    return ModelTensors(
-        {name: shape for name, shape in shapes.items() if name is not None},
-        frozenset(name for name in tied if name is not None),
+    towers = tuple(f"{name}." for name, module in model.named_modules() if _lost_a_level(module))
+    state = model.state_dict()
+    loaded = {_published(name, towers): name for name in state if not name.endswith(COMPUTED_BUFFERS)}
+    return ModelLayout(
+        shapes={published: tuple(state[name].shape) for published, name in loaded.items()},
+        tied=frozenset(_published(name, towers) for name in model.all_tied_weights_keys),
+        loaded=loaded,
+        model=model,
+        towers=towers,
     )
+
+
+def _lost_a_level(module: torch.nn.Module) -> bool:
+    if not isinstance(module, PreTrainedModel):
+        return False
+    changes = get_checkpoint_conversion_mapping(type(module).__name__) or []
+    return any(isinstance(change, PrefixChange) and change.prefix_to_remove == TOWER_LEVEL for change in changes)
+
+
+def _published(loaded: str, towers: tuple[str, ...]) -> str:
+    for tower in towers:
+        if loaded.startswith(tower):
+            return f"{tower}{TOWER_LEVEL}.{loaded.removeprefix(tower).removeprefix(f'{TOWER_LEVEL}.')}"
+    return loaded
 
 
 def without_dropped_layers(names: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
     """Leave out of base name -> published name the vision layers above those that config.json has."""
-    layers = config["vision_config"].get("num_hidden_layers")
+    layers = (config.get("vision_config") or {}).get("num_hidden_layers")
     return {
         name: published
         for name, published in names.items()
@@ -94,7 +114,7 @@ def without_dropped_layers(names: Mapping[str, str], config: Mapping[str, Any]) 
     }
 
 
-def layout_problems(expected: ModelTensors, found: Mapping[str, tuple[int, ...]]) -> list[str]:
+def layout_problems(expected: ModelLayout, found: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Say which published names are missing, unexpected or of the wrong shape; an empty list is a complete model."""
     missing = sorted(set(expected.shapes) - set(found) - expected.tied)
     unexpected = sorted(set(found) - set(expected.shapes))

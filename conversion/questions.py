@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 
 from .checkpoint_io import read_json
+from .verify_worker import VIDEO_EXTRA, needs_video_packages
 
 SCENE = Path(__file__).parent / "assets" / "scene.png"
 NEW_TOKENS = 16
 RIGHT, WRONG = "(right)", "(wrong)"
+Picture = Image.Image | Sequence[Image.Image]  # a photo, or the frames of a video
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,33 @@ def questions_about(picture: Path | None, text: str | None = None) -> list[Quest
     return [question for question in known if question.text == text] or [Question(text)]
 
 
-def model_inputs(model: PreTrainedModel, processor: Any, photo: Image.Image, question: str) -> Any:
+def load_processor(source: str) -> Any:
+    """Load a stock processor; ValueError says what to install for one that needs more than this package does."""
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (ImportError, ValueError) as error:
+        if needs_video_packages(error):
+            raise ValueError(f"the processor of {source} does not load: {VIDEO_EXTRA}") from error
+        raise
+
+
+def model_inputs(model: PreTrainedModel, processor: Any, picture: Picture, question: str) -> Any:
     """Return what `generate` takes to answer a question, in the words of the processor's chat template."""
-    content = [{"type": "image", "image": photo}, {"type": "text", "text": question}]
+    is_photo = isinstance(picture, Image.Image)
+    kind = "image" if is_photo else "video"
+    content = [{"type": kind, kind: picture}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=photo, text=prompt, return_tensors="pt").to(model.device, model.dtype)
+    visual = {"images": picture} if is_photo else {"videos": [picture], "do_sample_frames": False}
+    inputs = processor(text=prompt, return_tensors="pt", **visual)
+    for name, renamed in model.renamed_inputs.items():
+        if name in inputs:
+            inputs[renamed] = inputs.pop(name)
+    return inputs.to(model.device, model.dtype)
 
 
-def ask(model: PreTrainedModel, processor: Any, photo: Image.Image, question: str) -> str:
+def ask(model: PreTrainedModel, processor: Any, picture: Picture, question: str) -> str:
     """Return the answer as the model gives it now, greedily and in at most 16 tokens."""
-    inputs = model_inputs(model, processor, photo, question)
+    inputs = model_inputs(model, processor, picture, question)
     sequences = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     return processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 

@@ -42,13 +42,7 @@ from .checkpoint_io import (
     read_json,
     read_tensor_headers,
 )
-from .published_layout import (
-    ModelTensors,
-    layout_problems,
-    model_tensors,
-    published_names,
-    without_dropped_layers,
-)
+from .published_layout import ModelLayout, layout_problems, model_layout, without_dropped_layers
 from .repo_config import is_hub_id
 
 Status = Literal["pass", "fail", "not run"]
@@ -331,8 +325,7 @@ def _check_weights(folder: Path, config: Mapping[str, Any]) -> str:
     )
     if unused:
         raise VerifyError(f"{', '.join(unused)} is in no index: its tensors would be ignored")
-    expected = _model_tensors(config)
-    if problems := layout_problems(expected, {name: header.shape for name, header in headers.items()}):
+    if problems := layout_problems(_layout(config), {name: header.shape for name, header in headers.items()}):
         raise VerifyError("; ".join(problems))
     return f"{len(headers)} tensors, names and shapes are the model's"
 
@@ -345,16 +338,17 @@ def _check_base_weights(folder: Path, config: Mapping[str, Any], base: BaseCheck
     if stray:
         raise VerifyError(f"the repo is thin, so {', '.join(stray)} would be ignored: build it again, thin or full")
     headers = base.tensor_headers()
-    names = without_dropped_layers(published_names(headers), config)
+    layout = _layout(config)
+    names = without_dropped_layers(layout.published_names(headers), config)
     found = {published: headers[name].shape for name, published in names.items()}
-    if problems := layout_problems(_model_tensors(config), found):
+    if problems := layout_problems(layout, found):
         raise VerifyError(f"the base {base.repo_id} at {base.commit} does not fit: {'; '.join(problems)}")
     return f"thin: {len(found)} tensors of {base.repo_id} at {base.commit}, names and shapes are the model's"
 
 
-def _model_tensors(config: Mapping[str, Any]) -> ModelTensors:
-    """Return the model's tensors whatever its pruning options, which have a check of their own."""
-    return model_tensors(config["model_type"], {**config, "vispruner_config": {"method": "none"}})
+def _layout(config: Mapping[str, Any]) -> ModelLayout:
+    """Return the layout of the model whatever its pruning options, which have a check of their own."""
+    return model_layout(config["model_type"], {**config, "vispruner_config": {"method": "none"}})
 
 
 def _compare_with_base(folder: Path, base: str) -> str:
@@ -370,7 +364,7 @@ def _compare_with_base(folder: Path, base: str) -> str:
 
 def _hashes(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Return published name -> hash of every tensor of a checkpoint, but for layers that `config` leaves out."""
-    names = without_dropped_layers(published_names(read_tensor_headers(folder)), config)
+    names = without_dropped_layers(_layout(config).published_names(read_tensor_headers(folder)), config)
     return {
         names[name]: verify_worker.tensor_hash(tensor)
         for name, tensor in iter_checkpoint_tensors(folder)
@@ -382,7 +376,7 @@ def _check_hashes(folder: Path) -> str:
     """Read every tensor once: all finite, no matrix stored under two names; the digest names these very weights."""
     seen: dict[str, str] = {}
     digest = hashlib.sha256()
-    tied = _model_tensors(read_json(folder / "config.json")).tied
+    tied = _layout(read_json(folder / "config.json")).tied
     for name, tensor in iter_checkpoint_tensors(folder):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise VerifyError(f"{name} holds values that are not finite")
@@ -431,6 +425,8 @@ def _worker_settings(folder: Path, weights: BaseCheckpoint, run_models: bool) ->
         "run_models": run_models,
         "thin": weights.repo_id is not None,
         "class_name": architecture.model_class.__name__,
+        "renamed_inputs": architecture.model_class.renamed_inputs,
+        "modalities": [modality._asdict() for modality in architecture.model_class.modalities],
         "weights_folder": str(weights.folder),
         "weight_files": [str(path) for path in checkpoint_shards(weights.folder)] if run_models else [],
         "stored_names": _loaded_to_stored(weights.tensor_headers(), config),
@@ -438,12 +434,10 @@ def _worker_settings(folder: Path, weights: BaseCheckpoint, run_models: bool) ->
 
 
 def _loaded_to_stored(headers: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> dict[str, str]:
-    """Return how a loaded model's tensors are called in the files; transformers nests its CLIP tower differently."""
-    names = {published: name for name, published in without_dropped_layers(published_names(headers), config).items()}
-    flat = {
-        published.replace("vision_tower.vision_model.", "vision_tower."): name for published, name in names.items()
-    }
-    return {**names, **flat}
+    """Return how a loaded model's tensors are called in the files."""
+    layout = _layout(config)
+    names = without_dropped_layers(layout.published_names(headers), config)
+    return {layout.loaded[published]: name for name, published in names.items() if published in layout.loaded}
 
 
 def _run_worker(folder: Path, settings: Mapping[str, Any], timeout: float) -> list[Check]:

@@ -27,8 +27,11 @@ from transformers import (
     pipeline,
 )
 
-QUESTION = "What is in this picture?"
+QUESTION = {"image": "What is in this picture?", "video": "What happens in this video?"}
 NEW_TOKENS = 4
+FRAMES = 8
+VIDEO_PACKAGES = ("torchvision", "num2words")
+VIDEO_EXTRA = "it needs packages that most others do not: pip install 'vispruner[video]'"
 
 
 class Refused(Exception):
@@ -44,6 +47,8 @@ class Worker:
         self.weights_folder = Path(settings["weights_folder"])  # of a thin repo: its base in the Hub cache
         self.weight_files: list[str] = settings["weight_files"]
         self.stored_names: dict[str, str] = settings["stored_names"]
+        self.renamed_inputs: dict[str, str] = settings["renamed_inputs"]  # as is this
+        self.modalities: list[dict[str, Any]] = settings["modalities"]  # the model class's, as dicts
         self.model: Any = None
         self.processor: Any = None
 
@@ -69,12 +74,29 @@ class Worker:
         return type(config).__name__
 
     def check_processor(self) -> str:
-        self.processor = AutoProcessor.from_pretrained(self.folder, trust_remote_code=True)
+        try:
+            self.processor = AutoProcessor.from_pretrained(self.folder, trust_remote_code=True)
+        except Exception as error:
+            if needs_video_packages(error):
+                raise Refused(f"the processor cannot be tried here: {VIDEO_EXTRA}") from error
+            raise
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=True)
-        placeholders = int((self.inputs()["input_ids"] == config.image_token_id).sum())
-        if placeholders <= 1:
-            raise Refused(f"the processor writes {placeholders} image placeholders for one image")
-        return f"{type(self.processor).__name__}, {placeholders} placeholders for one image"
+        counted = []
+        for modality in self._visual_inputs():
+            placeholders = self._placeholders(self.inputs(modality["name"]), modality, config)
+            counted.append(f"{placeholders} placeholders for one {modality['name']}")
+            if placeholders <= 1:
+                raise Refused(f"the processor writes {counted[-1]}")
+        return ", ".join([type(self.processor).__name__, *counted])
+
+    def _visual_inputs(self) -> list[dict[str, Any]]:
+        """Return the modalities that model and processor both have; the first is the image."""
+        has_video = getattr(self.processor, "video_processor", None) is not None
+        return [modality for modality in self.modalities if modality["name"] != "video" or has_video]
+
+    @staticmethod
+    def _placeholders(inputs: dict[str, torch.Tensor], modality: dict[str, Any], config: Any) -> int:
+        return int((inputs["input_ids"] == getattr(config, modality["placeholder"])).sum())
 
     def check_auto_classes(self) -> str:
         """Make the model on the meta device, which takes no weights."""
@@ -94,21 +116,21 @@ class Worker:
         return f"{count} tensors hash as in the files"
 
     def check_kv_length(self) -> str:
-        inputs = self.inputs()
-        config, detail = self.model.config, ""
-        placeholders = int((inputs["input_ids"] == config.image_token_id).sum())
-        stored = self._expected_kept(placeholders, inputs)
-        if stored is not None and stored >= placeholders:
+        return "; ".join(self._check_kv_length_of(modality) for modality in self._visual_inputs())
+
+    def _check_kv_length_of(self, modality: dict[str, Any]) -> str:
+        inputs, detail = self.inputs(modality["name"]), ""
+        placeholders = self._placeholders(inputs, modality, self.model.config)
+        full, kept = self._counts(modality, inputs)
+        if sum(kept) >= placeholders:
             # The stored budget prunes nothing here; show that the code prunes when it is told to.
-            patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-            self.model.set_vispruner_config(method="vispruner", visual_token_num=max(1, patches // 4))
-            detail = f" (the stored budget keeps all, shown with {max(1, patches // 4)})"
-        pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-        full, kept = self.model.visual_token_counts(**pixels)
-        expected = self._expected_kept(placeholders, inputs)
+            self.model.set_vispruner_config(method="vispruner", keep_ratio=0.25)
+            detail = " (the stored budget keeps all, shown with keep_ratio 0.25)"
+            full, kept = self._counts(modality, inputs)
+        expected = self._expected_kept(modality, inputs, placeholders)
         if sum(full) != placeholders or (expected is not None and sum(kept) != expected):
             raise Refused(
-                f"visual_token_counts says {full} -> {kept}; the prompt has {placeholders} placeholders"
+                f"{modality['name']} token counts are {full} -> {kept}; the prompt has {placeholders} placeholders"
                 + ("" if expected is None else f", of which vispruner_config keeps {expected}")
             )
         if sum(kept) >= sum(full):
@@ -121,29 +143,38 @@ class Worker:
             raise Refused(f"the KV cache holds {length} tokens, {expected_length} are right")
         if not torch.equal(result.sequences[:, :prompt], inputs["input_ids"]):
             raise Refused("the generated sequence does not start with the prompt")
-        return f"visual tokens {sum(full)} -> {sum(kept)}, KV cache {prompt + new - 1} -> {length}{detail}"
+        what = "visual tokens" if modality["name"] == "image" else f"{modality['name']} tokens"
+        return f"{what} {sum(full)} -> {sum(kept)}, KV cache {prompt + new - 1} -> {length}{detail}"
 
-    def _expected_kept(self, placeholders: int, inputs: dict[str, torch.Tensor]) -> int | None:
-        """Count the kept tokens from config.json alone; None where that takes the model's own packing."""
-        config = self.model.config
-        options = config.vispruner_config
+    def _counts(self, modality: dict[str, Any], inputs: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
+        is_image = modality["name"] == "image"
+        count = self.model.visual_token_counts if is_image else self.model.model.video_token_counts
+        return count(inputs[modality["pixels"]], **self._described(modality, inputs))
+
+    @staticmethod
+    def _described(modality: dict[str, Any], inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: inputs[name] for name in modality["described_by"] if name in inputs}
+
+    def _expected_kept(
+        self, modality: dict[str, Any], inputs: dict[str, torch.Tensor], placeholders: int
+    ) -> int | None:
+        """Count the kept tokens from the budget and the grids alone; None where packing drops or adds tokens."""
+        views = getattr(self.model.model, f"{modality['name']}_views")
+        items = views(inputs[modality["pixels"]], **self._described(modality, inputs))
+        tokens = [view.grid[0] * view.grid[1] for views in items for view in views]
+        options = self.model.config.vispruner_config
         if options["method"] == "none":
             return placeholders
-        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        if sum(tokens) != placeholders:
+            return None
         count, ratio = options["visual_token_num"], options["keep_ratio"]
-        budget = min(count, patches) if count is not None else max(1, int(patches * ratio + 0.5))
-        if "image_sizes" not in inputs:
-            return budget
-        if options["tile_mode"] == "paper":
-            return budget * inputs["pixel_values"].shape[1]
-        return placeholders if budget == patches else None
+        return sum(min(count, n) if count is not None else max(1, int(n * ratio + 0.5)) for n in tokens)
 
     def check_keep_all(self) -> str:
         inputs = self.inputs()
         self.model.set_vispruner_config(method="none")
         kept_all = self.logits(inputs)
-        patches = (self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size) ** 2
-        self.model.set_vispruner_config(method="vispruner", visual_token_num=patches, tile_mode="native")
+        self.model.set_vispruner_config(method="vispruner", keep_ratio=1.0, tile_mode="native")
         full_budget = self.logits(inputs)
         self.model = None
         gc.collect()
@@ -157,7 +188,7 @@ class Worker:
         self.model = stock.eval()
         expected = self.logits(inputs)
         self.model = None
-        for what, found in (('method "none"', kept_all), (f"visual_token_num {patches}", full_budget)):
+        for what, found in (('method "none"', kept_all), ("keep_ratio 1.0", full_budget)):
             if found.shape != expected.shape or not torch.equal(found, expected):
                 raise Refused(f"the logits with {what} are not those of {type(stock).__name__}")
         return f"logits {list(expected.shape)} are those of {type(stock).__name__}, bit for bit"
@@ -194,17 +225,22 @@ class Worker:
         if not loaded.__module__.startswith("transformers_modules."):
             raise Refused(f"{loaded_by} makes {loaded.__module__}.{loaded.__name__}, not the repo's own class")
 
-    def prompt(self) -> str:
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    def prompt(self, kind: str = "image") -> str:
+        message = {"role": "user", "content": [{"type": kind}, {"type": "text", "text": QUESTION[kind]}]}
         if getattr(self.processor, "chat_template", None):
             return self.processor.apply_chat_template([message], add_generation_prompt=True)
-        return f"USER: {self.processor.image_token}\n{QUESTION} ASSISTANT:"
+        return f"USER: {getattr(self.processor, f'{kind}_token')}\n{QUESTION[kind]} ASSISTANT:"
 
-    def inputs(self) -> dict[str, torch.Tensor]:
-        return dict(self.processor(images=sample_image(), text=self.prompt(), return_tensors="pt"))
+    def inputs(self, kind: str = "image") -> dict[str, torch.Tensor]:
+        visual: dict[str, Any] = {"images": sample_image()}
+        if kind == "video":
+            visual = {"videos": [[sample_image(frame) for frame in range(FRAMES)]], "do_sample_frames": False}
+        inputs = self.processor(text=self.prompt(kind), return_tensors="pt", **visual)
+        return {self.renamed_inputs.get(name, name): value for name, value in inputs.items()}
 
     def _cast(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {**inputs, "pixel_values": inputs["pixel_values"].to(self.model.dtype)}
+        pixels = [modality["pixels"] for modality in self.modalities if modality["pixels"] in inputs]
+        return {**inputs, **{name: inputs[name].to(self.model.dtype) for name in pixels}}
 
     @torch.no_grad()
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -216,12 +252,18 @@ class Worker:
         )
 
 
-def sample_image() -> Image.Image:
-    """Draw a picture that is not the same everywhere: 320 x 240, gradients and rings."""
+def needs_video_packages(error: BaseException) -> bool:
+    """Say whether a processor failed to load because what is needed to read videos is not installed."""
+    is_missing = isinstance(error, ImportError) or "Missing optional dependencies" in str(error)
+    return is_missing and any(name in str(error).lower() for name in VIDEO_PACKAGES)
+
+
+def sample_image(frame: int = 0) -> Image.Image:
+    """Draw a picture that is not the same everywhere: 320 x 240, gradients and rings, which a video moves."""
     image = Image.new("RGB", (320, 240))
     image.putdata(
         [
-            (x * 255 // 319, y * 255 // 239, ((x - 160) ** 2 + (y - 120) ** 2) // 24 % 256)
+            (x * 255 // 319, y * 255 // 239, ((x - 160) ** 2 + (y - 120) ** 2) // (24 + 2 * frame) % 256)
             for y in range(240)
             for x in range(320)
         ]

@@ -49,6 +49,10 @@ class Idefics3EncoderMixin(TileEncoderMixin):
         """Return which of (tiles, 3, height, width) are no padding: those with a pixel that is not 0."""
         return tiles.flatten(1).ne(0).any(dim=1)
 
+    def encoded_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        tiles = pixel_values.to(self.dtype).flatten(0, 1)
+        return tiles[self.real_tiles(tiles)]
+
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per tile of (batch, tiles, 3, height, width) its tokens in a full prompt and those that are kept."""
         full = self._tokens(pixel_values)

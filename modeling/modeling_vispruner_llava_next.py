@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 from .configuration_vispruner import VisPrunerLlavaNextConfig
 from .encoded_images import EncodedImages
 from .llava_encoder import LlavaEncoderMixin
-from .pruned_encoder import PrunedImageFeatures, VisualTokens, inherit_checkpoint_conversion
+from .pruned_encoder import PrunedImageFeatures, TokenView, VisualTokens, inherit_checkpoint_conversion
 from .pruning_mixin import VisPrunerMixin, give_lm_head_its_own_rows
 
 NEWLINE = -1
@@ -79,6 +79,18 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         packings = [self.stock_packing(size) for size in sizes]
         kept = [self._kept_count(packing, tiles) for packing, tiles in zip(packings, self._tiles(sizes), strict=True)]
         return [len(packing) for packing in packings], kept
+
+    def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
+        """Return the tiles of each image: the base tile left of the others, which stand as in the image."""
+        sizes = _on_host(arguments["image_sizes"])
+        images = pixel_values if pixel_values.dim() == 5 else pixel_values.split(self._tiles(sizes))
+        views = []
+        for image, size in zip(images, sizes, strict=True):
+            rows, columns = self.tile_grid(size)
+            places = [(0, 0)] + [(tile // columns, 1 + tile % columns) for tile in range(rows * columns)]
+            tiles = zip(image[: len(places)], places, strict=True)
+            views.append([TokenView(tile, (self.side, self.side), place) for tile, place in tiles])
+        return views
 
     def _tiles(self, sizes: list[list[int]]) -> list[int]:
         """Return per image how many tiles it is cut into, the base tile included."""

@@ -25,7 +25,7 @@ from transformers.utils import can_return_tuple
 from .configuration_vispruner import VisPrunerConfigMixin
 from .encoded_images import EncodedImages
 from .llava_encoder import TowerEncoderMixin
-from .pruned_encoder import PrunedImageFeatures, VisualTokens, inherit_checkpoint_conversion
+from .pruned_encoder import PrunedImageFeatures, TokenView, VisualTokens, inherit_checkpoint_conversion
 from .pruning_mixin import STOCK_TAKES_FEATURES, Modality, VisPrunerMixin, give_lm_head_its_own_rows
 
 NEWLINE = -1
@@ -119,6 +119,29 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
             [tiles], [size], image_newline=newline, vision_aspect_ratio=self.config.vision_aspect_ratio
         )
         return packed[0]
+
+    def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
+        """Return the tiles of each image: the base tile left of the others, which stand as in the image."""
+        packings = self.packings(arguments["image_sizes"], arguments.get("batch_num_images"))
+        tiles = [packing.tiles for packing in packings]
+        images = pixel_values if pixel_values.dim() == 5 else pixel_values.split(tiles)
+        views = []
+        for image, packing in zip(images, packings, strict=True):
+            pinpoints, tile_size = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+            columns = get_anyres_image_grid_shape(packing.size, pinpoints, tile_size)[1]
+            places = [(0, 0)] + [(tile // columns, 1 + tile % columns) for tile in range(packing.tiles - 1)]
+            pools = [0] + [1] * (packing.tiles - 1)
+            parts = zip(image[: packing.tiles], places, pools, strict=True)
+            views.append([TokenView(tile, (self.side, self.side), place, pool) for tile, place, pool in parts])
+        return views
+
+    def video_views(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
+        """Return the frames of each video, side by side."""
+        side = math.ceil(self.side / 2)
+        return [
+            [TokenView(frame, (side, side), (0, number)) for number, frame in enumerate(video)]
+            for video in pixel_values_videos
+        ]
 
     def _budgets(self, packing: Packing) -> tuple[int, int]:
         """Return how many tokens of the base tile and of the rest of an image stay."""

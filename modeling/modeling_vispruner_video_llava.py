@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 from .configuration_vispruner import VisPrunerConfigMixin
 from .encoded_images import EncodedImages
 from .llava_encoder import TowerEncoderMixin, layers_of
-from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
+from .pruned_encoder import PrunedImageFeatures, TokenView, inherit_checkpoint_conversion
 from .pruning_mixin import Modality, VisPrunerMixin, give_lm_head_its_own_rows
 from .visual_attention import make_tappable
 
@@ -101,6 +101,10 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
             full_counts=[patches] * images,
         )
 
+    def video_views(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
+        """Return every frame as an image of its own; [CLS] has no place in it."""
+        return self.image_views(pixel_values_videos.flatten(0, 1))
+
     def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per frame the visual tokens of a full prompt and those that are kept, [CLS] among them."""
         patches, frames = self._patches(pixel_values_videos), pixel_values_videos.shape[:2].numel()
@@ -147,6 +151,8 @@ class VisPrunerVideoLlavaForConditionalGeneration(VisPrunerMixin, VideoLlavaForC
         Modality("image", IMAGES, ("vision_feature_layer", "vision_feature_select_strategy"), "image_token_id"),
         Modality("video", "pixel_values_videos", ("vision_feature_layer",), "video_token_id"),
     )
+
+    renamed_inputs = {name: IMAGES for name in NAMES_OF_IMAGES if name != IMAGES}
 
     def __init__(self, config: VisPrunerVideoLlavaConfig) -> None:
         super(VideoLlavaForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model

@@ -5,7 +5,7 @@ Knows the registry of selectors; where attention and tokens are in a model is th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -64,6 +64,21 @@ class VisualTokens:
         return VisualTokens(self.features[images, tokens], self.saliency[images, tokens], layers)
 
 
+class TokenView(NamedTuple):
+    """What the encoder made one grid of tokens of: an image, a tile of it, or a frame (or two) of a video.
+
+    pixels  (3, height, width), normalised as the processor left them
+    grid    (rows, columns) of its tokens; those of an item's views are numbered one after the other, row by row
+    place   (row, column) among the other views of its item
+    pool    views of one item with the same number were chosen from together; None was chosen from alone
+    """
+
+    pixels: torch.Tensor
+    grid: tuple[int, int]
+    place: tuple[int, int] = (0, 0)
+    pool: int | None = None
+
+
 def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str) -> None:
     """Read every key layout that the stock class or model_type `stock_name` reads.
 
@@ -89,6 +104,7 @@ class VisPrunerModelMixin:
     selector_inputs      which of token_selection's FURTHER_INPUTS it can give, if not all
     image_token_counts   per image the placeholders of a full prompt and of a shortened one, before anything runs
     get_image_features   `PrunedImageFeatures`; likewise get_video_features and video_token_counts, where it has videos
+    image_views          what the tokens are of, to be drawn; likewise video_views
     """
 
     config: Any
@@ -102,6 +118,12 @@ class VisPrunerModelMixin:
     @property
     def feature_layer(self) -> int:
         return len(self.vision_attentions) - 1
+
+    def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
+        """Return per image what it is encoded as: here one grid of the patches of (B, 3, height, width)."""
+        patch = self.config.vision_config.patch_size
+        grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
+        return [[TokenView(image, grid)] for image in pixel_values]
 
     @property
     def selector_inputs(self) -> frozenset[str]:

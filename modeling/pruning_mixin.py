@@ -91,6 +91,7 @@ class VisPrunerMixin(GenerationMixin):
 
     _auto_class = "AutoModelForImageTextToText"
     modalities: tuple[Modality, ...] = (IMAGES,)
+    renamed_inputs: dict[str, str] = {}  # names that processors still use, and what stock forward calls them
     default_position_policy = "renumber"
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.utils import ModelOutput
 
-from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, VisualTokens
+from .pruned_encoder import PrunedImageFeatures, TokenView, VisPrunerModelMixin, VisualTokens
 from .visual_attention import SaliencyTap
 
 
@@ -56,6 +56,24 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         """Return per frame of (images, 3) grids the rows and columns of its merged tokens."""
         side = self.visual.spatial_merge_size
         return [(int(h) // side, int(w) // side) for t, h, w in grid_thw.tolist() for _ in range(int(t))]
+
+    def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
+        """Return every image, put together again from its patches, with a grid of merged tokens."""
+        return self._views(pixel_values, arguments["image_grid_thw"])
+
+    def video_views(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
+        """Return every frame as an image of its own: the first of its two pictures."""
+        return self._views(pixel_values_videos, arguments["video_grid_thw"])
+
+    def _views(self, pixels: torch.Tensor, grid_thw: torch.Tensor) -> list[list[TokenView]]:
+        vision = self.config.vision_config
+        side, patch, grids = vision.spatial_merge_size, vision.patch_size, grid_thw.tolist()
+        pictures = []
+        for (t, h, w), part in zip(grids, pixels.split([t * h * w for t, h, w in grids]), strict=True):
+            # (time, block row, block column, row, column, colour, picture, y, x), the last four of a patch
+            split = part.view(t, h // side, w // side, side, side, -1, vision.temporal_patch_size, patch, patch)
+            pictures += split[..., 0, :, :].permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * patch, w * patch)
+        return [[TokenView(*view)] for view in zip(pictures, self.frames_of(grid_thw), strict=True)]
 
     def encode_pruned(self, encode: Any, pixels: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
         """Run stock `encode(pixels, grid_thw)` and keep of each image or frame what its budget leaves."""

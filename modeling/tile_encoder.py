@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .pruned_encoder import PrunedImageFeatures, VisPrunerModelMixin, VisualTokens
+from .pruned_encoder import PrunedImageFeatures, TokenView, VisPrunerModelMixin, VisualTokens
 from .visual_attention import SaliencyTap
 
 
@@ -15,7 +15,17 @@ class TileEncoderMixin(VisPrunerModelMixin):
     The saliency of a token is the mean over the patches that are merged into it. An architecture says:
 
     merge_patches    (B, N, C) patches of square tiles to (B, M, C * N / M), as its stock model does
+    encoded_tiles    the tiles (B, 3, height, width) that pixel values hold, if these are not they
     """
+
+    def encoded_tiles(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
+
+    def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
+        """Return every tile as an image of its own, with a grid of merged tokens."""
+        full, _ = self.image_token_counts(pixel_values)
+        tiles = zip(self.encoded_tiles(pixel_values), full, strict=True)
+        return [[TokenView(tile, (math.isqrt(count), math.isqrt(count)))] for tile, count in tiles]
 
     def merge_patches(self, patches: torch.Tensor) -> torch.Tensor:
         raise AttributeError(f"{type(self).__name__} must say how its patches are merged")

@@ -26,7 +26,7 @@ from vispruner.conversion import base_checkpoint, build
 from vispruner.conversion.base_checkpoint import PROCESSOR_FILES, BuildError, resolve_base
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.checkpoint_io import iter_checkpoint_tensors, write_checkpoint
-from vispruner.conversion.published_layout import LayoutError, published_name, published_names
+from vispruner.conversion.published_layout import LayoutError, model_layout
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -52,6 +52,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**read_json(path), **changes}), encoding="utf-8")
+
+
+# The layout that every supported version of transformers reads, from the names of the llava-hf repos.
+PUBLISHED = {
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.language_model.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "vision_tower.vision_model.": "model.vision_tower.vision_model.",
+    "lm_head.": "lm_head.",
+}
+
+
+def published_name(legacy: str) -> str:
+    old = next(prefix for prefix in PUBLISHED if legacy.startswith(prefix))
+    return PUBLISHED[old] + legacy.removeprefix(old)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -213,7 +228,7 @@ def legacy_bin_in_shards(base: Path, folder: Path) -> None:
 
 
 def published(base: Path, folder: Path) -> None:
-    tensors = {published_name(name) or "": tensor for name, tensor in legacy_names(base).items()}
+    tensors = {published_name(name): tensor for name, tensor in legacy_names(base).items()}
     write_checkpoint(tensors.items(), folder, max_shard_size=300_000)
 
 
@@ -273,7 +288,7 @@ def test_a_shard_with_a_name_to_change_keeps_its_bytes_behind_the_header(
 ) -> None:
     base = copy_without_weights(tiny_llava_repo, tmp_path / "base")
     tensors = {
-        name if name.startswith("vision") else published_name(name) or "": tensor
+        name if name.startswith("vision") else published_name(name): tensor
         for name, tensor in legacy_names(tiny_llava_repo).items()
     }
     write_checkpoint(sorted(tensors.items()), base, max_shard_size=300_000)
@@ -320,9 +335,10 @@ def test_renaming_a_shard_holds_one_block_in_memory(tmp_path: Path, monkeypatch:
     assert torch.equal(renamed["lm_head.weight"], load_file(source)["language_model.lm_head.weight"])
 
 
-def test_two_names_that_become_one_are_refused() -> None:
+def test_two_names_that_become_one_are_refused(built: Path) -> None:
+    layout = model_layout("llava", read_json(built / "config.json"))
     with pytest.raises(LayoutError, match="the checkpoint holds it twice"):
-        published_names(["lm_head.weight", "language_model.lm_head.weight"])
+        layout.published_names(["lm_head.weight", "language_model.lm_head.weight"])
 
 
 # Tied embeddings
@@ -465,7 +481,7 @@ def no_config(base: Path) -> None:
 
 
 def no_llava(base: Path) -> None:
-    edit_json(base / "config.json", model_type="qwen2_vl")
+    edit_json(base / "config.json", model_type="paligemma")
 
 
 def next_in_llava(base: Path) -> None:
@@ -548,10 +564,10 @@ def other_shape(base: Path) -> None:
 
 BAD_BASES: list[tuple[Callable[[Path], None], str]] = [
     (no_config, "has no config.json"),
-    (no_llava, "model_type 'qwen2_vl', the YAML's architecture is 'llava': give another base"),
+    (no_llava, "model_type 'paligemma', the YAML's architecture is 'llava': give another base"),
     (next_in_llava, "set architecture: llava_next in the YAML"),
-    (no_cls, r"vision tower of type 'siglip_vision_model'.*\[CLS\]"),
-    (full_strategy, "vision_feature_select_strategy 'full'"),
+    (no_cls, r"describes no model: .*got 'siglip_vision_model'.*\[CLS\]"),
+    (full_strategy, "vision_feature_select_strategy must be .*'full'"),
     (no_image_processor, "has no image processor"),
     (no_tokenizer, "has no tokenizer"),
     (broken_tokenizer, "processor of the base .* does not load"),
@@ -563,7 +579,7 @@ BAD_BASES: list[tuple[Callable[[Path], None], str]] = [
     (pickle_with_code, "pytorch_model.bin is refused.*could run code"),
     (plain_pickle_with_code, "pytorch_model.bin is refused.*could run code"),
     (random_lm_head, "missing: lm_head.weight"),
-    (renamed_lm_head, "missing: lm_head.weight; unexpected: language_model.head.weight"),
+    (renamed_lm_head, "missing: lm_head.weight; unexpected: model.language_model.head.weight"),
     (other_shape, r"wrong shape: lm_head.weight is \[511, 64\], config.json asks for \[512, 64\]"),
 ]
 

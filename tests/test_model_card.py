@@ -199,7 +199,9 @@ def test_the_first_table_says_how_it_prunes(name: str) -> None:
     repo = load_repo_config(name)
     (rows,) = tables(card_of(name), "property")
     assert COMMIT in rows["base"][0]
-    assert rows["budget"][0].startswith(f"{repo.vispruner_config['visual_token_num']} visual tokens per ")
+    count, ratio = repo.vispruner_config["visual_token_num"], repo.vispruner_config["keep_ratio"]
+    budget = f"{count} visual tokens per " if count is not None else f"{100 * ratio:g} % of the visual tokens of each "
+    assert rows["budget"][0].startswith(budget)
     assert rows["`important_ratio`"][0].startswith("0.5: ")
     assert rows["`dedup_step`"][0].startswith("8: ")
     assert ("tiles" in rows) == (repo.architecture == "llava_next")

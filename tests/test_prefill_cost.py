@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rows import Row, rows
 from tiny_llava import write_tiny_llava
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaNextConfig
 
-from vispruner.conversion.prefill_cost import kv_cache_bytes, prefill_flops, projector_flops
+from vispruner.conversion.prefill_cost import (
+    kv_cache_bytes,
+    language_model_flops,
+    prefill_flops,
+    projector_flops,
+)
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
@@ -26,10 +32,33 @@ def counted_flops(model: LlavaForConditionalGeneration, sequence_length: int, vi
         model.model.multi_modal_projector(features)
         hidden = model.model.language_model(inputs_embeds=embeds).last_hidden_state
         model.lm_head(hidden[:, -1:])
+    return without_angles(counter)
+
+
+def without_angles(counter: FlopCounterMode) -> int:
+    """Angles of the rotary embedding are made by a matrix product of inner size 1, which is no work of the model's."""
     by_module = counter.get_flop_counts()
-    # Angles of the rotary embedding are made by a matrix product of inner size 1, which is no work of the model's.
     angles = sum(sum(ops.values()) for name, ops in by_module.items() if name.endswith("rotary_emb"))
     return counter.get_total_flops() - angles
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.model_type)
+def test_the_cost_of_every_language_model_is_known(row: Row) -> None:
+    config = row.config()
+    config._attn_implementation = "eager"
+    decoder = row.stock_class(config).get_decoder()
+    embeds = torch.zeros(1, 21, config.get_text_config().hidden_size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cache = decoder(inputs_embeds=embeds, use_cache=True).past_key_values
+    assert language_model_flops(config, 21) == without_angles(counter)
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert kv_cache_bytes(config, 21, bytes_per_value=4) == held
+
+
+def test_an_unknown_projector_is_no_guess() -> None:
+    row = next(row for row in rows() if row.model_type == "qwen2_vl")
+    with pytest.raises(ValueError, match="qwen2_vl is not known: count its language model"):
+        projector_flops(row.config(), 10)
 
 
 @pytest.mark.parametrize(("sequence_length", "visual_tokens"), [(75, 64), (27, 16), (1, 1), (300, 0)])
