@@ -295,17 +295,25 @@ def published_repo(repo: Path | None) -> Iterator[Path]:
 # What is measured
 
 
-def variants(selectors: Sequence[str], budgets: Sequence[float], registry: dict[str, Any], full: int) -> list[Variant]:
+def variants(
+    selectors: Sequence[str],
+    budgets: Sequence[float],
+    registry: dict[str, Any],
+    full: int,
+    policies: Sequence[str] = POLICIES,
+) -> list[Variant]:
     """Return the rows to measure: each selector with every option it takes, at each budget; nothing twice."""
     rows = []
     for budget in budgets:
         count = min(full, max(1, math.floor(full * budget / 100 + 0.5)))
         for selector in selectors:
-            rows += _variants_of(selector, budget, count, registry, full)
+            rows += _variants_of(selector, budget, count, registry, full, policies)
     return list(dict.fromkeys(rows))
 
 
-def _variants_of(selector: str, budget: float, count: int, registry: dict[str, Any], full: int) -> list[Variant]:
+def _variants_of(
+    selector: str, budget: float, count: int, registry: dict[str, Any], full: int, policies: Sequence[str]
+) -> list[Variant]:
     if selector == DENSE:
         return [Variant(DENSE, budget, full)] if count == full else []
     if selector == DOWNSAMPLE:
@@ -313,7 +321,7 @@ def _variants_of(selector: str, budget: float, count: int, registry: dict[str, A
     options = registry[selector].options
     ratios = RATIOS if "important_ratio" in options else (None,)
     draws = DRAWS if "seed" in options else (0,)
-    return [Variant(selector, budget, count, ratio, policy, draws) for policy in POLICIES for ratio in ratios]
+    return [Variant(selector, budget, count, ratio, policy, draws) for policy in policies for ratio in ratios]
 
 
 def measure(
@@ -470,6 +478,7 @@ def run_benchmark(
     limit: int = QUESTIONS,
     seed: int = 0,
     processes: int = 1,
+    policies: Sequence[str] = POLICIES,
 ) -> dict[str, Any]:
     """Measure and return what the JSON holds.
 
@@ -492,7 +501,7 @@ def run_benchmark(
         chosen = known if selectors is None else list(selectors)
         if unknown := [name for name in chosen if name not in known]:
             raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")
-        rows = variants(chosen, budgets, registry, published.visual_tokens)
+        rows = variants(chosen, budgets, registry, published.visual_tokens, policies)
         if not rows:
             raise BenchmarkError(f'"{DENSE}" drops nothing, so it is measured at 100 % only: add 100 to --budgets')
         samples = questions(dataset, seed, limit)
@@ -691,6 +700,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="PERCENT",
         help=f"visual tokens kept, in percent (default: {' '.join(f'{b:g}' for b in BUDGETS)})",
     )
+    parser.add_argument(
+        "--positions",
+        nargs="+",
+        choices=POLICIES,
+        default=POLICIES,
+        help=f"of the kept tokens, in the prompt (default: {' '.join(POLICIES)})",
+    )
     parser.add_argument("--dataset", choices=DATASETS, default="scenes", help="default: %(default)s")
     parser.add_argument(
         "--limit",
@@ -730,6 +746,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.limit,
             parsed.seed,
             parsed.processes,
+            parsed.positions,
         )
     except ValueError as error:  # BenchmarkError, BuildError and what the model refuses
         print(f"accuracy.py: {error}", file=sys.stderr)

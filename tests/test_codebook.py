@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vispruner
+from vispruner.codebook_file import CodebookError, read_codebook
 from vispruner.conversion import cli, codebook
-from vispruner.conversion.codebook import CodebookError, build_codebook, read_codebook, save_codebook, write_codebook
+from vispruner.conversion.codebook import build_codebook, save_codebook, write_codebook
 from vispruner.related_selectors import redundancy
 
 
