@@ -51,9 +51,11 @@ from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate
 from vispruner import SELECTORS, __version__
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.questions import is_right
+from vispruner.conversion.repo_config import ASSETS
 from vispruner.pruned_encoder import VisualTokens
 
 CONFIG = "tiny-llava-vispruner"
+CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpoint
 DATASETS = ("scenes", "easy-vqa")
 DENSE, DOWNSAMPLE = "none", "downsample"
 BUDGETS = (100.0, 50.0, 25.0, 12.5, 6.0)
@@ -188,9 +190,12 @@ def _easy_vqa_samples(seed: int) -> Iterator[Sample]:
 
 
 class PublishedModel:
-    """A built repo loaded through the Auto classes. Raises BenchmarkError where it is not the repo's own class."""
+    """A built repo loaded through the Auto classes. Raises BenchmarkError where it is not the repo's own class.
 
-    def __init__(self, repo: Path) -> None:
+    codebook  the file for the selectors that need one; None is what the repo has
+    """
+
+    def __init__(self, repo: Path, codebook: Path | None = None) -> None:
         self.processor: Any = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
         auto_class: Any = AutoModelForImageTextToText
         self.model: Any = auto_class.from_pretrained(repo, trust_remote_code=True).eval()
@@ -200,6 +205,7 @@ class PublishedModel:
             raise BenchmarkError(f"{repo} was loaded as {type(self.model)}, not as its own class {named}")
         if config.model_type != "llava":
             raise BenchmarkError(f"{repo} is a {config.model_type} model: only llava repos (one tile) are measured")
+        self.codebook = config.vispruner_config["codebook"] if codebook is None else str(codebook.resolve())
         self.patch_size: int = config.vision_config.patch_size
         self.grid: int = config.vision_config.image_size // self.patch_size
         module = type(self.model).__module__.rpartition(".")[0] + ".token_selection"
@@ -208,6 +214,12 @@ class PublishedModel:
     @property
     def visual_tokens(self) -> int:
         return self.grid**2
+
+    @property
+    def selectors(self) -> dict[str, Any]:
+        """What the repo registers, but for what needs a codebook where there is none."""
+        registry = self.selection.SELECTORS.items()
+        return {name: selector for name, selector in registry if self.codebook or "codebook" not in selector.needs}
 
     def inputs(self, samples: Sequence[Sample], grid: int | None = None) -> Any:
         """Process one batch; `grid` makes the pictures smaller, to grid x grid patches."""
@@ -229,7 +241,9 @@ class PublishedModel:
     @torch.no_grad()
     def answer(self, inputs: Any, options: dict[str, Any], visual_token_num: int, new_tokens: int) -> Answers:
         """Answer one batch under these options; raise BenchmarkError unless the cache holds what they say."""
-        self.model.set_vispruner_config(**options)
+        selector = self.selection.SELECTORS.get(options["method"])
+        needs_codebook = selector is not None and "codebook" in selector.needs
+        self.model.set_vispruner_config(**options, **({"codebook": self.codebook} if needs_codebook else {}))
         with self._recorded_selections() as selections, self._any_picture_size():
             result = self.model.generate(
                 **inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
@@ -357,16 +371,17 @@ def _answered(
     if processes == 1:
         yield from (answer_batch(published, number, batch, rows, new_tokens) for number, batch in batches)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _load_in_worker, (repo,)) as pool:
+    codebook = None if published.codebook is None else repo / published.codebook
+    with ProcessPoolExecutor(processes, get_context("spawn"), _load_in_worker, (repo, codebook)) as pool:
         yield from pool.map(partial(_answer_in_worker, rows=rows, new_tokens=new_tokens), batches)
 
 
 _loaded_here: list[PublishedModel] = []
 
 
-def _load_in_worker(repo: Path) -> None:
+def _load_in_worker(repo: Path, codebook: Path | None) -> None:
     torch.set_num_threads(1)
-    _loaded_here.append(PublishedModel(repo))
+    _loaded_here.append(PublishedModel(repo, codebook))
 
 
 def _answer_in_worker(
@@ -479,11 +494,13 @@ def run_benchmark(
     seed: int = 0,
     processes: int = 1,
     policies: Sequence[str] = POLICIES,
+    codebook: Path | None = None,
 ) -> dict[str, Any]:
     """Measure and return what the JSON holds.
 
     repo       a built repo, a stock LLaVA checkpoint to build one from, or None for the embedded one
     selectors  "none", "downsample" and names that the repo registers; all of them by default
+    codebook   for the selectors that need one; by default the repo's, or that of the embedded checkpoint
     """
     if dataset not in DATASETS:
         raise BenchmarkError(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
@@ -495,8 +512,8 @@ def run_benchmark(
         raise BenchmarkError(f"--budgets are percentages above 0 up to 100, got {wrong[0]}")
     started = time.monotonic()
     with published_repo(repo) as folder:
-        published = PublishedModel(folder)
-        registry = published.selection.SELECTORS
+        published = PublishedModel(folder, CODEBOOK if repo is None and codebook is None else codebook)
+        registry = published.selectors
         known = [DENSE, *registry, DOWNSAMPLE]
         chosen = known if selectors is None else list(selectors)
         if unknown := [name for name in chosen if name not in known]:
@@ -707,6 +724,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=POLICIES,
         help=f"of the kept tokens, in the prompt (default: {' '.join(POLICIES)})",
     )
+    parser.add_argument("--codebook", type=Path, metavar="FILE", help="for the method that needs one (--repo only)")
     parser.add_argument("--dataset", choices=DATASETS, default="scenes", help="default: %(default)s")
     parser.add_argument(
         "--limit",
@@ -747,6 +765,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.seed,
             parsed.processes,
             parsed.positions,
+            parsed.codebook,
         )
     except ValueError as error:  # BenchmarkError, BuildError and what the model refuses
         print(f"accuracy.py: {error}", file=sys.stderr)
