@@ -538,6 +538,24 @@ def run_benchmark(
     }
 
 
+def with_rows_of(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Return an earlier record with the rows of a further run about the same questions.
+
+    The dense model must have done in both what it did in the other, to the last answer counted.
+    """
+    fixed = ("dataset", "seed", "base_model", "questions", "pictures", "full_visual_tokens")
+    if other := [name for name in fixed if record[name] != result[name]]:
+        raise BenchmarkError(f"the record is of another run: it differs in {', '.join(other)}")
+    dense = [[row for row in rows if row["selector"] == DENSE] for rows in (record["rows"], result["rows"])]
+    if not dense[0] or dense[0] != dense[1]:
+        raise BenchmarkError(f'the record can only grow by a run that measured "{DENSE}" too, and found the same')
+    key = ("selector", "budget_percent", "important_ratio", "position_policy")
+    rows = {tuple(row[name] for name in key): row for row in (*record["rows"], *result["rows"])}
+    run = {name: result[name] for name in ("date", "versions", "processes", "minutes")}
+    run["selectors"] = list(dict.fromkeys(row["selector"] for row in result["rows"]))
+    return {**record, "rows": list(rows.values()), "further_runs": [*record.get("further_runs", []), run]}
+
+
 def label(row: dict[str, Any]) -> str:
     """Name a row's selector and options as the table and the plot show them."""
     ratio, policy = row["important_ratio"], row["position_policy"]
@@ -589,7 +607,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     curves = _curves(rows)
     _draw_curves(left, curves, "accuracy", "ci95")
     left.set(title="All questions", ylabel="share right")
-    left.legend(fontsize=8, loc="lower right")
+    left.legend(fontsize=8, loc="lower right", ncols=2)
     _draw_ratios(right, rows)
     axes = list(bottom.subplots(small_rows, 4, squeeze=False, sharey=True).flat)
     for axis, kind in zip(axes, kinds, strict=False):
@@ -637,6 +655,7 @@ def _draw_curves(
             label=name,
             color=COLOURS[place % len(COLOURS)],
             marker=MARKERS[place % len(MARKERS)],
+            linestyle="-" if place < len(COLOURS) else "--",
             markersize=4,
             linewidth=1.2,
             capsize=2,
@@ -741,6 +760,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="which test set: any integer >= 0 makes another one (default: %(default)s)",
     )
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="one core each (default: %(default)s)")
+    parser.add_argument(
+        "--add-to",
+        type=Path,
+        metavar="FILE",
+        help=f"an earlier result of the same questions: --json and --plot get its rows too (measure {DENSE} again)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into this .png or .svg")
     parsed = parser.parse_args(arguments)
@@ -767,6 +792,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.positions,
             parsed.codebook,
         )
+        if parsed.add_to is not None:
+            result = with_rows_of(json.loads(parsed.add_to.read_text(encoding="utf-8")), result)
     except ValueError as error:  # BenchmarkError, BuildError and what the model refuses
         print(f"accuracy.py: {error}", file=sys.stderr)
         return 2
