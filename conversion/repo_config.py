@@ -295,7 +295,7 @@ def _codebook_file(path: Path, options: dict[str, Any]) -> Path | None:
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise RepoConfigError(
-            f"{path}: vispruner_config.codebook: there is no {named} beside this file: make it with `vispruner codebook`"
+            f"{path}: vispruner_config.codebook: there is no {named} beside this file: `vispruner codebook` makes one"
         )
     options["codebook"] = found.name
     return found
