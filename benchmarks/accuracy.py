@@ -56,9 +56,11 @@ from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate
 from vispruner import SELECTORS, __version__
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.questions import is_right
+from vispruner.conversion.repo_config import ASSETS
 from vispruner.pruned_encoder import VisualTokens
 
 CONFIG = "tiny-llava-vispruner"
+CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpoint
 DATASETS = ("scenes", "easy-vqa")
 DENSE, DOWNSAMPLE = "none", "downsample"
 BUDGETS = (100.0, 50.0, 25.0, 12.5, 6.0)
@@ -194,9 +196,12 @@ def _easy_vqa_samples(seed: int) -> Iterator[Sample]:
 
 
 class PublishedModel:
-    """A built repo loaded through the Auto classes. Raises BenchmarkError where it is not the repo's own class."""
+    """A built repo loaded through the Auto classes. Raises BenchmarkError where it is not the repo's own class.
 
-    def __init__(self, repo: Path) -> None:
+    codebook  the file for the selectors that need one; None is what the repo has
+    """
+
+    def __init__(self, repo: Path, codebook: Path | None = None) -> None:
         self.processor: Any = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
         auto_class: Any = AutoModelForImageTextToText
         self.model: Any = auto_class.from_pretrained(repo, trust_remote_code=True).eval()
@@ -206,6 +211,7 @@ class PublishedModel:
             raise BenchmarkError(f"{repo} was loaded as {type(self.model)}, not as its own class {named}")
         if config.model_type != "llava":
             raise BenchmarkError(f"{repo} is a {config.model_type} model: only llava repos (one tile) are measured")
+        self.codebook = config.vispruner_config["codebook"] if codebook is None else str(codebook.resolve())
         self.patch_size: int = config.vision_config.patch_size
         self.grid: int = config.vision_config.image_size // self.patch_size
         module = type(self.model).__module__.rpartition(".")[0] + ".token_selection"
@@ -214,6 +220,12 @@ class PublishedModel:
     @property
     def visual_tokens(self) -> int:
         return self.grid**2
+
+    @property
+    def selectors(self) -> dict[str, Any]:
+        """What the repo registers, but for what needs a codebook where there is none."""
+        registry = self.selection.SELECTORS.items()
+        return {name: selector for name, selector in registry if self.codebook or "codebook" not in selector.needs}
 
     def inputs(self, samples: Sequence[Sample], grid: int | None = None) -> Any:
         """Process one batch; `grid` makes the pictures smaller, to grid x grid patches."""
@@ -235,7 +247,9 @@ class PublishedModel:
     @torch.no_grad()
     def answer(self, inputs: Any, options: dict[str, Any], visual_token_num: int, new_tokens: int) -> Answers:
         """Answer one batch under these options; raise BenchmarkError unless the cache holds what they say."""
-        self.model.set_vispruner_config(**options)
+        selector = self.selection.SELECTORS.get(options["method"])
+        needs_codebook = selector is not None and "codebook" in selector.needs
+        self.model.set_vispruner_config(**options, **({"codebook": self.codebook} if needs_codebook else {}))
         with self._recorded_selections() as selections, self._any_picture_size():
             result = self.model.generate(
                 **inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
@@ -301,17 +315,25 @@ def published_repo(repo: Path | None) -> Iterator[Path]:
 # What is measured
 
 
-def variants(selectors: Sequence[str], budgets: Sequence[float], registry: dict[str, Any], full: int) -> list[Variant]:
+def variants(
+    selectors: Sequence[str],
+    budgets: Sequence[float],
+    registry: dict[str, Any],
+    full: int,
+    policies: Sequence[str] = POLICIES,
+) -> list[Variant]:
     """Return the rows to measure: each selector with every option it takes, at each budget; nothing twice."""
     rows = []
     for budget in budgets:
         count = min(full, max(1, math.floor(full * budget / 100 + 0.5)))
         for selector in selectors:
-            rows += _variants_of(selector, budget, count, registry, full)
+            rows += _variants_of(selector, budget, count, registry, full, policies)
     return list(dict.fromkeys(rows))
 
 
-def _variants_of(selector: str, budget: float, count: int, registry: dict[str, Any], full: int) -> list[Variant]:
+def _variants_of(
+    selector: str, budget: float, count: int, registry: dict[str, Any], full: int, policies: Sequence[str]
+) -> list[Variant]:
     if selector == DENSE:
         return [Variant(DENSE, budget, full)] if count == full else []
     if selector == DOWNSAMPLE:
@@ -319,7 +341,7 @@ def _variants_of(selector: str, budget: float, count: int, registry: dict[str, A
     options = registry[selector].options
     ratios = RATIOS if "important_ratio" in options else (None,)
     draws = DRAWS if "seed" in options else (0,)
-    return [Variant(selector, budget, count, ratio, policy, draws) for policy in POLICIES for ratio in ratios]
+    return [Variant(selector, budget, count, ratio, policy, draws) for policy in policies for ratio in ratios]
 
 
 def measure(
@@ -359,7 +381,8 @@ def _answered(
     if processes == 1:
         yield from (answer_batch(published, number, batch, rows, new_tokens) for number, batch in batches)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _load_in_worker, (repo,)) as pool:
+    codebook = None if published.codebook is None else repo / published.codebook
+    with ProcessPoolExecutor(processes, get_context("spawn"), _load_in_worker, (repo, codebook)) as pool:
         yield from pool.map(partial(_answer_in_worker, rows=rows, new_tokens=new_tokens), batches)
 
 
@@ -387,9 +410,9 @@ def _answered_by_all(
 _loaded_here: list[PublishedModel] = []
 
 
-def _load_in_worker(repo: Path) -> None:
+def _load_in_worker(repo: Path, codebook: Path | None) -> None:
     torch.set_num_threads(1)
-    _loaded_here.append(PublishedModel(repo))
+    _loaded_here.append(PublishedModel(repo, codebook))
 
 
 def _answer_in_worker(
@@ -501,11 +524,14 @@ def run_benchmark(
     limit: int = QUESTIONS,
     seed: int = 0,
     processes: int | None = None,
+    policies: Sequence[str] = POLICIES,
+    codebook: Path | None = None,
 ) -> dict[str, Any]:
     """Measure and return what the JSON holds; under `accelerate launch` each process returns the whole.
 
     repo       a built repo, a stock LLaVA checkpoint to build one from, or None for the embedded one
     selectors  "none", "downsample" and names that the repo registers; all of them by default
+    codebook   for the selectors that need one; by default the repo's, or that of the embedded checkpoint
     processes  two by default, or as many as accelerate launched
     """
     if dataset not in DATASETS:
@@ -524,13 +550,13 @@ def run_benchmark(
     started = time.monotonic()
     with published_repo(repo) as folder:
         with launched().main_process_first():  # all copy the repo's code into the same cache
-            published = PublishedModel(folder)
-        registry = published.selection.SELECTORS
+            published = PublishedModel(folder, CODEBOOK if repo is None and codebook is None else codebook)
+        registry = published.selectors
         known = [DENSE, *registry, DOWNSAMPLE]
         chosen = known if selectors is None else list(selectors)
         if unknown := [name for name in chosen if name not in known]:
             raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")
-        rows = variants(chosen, budgets, registry, published.visual_tokens)
+        rows = variants(chosen, budgets, registry, published.visual_tokens, policies)
         if not rows:
             raise BenchmarkError(f'"{DENSE}" drops nothing, so it is measured at 100 % only: add 100 to --budgets')
         samples = questions(dataset, seed, limit)
@@ -548,6 +574,24 @@ def run_benchmark(
         "minutes": round((time.monotonic() - started) / 60, 1),
         "rows": [row_of(row, tally, samples) for row, tally in tallies.items()],
     }
+
+
+def with_rows_of(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Return an earlier record with the rows of a further run about the same questions.
+
+    The dense model must have done in both what it did in the other, to the last answer counted.
+    """
+    fixed = ("dataset", "seed", "base_model", "questions", "pictures", "full_visual_tokens")
+    if other := [name for name in fixed if record[name] != result[name]]:
+        raise BenchmarkError(f"the record is of another run: it differs in {', '.join(other)}")
+    dense = [[row for row in rows if row["selector"] == DENSE] for rows in (record["rows"], result["rows"])]
+    if not dense[0] or dense[0] != dense[1]:
+        raise BenchmarkError(f'the record can only grow by a run that measured "{DENSE}" too, and found the same')
+    key = ("selector", "budget_percent", "important_ratio", "position_policy")
+    rows = {tuple(row[name] for name in key): row for row in (*record["rows"], *result["rows"])}
+    run = {name: result[name] for name in ("date", "versions", "processes", "minutes")}
+    run["selectors"] = list(dict.fromkeys(row["selector"] for row in result["rows"]))
+    return {**record, "rows": list(rows.values()), "further_runs": [*record.get("further_runs", []), run]}
 
 
 def label(row: dict[str, Any]) -> str:
@@ -601,7 +645,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     curves = _curves(rows)
     _draw_curves(left, curves, "accuracy", "ci95")
     left.set(title="All questions", ylabel="share right")
-    left.legend(fontsize=8, loc="lower right")
+    left.legend(fontsize=8, loc="lower right", ncols=2)
     _draw_ratios(right, rows)
     axes = list(bottom.subplots(small_rows, 4, squeeze=False, sharey=True).flat)
     for axis, kind in zip(axes, kinds, strict=False):
@@ -649,6 +693,7 @@ def _draw_curves(
             label=name,
             color=COLOURS[place % len(COLOURS)],
             marker=MARKERS[place % len(MARKERS)],
+            linestyle="-" if place < len(COLOURS) else "--",
             markersize=4,
             linewidth=1.2,
             capsize=2,
@@ -729,6 +774,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="PERCENT",
         help=f"visual tokens kept, in percent (default: {' '.join(f'{b:g}' for b in BUDGETS)})",
     )
+    parser.add_argument(
+        "--positions",
+        nargs="+",
+        choices=POLICIES,
+        default=POLICIES,
+        help=f"of the kept tokens, in the prompt (default: {' '.join(POLICIES)})",
+    )
+    parser.add_argument("--codebook", type=Path, metavar="FILE", help="for the method that needs one (--repo only)")
     parser.add_argument("--dataset", choices=DATASETS, default="scenes", help="default: %(default)s")
     parser.add_argument(
         "--limit",
@@ -745,6 +798,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="which test set: any integer >= 0 makes another one (default: %(default)s)",
     )
     parser.add_argument("--processes", type=int, metavar="N", help=f"one core each (default: {PROCESSES})")
+    parser.add_argument(
+        "--add-to",
+        type=Path,
+        metavar="FILE",
+        help=f"an earlier result of the same questions: --json and --plot get its rows too (measure {DENSE} again)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into this .png or .svg")
     parsed = parser.parse_args(arguments)
@@ -768,7 +827,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.limit,
             parsed.seed,
             parsed.processes,
+            parsed.positions,
+            parsed.codebook,
         )
+        if parsed.add_to is not None:
+            result = with_rows_of(json.loads(parsed.add_to.read_text(encoding="utf-8")), result)
     except ValueError as error:  # BenchmarkError, BuildError and what the model refuses
         print(f"accuracy.py: {error}", file=sys.stderr)
         return 2

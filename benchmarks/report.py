@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import (
+    CODEBOOK,
     DENSE,
     DOWNSAMPLE,
     BenchmarkError,
@@ -67,7 +68,7 @@ def shown_variants(
     published: PublishedModel, selectors: Sequence[str] | None, budgets: Sequence[float]
 ) -> list[Variant]:
     """Return what the page compares: every selector once per budget, the one with a ratio at 0 and 0.5."""
-    registry = published.selection.SELECTORS
+    registry = published.selectors
     known = [*registry, DOWNSAMPLE]
     chosen = known if selectors is None else list(selectors)
     if unknown := [name for name in chosen if name not in known]:
@@ -262,7 +263,7 @@ def write_report(
     if scenes < 1 or seed < 0:
         raise BenchmarkError(f"--scenes must be at least 1 and --seed at least 0, got {scenes} and {seed}")
     with published_repo(repo) as folder:
-        published = PublishedModel(folder)
+        published = PublishedModel(folder, CODEBOOK if repo is None else None)
     rows = shown_variants(published, selectors, budgets)
     samples = scene_samples(seed, scenes)
     new_tokens = published.longest_answer(sample.answer for scene in samples for sample in scene)

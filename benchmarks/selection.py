@@ -14,10 +14,17 @@ Stages (--stages) time the parts of `ours` on a CPU beside what they replaced:
 The study (--study) asks whether the product could be smaller still. It draws smooth images, counts which pairs the
 rounds ever compared, and by how much the choice changes with less work: bfloat16, fewer channels, larger rounds.
 
+The methods (--methods, instead of all that) are every registered one at the first of the budgets, with the inputs
+that a CLIP tower of 24 layers and a language model --width wide would give. On a CPU it is the time of the processor,
+so that waiting for it on a busy machine does not count. What methods are given is not timed: those that compare
+projected features have all tokens projected first. "operations" are those of torch on meta tensors, less views: about
+the kernels that a GPU is given where nothing is compiled.
+
 Examples:
   python benchmarks/selection.py                                    # the recorded run, about five minutes
   python benchmarks/selection.py --batches 1 --repeats 5            # a first look
   python benchmarks/selection.py --stages --study --json out.json
+  python benchmarks/selection.py --methods --budgets 64 --json methods.json
   python benchmarks/selection.py --device cuda --dtype float16
 """
 
@@ -35,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -42,9 +50,11 @@ from peer import select_per_round
 
 from vispruner import token_selection
 from vispruner.duplicate_removal_triton import kernel_can_run
-from vispruner.token_selection import select_vispruner
+from vispruner.token_selection import SELECTORS, select_tokens, select_vispruner
 
 IMPORTANT_RATIO, STEP = 0.5, 8
+LAYERS, FEATURE_LAYER = 24, 22  # of LLaVA's tower, counted from 0
+PROTOTYPES = 64
 Form = Callable[[], Any]
 
 
@@ -62,17 +72,19 @@ def select_by_tensors(features: torch.Tensor, saliency: torch.Tensor, visual_tok
 # Timing
 
 
-def interleave(forms: dict[str, Form], repeats: int, progress: tqdm, device: str) -> dict[str, list[float]]:
+def interleave(
+    forms: dict[str, Form], repeats: int, progress: tqdm, device: str, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Run every form in turn, once to warm up and then `repeats` times; return milliseconds by form."""
     times: dict[str, list[float]] = {name: [] for name in forms}
     for repeat in range(repeats + 1):
         for name, form in forms.items():
             _wait(device)
-            start = time.perf_counter()
+            start = clock()
             form()
             _wait(device)
             if repeat:
-                times[name].append((time.perf_counter() - start) * 1000)
+                times[name].append((clock() - start) * 1000)
             progress.update()
     return times
 
@@ -161,6 +173,59 @@ def measure_stages(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+# Every registered method
+
+
+class Operations(TorchDispatchMode):
+    """While active, count the operations that compute or copy something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = [value.alias_info for value in operation._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in returned)
+        self.count += not is_view and "empty" not in operation._schema.name
+        return operation(*args, **(kwargs or {}))
+
+
+def method_form(method: str, args: argparse.Namespace, device: str) -> Form:
+    """Return a call of a method with all that it needs, drawn at random, on a device."""
+    features, saliency = draw(1, args)
+    generator = torch.Generator().manual_seed(args.seed)
+    dtype, side = getattr(torch, args.dtype), int(args.tokens**0.5)
+    read = SELECTORS[method].saliency_layers
+    layers = 0 if read is None else len(read(LAYERS, FEATURE_LAYER))
+    drawn = {
+        "projected": torch.randn(1, args.tokens, args.width, generator=generator).to(dtype),
+        "layer_saliency": torch.rand(1, layers, args.tokens, generator=generator),
+        "codebook": torch.randn(PROTOTYPES, args.width, generator=generator).to(dtype),
+    }
+    inputs: dict[str, Any] = {name: value.to(device) for name, value in drawn.items()}
+    inputs |= {"grid": (side, args.tokens // side), "seed": args.seed}
+    features, saliency = features.to(device), saliency.to(device)
+    return lambda: select_tokens(method, features, saliency, args.budgets[0], **inputs)
+
+
+def measure_methods(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time one image under every registered method, in turn, and count what each asks of torch."""
+    forms = {method: method_form(method, args, args.device) for method in SELECTORS}
+    with tqdm(total=len(forms) * (args.repeats + 1), desc="methods", unit="run") as progress:
+        clock = time.process_time if args.device == "cpu" else time.perf_counter
+        times = interleave(forms, args.repeats, progress, args.device, clock)
+    rows = []
+    for method, values in times.items():
+        form = method_form(method, args, "meta")
+        with Operations() as operations:
+            form()
+        rows.append(
+            {"method": method, "visual_token_num": args.budgets[0], "needs": sorted(SELECTORS[method].needs)}
+            | {"milliseconds": summary(values), "operations": operations.count}
+        )
+    return rows
+
+
 # Could the product be smaller?
 
 
@@ -220,8 +285,11 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def print_tables(result: dict[str, Any]) -> None:
-    print("\nmilliseconds, median (min to max); the ratio is per round / ours, median (min to max)")
-    for row in result["selection"]:
+    what = "processor time of each method, ms" if "methods" in result else "ms; the ratio is per round / ours"
+    print(f"\n{what}: median (min to max)")
+    for row in result.get("methods", []):
+        print(f"{row['method']:15s} {_cell(row['milliseconds']):28s} {row['operations']:5d} operations")
+    for row in result.get("selection", []):
         cells = [f"{name} {_cell(times)}" for name, times in row["milliseconds"].items()]
         ratio = row["ratio"]
         print(
@@ -276,6 +344,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each form (default 15)")
     parser.add_argument("--seed", type=int, default=0, help="of the random features (default 0)")
+    parser.add_argument("--methods", action="store_true", help="time every registered method instead")
+    parser.add_argument("--width", type=int, default=4096, help="of projected features, for --methods (default 4096)")
     parser.add_argument("--stages", action="store_true", help="also time the parts of the CPU's form")
     parser.add_argument("--study", action="store_true", help="also ask whether the product could be smaller")
     parser.add_argument("--images", type=int, default=20, help="images in the study (default 20)")
@@ -295,11 +365,15 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name != "json"}
     with torch.inference_mode():
-        result: dict[str, Any] = {"machine": machine(args), "settings": settings, "selection": measure(args)}
-        if args.stages and args.device == "cpu":
-            result["stages"] = measure_stages(args)
-        if args.study:
-            result["study"] = study(args)
+        result: dict[str, Any] = {"machine": machine(args), "settings": settings}
+        if args.methods:
+            result["methods"] = measure_methods(args)
+        else:
+            result["selection"] = measure(args)
+            if args.stages and args.device == "cpu":
+                result["stages"] = measure_stages(args)
+            if args.study:
+                result["study"] = study(args)
     result["machine"]["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
     print_tables(result)
     if args.json:

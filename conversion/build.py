@@ -20,6 +20,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from vispruner import ARCHITECTURES, __version__, auto_map, code_files
 from vispruner import configuration_vispruner as configuration
+from vispruner.codebook_file import CodebookError, read_codebook
 from vispruner.configuration_vispruner import merge_vispruner_config
 from vispruner.engine_interface import ENGINE_PROCESSORS
 
@@ -85,6 +86,7 @@ def build_repo(
         revision = _base_revision(repo, source if base is None else None, thin)
         config_json = _repo_config_json(base_config, repo, revision, thin)
         names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
+        codebooks = _checked_codebooks(repo, config_json)
         if drop_unused_vision_layers or repo.drop_unused_vision_layers:
             config_json = _without_unused_layers(config_json)
             names, expected = without_dropped_layers(names, config_json), model_layout(repo.architecture, config_json)
@@ -92,7 +94,7 @@ def build_repo(
         _write_json(staging / "generation_config.json", _generation_config(folder, base_config, tokenizer))
         (staging / "README.md").write_text(model_card(repo, revision, thin), encoding="utf-8")
         processor_files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
-        for path in (*code_files(repo.architecture), *processor_files, *card_files(repo)):
+        for path in (*code_files(repo.architecture), *processor_files, *card_files(repo), *codebooks):
             shutil.copyfile(path, staging / path.name)
         if engine_processor or repo.engine_processor:
             _name_engine_processor(staging / "processor_config.json", repo.architecture)
@@ -215,6 +217,18 @@ def _check_weights(
     if problems := layout_problems(expected, found):
         raise BuildError(f"the weights of {folder} are not those of its config.json: {'; '.join(problems)}")
     return names, expected
+
+
+def _checked_codebooks(repo: RepoConfig, config_json: Mapping[str, Any]) -> list[Path]:
+    """Return the codebook that the repo gets, if it gets one."""
+    if repo.codebook_file is None:
+        return []
+    config = ARCHITECTURES[repo.architecture].config_class.from_dict(copy.deepcopy(dict(config_json)))
+    try:
+        read_codebook(repo.codebook_file, config.get_text_config().hidden_size)
+    except CodebookError as error:
+        raise BuildError(f"{repo.path}: vispruner_config.codebook: {error}") from error
+    return [repo.codebook_file]
 
 
 def _repo_config_json(

@@ -1,4 +1,4 @@
-"""Build, write and read the codebook of redundant visual tokens that the method `codebook` compares tokens with.
+"""Build and write the codebook of redundant visual tokens that the method `codebook` compares tokens with.
 
 The recipe is this project's and not that of the method's authors. The half of a picture's tokens with the least
 saliency counts as redundant. From those of all pictures, prototypes are picked one by one, each the token that makes
@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 from transformers import AutoProcessor, PreTrainedModel
 
 import vispruner
+from vispruner.codebook_file import KEY, CodebookError
 from vispruner.related_selectors import select_scope
 
 from .base_checkpoint import resolve_base
@@ -30,15 +30,10 @@ from .picture import open_photo
 from .repo_config import load_repo_config
 
 EMBEDDED = "tiny-llava-vispruner"
-KEY = "codebook"
 PROTOTYPES = 64
 REDUNDANT_SHARE = 0.5
 MOST_COMPARED = 4096  # tokens, all with each other
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
-
-
-class CodebookError(ValueError):
-    """A codebook that cannot be built, or a file that is none for this model."""
 
 
 def write_codebook(
@@ -138,23 +133,3 @@ def save_codebook(codebook: torch.Tensor, out: str | os.PathLike[str], about: di
     finally:
         partial.unlink(missing_ok=True)
     return out
-
-
-def read_codebook(path: str | os.PathLike[str], width: int) -> torch.Tensor:
-    """Return the prototypes (M, width) that a file holds; CodebookError when it is none for a model of that width."""
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-        if names != [KEY]:
-            raise CodebookError(f"{path} is no codebook: it must hold one tensor, {KEY!r}, got {names}")
-        codebook: torch.Tensor = file.get_tensor(KEY)
-    if codebook.ndim != 2 or len(codebook) == 0 or not codebook.is_floating_point():
-        raise CodebookError(
-            f"{path}: a codebook is a floating-point (M, D) with M >= 1, got {codebook.dtype} {tuple(codebook.shape)}"
-        )
-    if codebook.shape[1] != width:
-        raise CodebookError(
-            f"{path} was made for another model: its prototypes are {codebook.shape[1]} wide, visual tokens {width}"
-        )
-    if not codebook.isfinite().all():
-        raise CodebookError(f"{path} holds NaN or infinity: build it again")
-    return codebook

@@ -41,6 +41,7 @@ TILES = {
 SHOWN_RATIOS = (None, 0.0, 0.5)
 DENSE, DOWNSAMPLE = "none", "downsample"
 
+PAPER = "[VisPruner](https://arxiv.org/abs/2412.01818) visual token pruning"
 CITATION = """\
 @inproceedings{zhang2025vispruner,
   title     = {Beyond Text-Visual Attention: Exploiting Visual Cues for Effective Token Pruning in {VLMs}},
@@ -59,6 +60,7 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
     thin      whether the repo leaves its weights with the base
     """
     options = repo.vispruner_config
+    own_method = options["method"] in ("vispruner", DENSE)
     results = [read_json(RESULTS / f"{stem}.json") for stem in as_list(repo.card.get("results"))]
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -71,6 +73,8 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
         base=_base(repo, revision),
         thin=thin,
         pruned=options["method"] != DENSE,
+        is_vispruner=own_method,
+        pruning=PAPER if own_method else f"visual token pruning by the method `{options['method']}` (see below)",
         budget=_budget_text(repo, options),
         options=_option_rows(repo),
         built_by=_version(__version__),
@@ -80,7 +84,7 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
         reads_videos=repo.architecture in VIDEO_PROCESSOR_MAPPING_NAMES,
         other_budget=_other_budget(options),
         branches=[(name, _budget_text(repo, {**options, **_budget(field)})) for name, field in repo.budgets.items()],
-        published=PUBLISHED.get(repo.base_model),
+        published=PUBLISHED.get(repo.base_model) if own_method else None,
         measured=[_measured(result, options) for result in results],
         plot=next((path.name for path in _plots(repo)), None),
         picture=_picture(repo),
@@ -210,12 +214,14 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         "important_ratio": "share of the budget for the most attended tokens; the rest is for the least redundant",
         "dedup_step": "tokens dropped per round of duplicate removal, at most",
         "seed": "of the draw",
+        "codebook": "the prototypes of redundant tokens, a file of this repository",
     }
+    taken = selector.options | selector.needs
     return [
         *rows,
         ("method", f"`{options['method']}`: {summary[:1].lower()}{summary[1:]}"),
         ("budget", _budget_text(repo, options)),
-        *((f"`{name}`", f"{options[name]}: {text}") for name, text in meanings.items() if name in selector.options),
+        *((f"`{name}`", f"{options[name]}: {text}") for name, text in meanings.items() if name in taken),
         ("attention", f"{whose}, in {'the layer that gives the features' if layer is None else f'layer {layer}'}"),
         ("positions", POSITIONS[policy or architecture.model_class.default_position_policy]),
         *([("tiles", TILES[tiles])] if repo.architecture == "llava_next" else []),

@@ -20,6 +20,7 @@ from vispruner.configuration_vispruner import merge_vispruner_config
 
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_PREFIX = "embedded/"
 DEMO_CONFIG = "tiny-llava-vispruner"
 
@@ -66,11 +67,15 @@ class RepoConfigError(ValueError):
 
 @dataclass(frozen=True)
 class RepoConfig:
-    """One validated YAML; `vispruner_config` is complete, with the defaults filled in.
+    """One validated YAML; `vispruner_config` is complete, with the defaults filled in, as the repo will have it.
 
     weights  "thin", "full", or None to let the size of the base decide
     drop_unused_vision_layers  leave out the vision layers that nothing is read from
+<<<<<<< HEAD
     engine_processor  the repo's processor counts kept tokens for engines that run the repo's own code
+=======
+    codebook_file  what vispruner_config.codebook, the name it has in the repo, is copied from
+>>>>>>> s2-selb
     budgets  name of a further branch -> the one budget field that its config.json has in place of the main one's
     """
 
@@ -84,7 +89,11 @@ class RepoConfig:
     weights: str | None = None
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     drop_unused_vision_layers: bool = False
+<<<<<<< HEAD
     engine_processor: bool = False
+=======
+    codebook_file: Path | None = None
+>>>>>>> s2-selb
 
     @property
     def base_on_hub(self) -> bool:
@@ -131,6 +140,7 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
     if architecture not in ARCHITECTURES:
         raise RepoConfigError(f"{path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
     options = _vispruner_config(path, content["vispruner_config"])
+    codebook_file = _codebook_file(path, options)
     return RepoConfig(
         path=path,
         repo_id=content["repo_id"],
@@ -142,7 +152,11 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
         weights=_weights(path, content),
         budgets=_budgets(path, content.get("budgets"), options),
         drop_unused_vision_layers=_flag(path, content, "drop_unused_vision_layers"),
+<<<<<<< HEAD
         engine_processor=_flag(path, content, "engine_processor"),
+=======
+        codebook_file=codebook_file,
+>>>>>>> s2-selb
     )
 
 
@@ -283,6 +297,21 @@ def _vispruner_config(path: Path, options: Any) -> dict[str, Any]:
             f"{path}: vispruner_config.method must be one of {', '.join(methods)}, got {complete['method']!r}"
         )
     return complete
+
+
+def _codebook_file(path: Path, options: dict[str, Any]) -> Path | None:
+    """Find the codebook, beside the YAML or in this package, and leave in `options` the name it has in the repo."""
+    named = options["codebook"]
+    if named is None:
+        return None
+    places = [path.parent / Path(named).expanduser(), ASSETS / named]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise RepoConfigError(
+            f"{path}: vispruner_config.codebook: there is no {named} beside this file: `vispruner codebook` makes one"
+        )
+    options["codebook"] = found.name
+    return found
 
 
 def _card(path: Path, card: Any, base_model: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ own. The weights of a thin repo are those of its base: where they are to be load
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from huggingface_hub import constants
 
 from vispruner import ARCHITECTURES, SELECTORS, auto_map, code_files
+from vispruner.codebook_file import read_codebook
 from vispruner.configuration_vispruner import merge_vispruner_config
 
 from . import verify_worker
@@ -165,7 +167,7 @@ def _download(weights: BaseCheckpoint) -> str:
 def _static_checks(folder: Path) -> Iterator[Check]:
     """Check what the files say; later checks need the config, so they are not run without one."""
     later: dict[str, Callable[[], str]] = {
-        "vispruner_config": lambda: _check_options(config),
+        "vispruner_config": lambda: _check_options(folder, config),
         "architectures": lambda: _check_architectures(config),
         "auto_map": lambda: _check_auto_map(config),
         "code files": lambda: _check_code_files(folder, config["model_type"]),
@@ -197,7 +199,7 @@ def _check_config(folder: Path, config: dict[str, Any]) -> str:
     return f"model_type {config['model_type']}"
 
 
-def _check_options(config: Mapping[str, Any]) -> str:
+def _check_options(folder: Path, config: Mapping[str, Any]) -> str:
     stored = config.get("vispruner_config")
     if stored is None:
         raise VerifyError("config.json has no vispruner_config: the repo says nothing about how many tokens to keep")
@@ -207,12 +209,27 @@ def _check_options(config: Mapping[str, Any]) -> str:
         raise VerifyError(f"vispruner_config lacks {', '.join(absent)}: build the repo again")
     if options["method"] not in ("none", *SELECTORS):
         raise VerifyError(f"vispruner_config.method {options['method']!r} is not a registered selector")
+    codebook = "" if options["codebook"] is None else f", {_check_codebook(folder, config)}"
     if options["method"] == "none":
-        return "method none"
+        return "method none" + codebook
     count = options["visual_token_num"]
-    return f"method {options['method']}, " + (
-        f"{count} tokens" if count is not None else f"{options['keep_ratio']:.1%}"
+    return (
+        f"method {options['method']}, "
+        + (f"{count} tokens" if count is not None else f"{options['keep_ratio']:.1%}")
+        + codebook
     )
+
+
+def _check_codebook(folder: Path, config: Mapping[str, Any]) -> str:
+    name = str(_codebook_name(config))
+    if not (folder / name).is_file() or Path(name).name != name:
+        raise VerifyError(f"vispruner_config.codebook {name} is no file of the repo: build the repo again")
+    stock = ARCHITECTURES[config["model_type"]].config_class.from_dict(copy.deepcopy(dict(config)))
+    return f"a codebook of {len(read_codebook(folder / name, stock.get_text_config().hidden_size))} prototypes"
+
+
+def _codebook_name(config: Mapping[str, Any]) -> str | None:
+    return (config.get("vispruner_config") or {}).get("codebook")
 
 
 def _check_architectures(config: Mapping[str, Any]) -> str:
@@ -321,7 +338,9 @@ def _check_weights(folder: Path, config: Mapping[str, Any]) -> str:
         return _check_base_weights(folder, config, weights)
     headers = read_tensor_headers(folder)
     unused = sorted(
-        {path.name for path in folder.glob("*.safetensors")} - {path.name for path in checkpoint_shards(folder)}
+        {path.name for path in folder.glob("*.safetensors")}
+        - {path.name for path in checkpoint_shards(folder)}
+        - {_codebook_name(config)}
     )
     if unused:
         raise VerifyError(f"{', '.join(unused)} is in no index: its tensors would be ignored")
@@ -333,7 +352,9 @@ def _check_weights(folder: Path, config: Mapping[str, Any]) -> str:
 def _check_base_weights(folder: Path, config: Mapping[str, Any], base: BaseCheckpoint) -> str:
     """Check a thin repo by what the headers of its base say; unlike in a full repo, they may have other names."""
     stray = sorted(
-        path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in WEIGHT_FILES
+        path.name
+        for path in folder.iterdir()
+        if (path.suffix == ".safetensors" or path.name in WEIGHT_FILES) and path.name != _codebook_name(config)
     )
     if stray:
         raise VerifyError(f"the repo is thin, so {', '.join(stray)} would be ignored: build it again, thin or full")

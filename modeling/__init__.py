@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,8 @@ def load(base: str | PathLike[str], *, drop_unused_vision_layers: bool = False, 
     vispruner_config = {name: options.pop(name) for name in configuration.FIELD_NAMES if name in options}
     if "vispruner_config" in options:
         vispruner_config = {**(options.pop("vispruner_config") or {}), **vispruner_config}
+    if isinstance(vispruner_config.get("codebook"), PathLike):
+        vispruner_config["codebook"] = fspath(vispruner_config["codebook"])
     where = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
     hub_options = {name: options[name] for name in where if name in options}
     base_config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options)

@@ -4,6 +4,7 @@ A config subclass keeps the base model's `model_type`, so every table of `transf
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -28,6 +29,8 @@ class VisPrunerOptions:
                       position they had in the full prompt
     tile_mode         LLaVA-NeXT only: "paper" or "native" packing of the kept tokens
     seed              method "random" only
+    codebook          method "codebook" only: a safetensors file that `vispruner codebook` made; its bare name where it
+                      lies in the repo, else a path
     base_model_name_or_path, base_model_revision   where the weights came from
     weights           "full": the repo holds them; "thin": it holds none, and loading takes them from that base
     vispruner_version   version of this package that built the repo
@@ -42,6 +45,7 @@ class VisPrunerOptions:
     position_policy: str | None = None
     tile_mode: str = "paper"
     seed: int | None = None
+    codebook: str | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     weights: str = "full"
@@ -60,6 +64,8 @@ class VisPrunerOptions:
         _require(self.tile_mode in TILE_MODES, "tile_mode", '"paper" or "native"', self.tile_mode)
         _require(self.seed is None or _is_int(self.seed), "seed", "an integer or null", self.seed)
         _require(self.method != "random" or self.seed is not None, "seed", 'an integer when method is "random"', None)
+        _require(self.codebook is None or _is_codebook(self.codebook), "codebook",
+                 "null or a .safetensors file not named like weights (model...)", self.codebook)  # fmt: skip
         _require(self.weights in WEIGHTS, "weights", '"full" or "thin"', self.weights)
         for name in ("base_model_name_or_path", "base_model_revision", "vispruner_version"):
             value = getattr(self, name)
@@ -120,6 +126,8 @@ def merge_vispruner_config(stored: dict[str, Any] | None, changes: dict[str, Any
     for given, other in (("visual_token_num", "keep_ratio"), ("keep_ratio", "visual_token_num")):
         if changes.get(given) is not None and changes.get(other) is None:
             merged[other] = None
+    if isinstance(merged.get("codebook"), os.PathLike):
+        merged["codebook"] = os.fspath(merged["codebook"])
     return VisPrunerOptions(**merged).to_dict()
 
 
@@ -142,6 +150,11 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return _is_int(value) or isinstance(value, float)
+
+
+def _is_codebook(value: Any) -> bool:
+    name = os.path.basename(value) if isinstance(value, str) else ""
+    return name.endswith(".safetensors") and not name.startswith("model")
 
 
 def used_vision_layers(config: Any) -> int:

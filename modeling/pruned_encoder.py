@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
+from .codebook_file import find_codebook, read_codebook
 from .configuration_vispruner import VisPrunerOptions
 from .token_selection import SELECTORS, select_tokens
 from .visual_attention import Reading, SaliencyTap, make_tappable
@@ -110,6 +111,7 @@ class VisPrunerModelMixin:
     config: Any
     has_cls_token = True
     budget_unit = "image"
+    codebook_path: str | None = None  # of the file that the buffer `codebook` was read from
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -150,7 +152,12 @@ class VisPrunerModelMixin:
 
     def _check_selector(self, method: str) -> None:
         selector = SELECTORS[method]
-        missing = sorted(selector.needs - self.selector_inputs)
+        if "codebook" in selector.needs and self.vispruner_options.codebook is None:
+            raise ValueError(
+                f'vispruner_config.method "{method}" needs a codebook: name the safetensors file in '
+                "vispruner_config.codebook; `vispruner codebook` makes one"
+            )
+        missing = sorted(selector.needs - self.selector_inputs - {"codebook"})
         if selector.saliency_layers is not None and selector.saliency_kind == "cls" and not self.has_cls_token:
             missing.append("a [CLS] token")
         if missing:
@@ -205,9 +212,12 @@ class VisPrunerModelMixin:
         """Return the kept indices (B, T), ascending, by the configured method."""
         options = self.vispruner_options
         inputs: dict[str, Any] = {"grid": tokens.grid, "layer_saliency": tokens.layer_saliency}
-        if "projected" in SELECTORS[options.method].needs:
+        needs = SELECTORS[options.method].needs
+        if "projected" in needs:
             with torch.no_grad():
                 inputs["projected"] = self.project(tokens.features)
+        if "codebook" in needs:
+            inputs["codebook"] = self._codebook_on(inputs.get("projected", tokens.features).device)
         return select_tokens(
             options.method,
             tokens.features.detach(),
@@ -218,6 +228,25 @@ class VisPrunerModelMixin:
             seed=options.seed,
             **{name: value for name, value in inputs.items() if value is not None},
         )
+
+    def load_codebook(self, repo: str | None, **hub_options: Any) -> None:
+        """Hold the codebook that the configuration names, if it names one; a bare name is looked up in `repo`."""
+        named = self.vispruner_options.codebook
+        path = None if named is None else find_codebook(named, repo, hub_options)
+        codebook = None if path is None else read_codebook(path, self.config.get_text_config().hidden_size)
+        if codebook is not None and self.device.type != "meta":
+            codebook = codebook.to(self.device)
+        self.register_buffer("codebook", codebook, persistent=False)
+        self.codebook_path = path
+
+    def _codebook_on(self, device: torch.device) -> torch.Tensor:
+        codebook = getattr(self, "codebook", None)
+        if codebook is None:
+            raise ValueError(
+                f"vispruner_config.codebook {self.vispruner_options.codebook!r} was not read, because this model did "
+                "not come from from_pretrained: give it by set_vispruner_config(codebook=...)"
+            )
+        return codebook.to(device)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Turn features (B, N, C) into visual tokens (B, N, D); the same thing where features are merged tokens."""

@@ -8,6 +8,8 @@ no method.
 import copy
 import functools
 import inspect
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import ModelOutput, logging
 from transformers.utils.import_utils import torch_compilable_check
 
-from .base_weights import find_thin_repo
+from .base_weights import HUB_OPTIONS, find_thin_repo
 from .configuration_vispruner import merge_vispruner_config
 from .encoded_images import EncodedImages
 from .engine_interface import EngineModelMixin
@@ -91,8 +93,8 @@ class VisPrunerMixin(EngineModelMixin, GenerationMixin):
     * a prompt may carry the full or the kept number of placeholders per image; any other number raises ValueError
     * `generate` returns the caller's own prompt followed by the new tokens, and counts lengths from that prompt
     * both take `encoded_images`, made by `encode_images`, in place of pixel values
-    * `save_pretrained` writes the code files and `auto_map`; `from_pretrained` refuses missing weights, and takes
-      those of a thin repo from its base
+    * `save_pretrained` writes the code files, `auto_map` and the codebook, if there is one; `from_pretrained` refuses
+      missing weights, and takes those of a thin repo from its base
     """
 
     _auto_class = "AutoModelForImageTextToText"
@@ -113,6 +115,7 @@ class VisPrunerMixin(EngineModelMixin, GenerationMixin):
         The weights of a thin repo are loaded from the base that its config.json names.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         thin = find_thin_repo(cls.config_class, pretrained_model_name_or_path, kwargs)
         config = kwargs.get("config")
         if "vispruner_config" in kwargs and hasattr(config, "to_dict"):
@@ -138,6 +141,7 @@ class VisPrunerMixin(EngineModelMixin, GenerationMixin):
                 f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} ({len(missing)} in all). "
                 "Check that the checkpoint is complete and of this architecture"
             )
+        model.model.load_codebook(pretrained_model_name_or_path, **where)
         vars(model.generation_config).pop("vispruner_config", None)  # stock offers it every keyword of this call
         return (model, info) if wants_info else model
 
@@ -152,8 +156,35 @@ class VisPrunerMixin(EngineModelMixin, GenerationMixin):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Stock `save_pretrained` (and `push_to_hub`); the folder carries its code, so that it never loads dense."""
         self.config.auto_map = self.vispruner_auto_map()
-        self.config.vispruner_config = {**self.config.vispruner_config, "weights": "full"}
-        super().save_pretrained(save_directory, *args, **kwargs)
+        stored = {**self.config.vispruner_config, "weights": "full"}
+        self.config.vispruner_config = {**stored, "codebook": self._save_codebook(save_directory)}
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.vispruner_config = stored
+
+    def _save_codebook(self, save_directory: Any) -> str | None:
+        """Copy the codebook, where there is one, and return the name it has in the folder."""
+        path, named = self.model.codebook_path, self.config.vispruner_config.get("codebook")
+        if path is None or named is None:
+            return named
+        name = os.path.basename(path)
+        os.makedirs(save_directory, exist_ok=True)
+        unfinished = os.path.join(save_directory, f".{name}.partial")
+        try:
+            shutil.copyfile(path, unfinished)
+            os.replace(unfinished, os.path.join(save_directory, name))
+        finally:
+            if os.path.exists(unfinished):
+                os.remove(unfinished)
+        return name
+
+    def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
+        """Stock uploads what is newer than this list; the codebook is written before stock makes it."""
+        stamps = super()._get_files_timestamps(working_dir)
+        if self.model.codebook_path is not None:
+            stamps.pop(os.path.basename(self.model.codebook_path), None)
+        return stamps
 
     def set_vispruner_config(self, **changes: Any) -> None:
         """Change fields of `vispruner_config`, e.g. visual_token_num=64; takes effect at the next call."""
@@ -161,7 +192,9 @@ class VisPrunerMixin(EngineModelMixin, GenerationMixin):
         self.config.vispruner_config = merge_vispruner_config(before, changes)
         try:
             self.model.prepare_pruning()
-        except ValueError:
+            if "codebook" in changes:
+                self.model.load_codebook(self.name_or_path)
+        except (ValueError, OSError):
             self.config.vispruner_config = before
             raise
 

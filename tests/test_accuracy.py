@@ -94,6 +94,25 @@ def test_the_same_seed_gives_the_same_figures(accuracy: ModuleType, result: dict
     assert rows(again, "random", 12.5) == rows(result, "random", 12.5)
 
 
+def test_a_record_grows_by_further_methods_about_the_same_questions(accuracy: ModuleType) -> None:
+    def row(selector: str, share: float) -> dict[str, Any]:
+        return {"selector": selector, "budget_percent": 50, "important_ratio": None, "position_policy": None} | {
+            "accuracy": share
+        }
+
+    about = dict.fromkeys(("dataset", "seed", "base_model", "questions", "pictures", "full_visual_tokens"), 1)
+    about |= dict.fromkeys(("date", "versions", "processes", "minutes"), "then")
+    record = {**about, "rows": [row("none", 0.9), row("random", 0.5)]}
+    further = {**about, "date": "now", "rows": [row("none", 0.9), row("scope", 0.6), row("random", 0.4)]}
+    grown = accuracy.with_rows_of(record, further)
+    assert [(r["selector"], r["accuracy"]) for r in grown["rows"]] == [("none", 0.9), ("random", 0.4), ("scope", 0.6)]
+    assert grown["date"] == "then" and grown["further_runs"][0]["date"] == "now"
+    assert grown["further_runs"][0]["selectors"] == ["none", "scope", "random"]
+    for wrong in ({"seed": 2}, {"rows": [row("none", 0.8), row("scope", 0.6)]}, {"rows": [row("scope", 0.6)]}):
+        with pytest.raises(accuracy.BenchmarkError, match=r"differs in seed|measured \"none\" too"):
+            accuracy.with_rows_of(record, {**further, **wrong})
+
+
 def test_wilsons_interval(accuracy: ModuleType) -> None:
     low, high = accuracy.wilson(0.5, 100)
     assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)

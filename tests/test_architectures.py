@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForImageTextToText
 
 import vispruner
+from vispruner.conversion.codebook import save_codebook
 
 ROWS = {row.model_type: row for row in rows()}
 README = Path(__file__).parent.parent / "README.md"
@@ -409,13 +410,16 @@ def test_attention_functions_rank_alike(model: Model) -> None:
 
 @pytest.mark.parametrize("method", [name for name in vispruner.SELECTORS if name != "vispruner"])
 @pytest.mark.parametrize("model", ROWS, indirect=True)
-def test_every_method_prunes_as_much_or_says_what_it_lacks(model: Model, method: str) -> None:
+def test_every_method_prunes_as_much_or_says_what_it_lacks(model: Model, method: str, tmp_path: Path) -> None:
     inputs = model.prompt(*model.prompts())
     kept = model.counts(inputs)[1]
+    width = model.pruned.config.get_text_config().hidden_size
+    prototypes = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    codebook = save_codebook(prototypes, tmp_path / "codebook.safetensors", {})
     try:
-        model.pruned.set_vispruner_config(method=method, seed=3)
+        model.pruned.set_vispruner_config(method=method, seed=3, codebook=codebook)
     except ValueError as error:
-        assert re.search(f'method "{method}" needs .*(CLS|grid|codebook)', str(error))
+        assert re.search(f'method "{method}" needs .*(CLS|grid)', str(error))
         return
     assert model.counts(inputs)[1] == kept
     assert torch.equal(answers(model.pruned, inputs), answers(model.pruned, inputs))

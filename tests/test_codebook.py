@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import constants
+from local_hub import LocalHub
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vispruner
+from vispruner.codebook_file import CodebookError, read_codebook
 from vispruner.conversion import cli, codebook
-from vispruner.conversion.codebook import CodebookError, build_codebook, read_codebook, save_codebook, write_codebook
+from vispruner.conversion.build import build_repo
+from vispruner.conversion.codebook import build_codebook, save_codebook, write_codebook
+from vispruner.conversion.repo_config import load_repo_config
+from vispruner.conversion.upload_plan import built_files
+from vispruner.conversion.verify import verify_repo
 from vispruner.related_selectors import redundancy
 
 
@@ -149,3 +159,158 @@ class TestFiles:
         with pytest.raises(OSError, match="disk full"):
             save_codebook(torch.zeros(2, 8), out, {})
         assert out.read_bytes() == old and list(tmp_path.iterdir()) == [out]
+
+
+@pytest.fixture(scope="module")
+def width(tiny_llava_repo):
+    return vispruner.load(tiny_llava_repo, method="none").config.text_config.hidden_size
+
+
+@pytest.fixture
+def book(tmp_path, width):
+    """A codebook for the tiny model, in a folder of its own."""
+    (tmp_path / "made").mkdir()
+    prototypes = torch.randn(5, width, generator=torch.Generator().manual_seed(7))
+    return save_codebook(prototypes, tmp_path / "made" / "redundant.safetensors", {})
+
+
+@pytest.fixture
+def with_book(tiny_llava_repo, book):
+    return vispruner.load(tiny_llava_repo, method="codebook", codebook=book, visual_token_num=8)
+
+
+@pytest.fixture
+def yaml_of(tmp_path, tiny_llava_repo, book):
+    def write(base=str(tiny_llava_repo), base_revision=None, **changes):
+        options = {"method": "codebook", "codebook": f"made/{book.name}", "visual_token_num": 8, **changes}
+        where = {"base_model": base, "base_revision": base_revision, "architecture": "llava"}
+        path = tmp_path / "pruned.yaml"
+        path.write_text(yaml.safe_dump({"repo_id": "me/pruned", **where, "vispruner_config": options}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def kept(tiny_llava_repo, photo):
+    """The tokens that a model keeps of the photo."""
+    pixels = AutoProcessor.from_pretrained(tiny_llava_repo).image_processor(photo, return_tensors="pt")
+
+    @torch.no_grad()
+    def of(model):
+        return model.get_image_features(**pixels, return_dict=True).kept_indices[0].tolist()
+
+    return of
+
+
+class TestInAModel:
+    def test_the_method_compares_with_the_prototypes_of_the_file(
+        self, tiny_llava_repo, with_book, book, photo, width, kept
+    ):
+        pixels = AutoProcessor.from_pretrained(tiny_llava_repo).image_processor(photo, return_tensors="pt")
+        with torch.no_grad():
+            features = vispruner.load(tiny_llava_repo, method="none").get_image_features(**pixels, return_dict=True)
+        closeness = redundancy(torch.stack(list(features.pooler_output)), read_codebook(book, width))[0]
+        assert kept(with_book) == closeness.argsort(stable=True)[:8].sort().values.tolist()
+
+    def test_without_a_codebook_the_method_is_refused_by_remedy(self, tiny_llava_repo):
+        with pytest.raises(ValueError, match=r"needs a codebook: name the safetensors file .*`vispruner codebook`"):
+            vispruner.load(tiny_llava_repo, method="codebook", visual_token_num=8)
+
+    def test_a_model_takes_another_codebook_and_stays_as_it_was_when_it_cannot(
+        self, tiny_llava_repo, book, width, kept
+    ):
+        model = vispruner.load(tiny_llava_repo, visual_token_num=8)
+        before = dict(model.config.vispruner_config)
+        wide = save_codebook(torch.ones(1, width + 1), book.with_stem("wide"), {})
+        for wrong, message in (
+            ("absent.safetensors", r"absent.safetensors is not in .*; give ./absent.safetensors for a file in"),
+            ("no/such.safetensors", r"there is no file no/such.safetensors"),
+            (tiny_llava_repo / "model.safetensors", "not named like weights"),
+            (wide, "made for another model"),
+        ):
+            with pytest.raises((ValueError, OSError), match=message):
+                model.set_vispruner_config(method="codebook", codebook=wrong)
+            assert model.config.vispruner_config == before
+        model.set_vispruner_config(method="codebook", codebook=str(book))
+        first = kept(model)
+        other = save_codebook(-read_codebook(book, width), book.with_stem("other"), {})
+        model.set_vispruner_config(codebook=other)
+        assert kept(model) != first
+        model.set_vispruner_config(codebook=book)
+        assert kept(model) == first
+        model.set_vispruner_config(method="vispruner", codebook=None)
+        assert model.model.codebook is None
+
+    def test_it_moves_with_the_model_and_is_no_weight(self, with_book):
+        assert not any("codebook" in name for name in with_book.state_dict())
+        assert with_book.to("meta").model.codebook.device.type == "meta"
+
+    def test_a_model_made_without_from_pretrained_says_that_it_has_none(self, with_book, kept):
+        with pytest.raises(ValueError, match="was not read, because this model did not come from from_pretrained"):
+            kept(type(with_book)(with_book.config))
+
+
+class TestInARepo:
+    def test_a_saved_model_carries_it_and_comes_back(self, with_book, book, tmp_path, kept):
+        saved = tmp_path / "saved"
+        with_book.save_pretrained(saved)
+        assert with_book.config.vispruner_config["codebook"] == str(book), "saving changes nothing of the model"
+        assert (saved / book.name).read_bytes() == book.read_bytes()
+        stored = json.loads((saved / "config.json").read_text())["vispruner_config"]
+        assert stored["codebook"] == book.name, "no path of this machine"
+        again = vispruner.load(saved)
+        assert kept(again) == kept(with_book)
+        again.save_pretrained(saved)  # onto itself
+        assert (saved / book.name).read_bytes() == book.read_bytes()
+
+    def test_a_build_ships_it_and_verify_reads_it(self, yaml_of, with_book, book, tmp_path, kept):
+        repo = build_repo(yaml_of(), tmp_path / "repo", show_progress=False)
+        assert (repo / book.name).read_bytes() == book.read_bytes()
+        found = {check.name: check.detail for check in verify_repo(repo, available_memory=0).checks}
+        assert found["vispruner_config"] == "method codebook, 8 tokens, a codebook of 5 prototypes"
+        assert book.name in {file.path for file in built_files(repo, load_repo_config(yaml_of()))}
+        assert kept(AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)) == kept(with_book)
+        (repo / book.name).unlink()
+        report = verify_repo(repo, available_memory=0)
+        assert f"{book.name} is no file of the repo" in report.table() and not report.passed
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"codebook": None}, "needs a codebook"),
+            ({"codebook": "absent.safetensors"}, "there is no absent.safetensors beside this file"),
+            ({"codebook": "tiny-llava-codebook.safetensors"}, "made for another model"),
+        ],
+    )
+    def test_nothing_is_built_without_a_codebook_that_fits(self, yaml_of, tmp_path, changes, message):
+        with pytest.raises(ValueError, match=message):
+            build_repo(yaml_of(**changes), tmp_path / "repo", show_progress=False)
+        assert not (tmp_path / "repo").exists()
+
+    def test_a_thin_repo_brings_its_own(self, yaml_of, with_book, tmp_path, tiny_llava_repo, kept, monkeypatch):
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        shutil.copytree(tiny_llava_repo, tmp_path / "hub" / "models--llava-hf--tiny" / "snapshots" / commit)
+        config = yaml_of("llava-hf/tiny", commit)
+        thin = build_repo(config, tmp_path / "thin", base=tiny_llava_repo, thin=True, show_progress=False)
+        assert not (thin / "model.safetensors").exists()
+        assert kept(vispruner.load(thin)) == kept(with_book)
+
+    def test_it_is_fetched_at_the_revision_and_pushed_along(self, yaml_of, book, tmp_path, width):
+        """In a process of its own, because the Hub's address is read when its library is imported."""
+        repo = build_repo(yaml_of(), tmp_path / "repo", show_progress=False)
+        newer = save_codebook(-read_codebook(book, width), tmp_path / book.name, {}).read_bytes()
+        program = """
+import sys, vispruner
+revision, folder = sys.argv[1:]
+vispruner.load("me/pruned", revision=revision).save_pretrained(folder, push_to_hub=True, repo_id="me/again")
+"""
+        with LocalHub(tmp_path / "storage") as hub:
+            hub.add_user("me", "hf_me", role="write")
+            hub.add_repo("me/pruned")
+            hub.commit("me/pruned", {file.name: file.read_bytes() for file in repo.iterdir()})
+            revision = hub.refs("me/pruned")["main"]
+            hub.commit("me/pruned", {book.name: newer})
+            hub.run(program, tmp_path / "home", "hf_me", [revision, str(tmp_path / "again")])
+            assert hub.files("me/again")[book.name] == book.read_bytes() != newer

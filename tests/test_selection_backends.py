@@ -377,6 +377,20 @@ def test_a_gpu_is_given_at_most_fifteen_kernels(monkeypatch, batch):
 # The benchmark
 
 
+def test_the_benchmark_times_every_method(tmp_path):
+    benchmark = str(Path(__file__).parent.parent / "benchmarks" / "selection.py")
+    out = tmp_path / "methods.json"
+    sizes = ["--tokens", "64", "--channels", "32", "--width", "48", "--budgets", "16", "--repeats", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, benchmark, "--methods", *sizes, "--json", str(out)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = {row["method"]: row for row in json.loads(out.read_text())["methods"]}
+    assert rows.keys() == token_selection.SELECTORS.keys()
+    assert all(row["milliseconds"]["median"] > 0 and row["operations"] > 2 for row in rows.values())
+    assert rows["cls_attention"]["operations"] < rows["hiprune"]["operations"] < rows["divprune"]["operations"]
+
+
 def test_the_benchmark_measures_forms_that_choose_alike(tmp_path):
     benchmark = str(Path(__file__).parent.parent / "benchmarks" / "selection.py")
     out = tmp_path / "results" / "selection.json"
