@@ -71,11 +71,8 @@ class RepoConfig:
 
     weights  "thin", "full", or None to let the size of the base decide
     drop_unused_vision_layers  leave out the vision layers that nothing is read from
-<<<<<<< HEAD
     engine_processor  the repo's processor counts kept tokens for engines that run the repo's own code
-=======
     codebook_file  what vispruner_config.codebook, the name it has in the repo, is copied from
->>>>>>> s2-selb
     budgets  name of a further branch -> the one budget field that its config.json has in place of the main one's
     """
 
@@ -89,11 +86,8 @@ class RepoConfig:
     weights: str | None = None
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     drop_unused_vision_layers: bool = False
-<<<<<<< HEAD
     engine_processor: bool = False
-=======
     codebook_file: Path | None = None
->>>>>>> s2-selb
 
     @property
     def base_on_hub(self) -> bool:
@@ -152,11 +146,8 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
         weights=_weights(path, content),
         budgets=_budgets(path, content.get("budgets"), options),
         drop_unused_vision_layers=_flag(path, content, "drop_unused_vision_layers"),
-<<<<<<< HEAD
         engine_processor=_flag(path, content, "engine_processor"),
-=======
         codebook_file=codebook_file,
->>>>>>> s2-selb
     )
 
 
