@@ -6,11 +6,8 @@ from typing import Any
 import torch
 from transformers.utils.import_utils import torch_compilable_check
 
-from .configuration_vispruner import used_vision_layers
 from .pruned_encoder import VisPrunerModelMixin, VisualTokens
 from .visual_attention import run_tower
-
-DROPPED_LAYERS = r"(vision|image|video)_tower\.(vision_model\.)?encoder\.layers\.\d+\."
 
 
 class TowerEncoderMixin(VisPrunerModelMixin):
@@ -22,7 +19,6 @@ class TowerEncoderMixin(VisPrunerModelMixin):
 
     vision_tower: Any
     multi_modal_projector: Any
-    _keys_to_ignore_on_load_unexpected: Any
     tower_type = "clip_vision_model"
     select_strategy = "default"
 
@@ -36,7 +32,10 @@ class TowerEncoderMixin(VisPrunerModelMixin):
 
     @property
     def feature_layer(self) -> int:
-        layers, indices = len(self.vision_layers), self.config.vision_feature_layer
+        return self._producer_of(self.config.vision_feature_layer)
+
+    def _producer_of(self, indices: int | list[int]) -> int:
+        layers = len(self.vision_layers)
         deepest = max(index % (layers + 1) for index in ([indices] if isinstance(indices, int) else indices))
         if deepest == 0:
             raise ValueError("vision_feature_layer 0 is the embedding, which no attention layer produces")
@@ -61,9 +60,6 @@ class TowerEncoderMixin(VisPrunerModelMixin):
         if not self._has_known_tower and self.vispruner_options.method == "none":
             return
         super().prepare_pruning()
-        if used_vision_layers(self.config) == len(self.vision_layers):
-            # Layers above those are not missed: loading need not warn of a base that still has them.
-            self._keys_to_ignore_on_load_unexpected.add(DROPPED_LAYERS)
 
     def require_patches(self, strategy: str | None) -> None:
         """Raise ValueError unless features are patches without [CLS], the only ones that can be ranked."""
@@ -85,7 +81,7 @@ class TowerEncoderMixin(VisPrunerModelMixin):
     ) -> tuple[Any, torch.Tensor, VisualTokens]:
         """As `encode`, with a tower of choice; the features of all its tokens, [CLS] among them, come in between."""
         layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
-        with self.open_tap() as tap:
+        with self.open_tap(feature_layer=self._producer_of(layer)) as tap:
             outputs, states = run_tower(tower, pixel_values, layer, **kwargs)
         patch = self.config.vision_config.patch_size
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)

@@ -42,7 +42,10 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
 
     @property
     def feature_layer(self) -> int:
-        layers, index = len(self.vision_attentions), self.config.vision_feature_layer
+        return self._producer_of(self.config.vision_feature_layer)
+
+    def _producer_of(self, index: int | list[int]) -> int:
+        layers = len(self.vision_attentions)
         if not isinstance(index, int) or index % (layers + 1) == 0:
             raise ValueError(f"vision_feature_layer must name one attention layer, got {index}")
         return index % (layers + 1) - 1
@@ -99,7 +102,7 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
         wanted = hidden_states
         if layer != -1 and not hidden_states:
             wanted = layer if KEEPS_NAMED_HIDDEN_STATES else True
-        with self.open_tap() as tap:
+        with self.open_tap(feature_layer=self._producer_of(layer)) as tap:
             outputs = self.vision_tower(
                 pixel_values.to(self.dtype), return_dict=True, output_hidden_states=wanted, **kwargs
             )

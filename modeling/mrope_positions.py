@@ -37,15 +37,15 @@ class MRoPEMixin(VisPrunerMixin):
         return torch.cat([place[None], self._number_full_prompt(arguments)])
 
     def _number_full_prompt(self, inputs: dict[str, Any]) -> torch.Tensor:
-        if inputs.get("mm_token_type_ids") is None:
-            raise ValueError("mm_token_type_ids are missing: pass all that the processor returned")
+        ids = inputs["input_ids"]
+        kinds = sum(kind * (ids == token).int() for kind, token in enumerate(self._placeholder_ids, start=1))
         for modality, token in zip(self.modalities, self._placeholder_ids, strict=True):
             (grid,) = modality.described_by
-            if inputs.get(grid) is None and (inputs["input_ids"] == token).any():
+            if inputs.get(grid) is None and (ids == token).any():
                 raise ValueError(f"{grid} is missing: positions in a prompt depend on it; pass it with every prompt")
-        names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        positions, self.model.rope_deltas = self.model.get_rope_index(inputs["input_ids"], **given)
+        positions, self.model.rope_deltas = self.model.get_rope_index(ids, mm_token_type_ids=kinds, **given)
         return positions
 
     def _positions_after(self, prompt: ShortenedPrompt, positions: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .codebook_file import find_codebook, read_codebook
-from .configuration_vispruner import VisPrunerOptions
+from .configuration_vispruner import VisPrunerOptions, used_vision_layers
 from .token_selection import SELECTORS, select_tokens
 from .visual_attention import Reading, SaliencyTap, make_tappable
 
 logger = logging.get_logger(__name__)
+
+DROPPED_LAYERS = r"(vision|image|video)_tower\.(vision_model\.)?encoder\.layers?\.\d+\."
 
 
 @dataclass
@@ -111,6 +113,7 @@ class VisPrunerModelMixin:
     config: Any
     has_cls_token = True
     budget_unit = "image"
+    _keys_to_ignore_on_load_unexpected: Any
     codebook_path: str | None = None  # of the file that the buffer `codebook` was read from
 
     @property
@@ -147,8 +150,13 @@ class VisPrunerModelMixin:
                 raise ValueError(f"vispruner_config.method must be one of {allowed}, got {options.method!r}")
             self.check_prunable()
             self._check_selector(options.method)
-            self._attention_layer()
+            self._attention_layer(self.feature_layer)
         make_tappable(self.vision_attentions)
+        if hasattr(self.config, "vision_feature_layer") and used_vision_layers(self.config) == len(
+            self.vision_attentions
+        ):
+            # Layers above those are not missed: loading need not warn of a base that still has them.
+            self._keys_to_ignore_on_load_unexpected.add(DROPPED_LAYERS)
 
     def _check_selector(self, method: str) -> None:
         selector = SELECTORS[method]
@@ -166,10 +174,10 @@ class VisPrunerModelMixin:
                 "give with this configuration; choose another method"
             )
 
-    def _attention_layer(self) -> int:
+    def _attention_layer(self, feature_layer: int) -> int:
         wanted, layers = self.vispruner_options.attention_layer, len(self.vision_attentions)
         if wanted is None:
-            return self.feature_layer
+            return feature_layer
         if not -layers <= wanted < layers:
             raise ValueError(
                 f"vispruner_config.attention_layer must be an encoder layer index in [{-layers}, {layers - 1}], "
@@ -194,18 +202,20 @@ class VisPrunerModelMixin:
                 "lower visual_token_num or keep_ratio to prune"
             )
 
-    def open_tap(self, seen: torch.Tensor | None = None) -> SaliencyTap:
+    def open_tap(self, seen: torch.Tensor | None = None, feature_layer: int | None = None) -> SaliencyTap:
         """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N).
 
-        seen  (B, tokens of the encoder), False for padding; None where there is none
+        seen           (B, tokens of the encoder), False for padding; None where there is none
+        feature_layer  where a call takes its features from another layer than the config says
         """
         selector, attentions = SELECTORS[self.vispruner_options.method], self.vision_attentions
-        main = Reading(self._attention_layer(), "cls" if self.has_cls_token else "received")
+        feature_layer = self.feature_layer if feature_layer is None else feature_layer
+        main = Reading(self._attention_layer(feature_layer), "cls" if self.has_cls_token else "received")
         if selector.saliency_layers is None:
             return SaliencyTap(attentions, main, seen=seen)
         behind_cls = self.has_cls_token and selector.saliency_kind == "received"
         kind = "received_behind_cls" if behind_cls else selector.saliency_kind
-        layers = map(self.saliency_layer, selector.saliency_layers(len(attentions), self.feature_layer))
+        layers = map(self.saliency_layer, selector.saliency_layers(len(attentions), feature_layer))
         return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers], seen)
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:

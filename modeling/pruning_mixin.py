@@ -266,6 +266,8 @@ class VisPrunerMixin(EngineModelMixin, GenerationMixin):
         if not hasattr(images, "to_features"):
             raise TypeError(f"encoded_images must be what encode_images returns, got {type(images).__name__}")
         images.require_made_with(self.config.vispruner_config)
+        if len(images) == 0:  # a prompt of text alone
+            return
         inputs["mm_encoder_outputs"] = {modality.name: images.to_features()}
 
     def _has_pixels(self, inputs: dict[str, Any]) -> bool:
@@ -276,6 +278,8 @@ class VisPrunerMixin(EngineModelMixin, GenerationMixin):
         return [getattr(self.config, modality.placeholder) for modality in self.modalities]
 
     def _run_stock(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
+        if inputs.get("mm_encoder_outputs") and self._has_pixels(inputs):  # stock takes one or the other
+            self._encode_here(inputs)
         if not STOCK_TAKES_FEATURES and (encoded := inputs.pop("mm_encoder_outputs", None)):
             self._merge_features(inputs, encoded)
         return stock_forward(**inputs)
@@ -727,9 +731,9 @@ def _wrong_placeholders(modality: Modality, token: int, placeholders: int, full:
         remedy = f"pass {modality.pixels}, or take <{modality.name}> out of the prompt"
         return f"{found} but there is no {modality.name}: {remedy}"
     return (
-        f"{found} for {len(full)} {modality.name}(s), which take {sum(full)} in a full prompt or {sum(kept)} in a "
-        f"shortened one: put one <{modality.name}> per {modality.name} into the prompt and use the processor of this "
-        "repo"
+        f"{found}, but the {modality.name}s given take {sum(full)} in a full prompt or {sum(kept)} in a shortened "
+        f"one: put one <{modality.name}> per {modality.name} into the prompt, use the processor of this repo and pass "
+        "all that it returns"
     )
 
 

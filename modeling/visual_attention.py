@@ -22,7 +22,7 @@ from .token_selection import without_autocast
 # Where transformers can, only the hidden states that are features are kept; 5.17 keeps all, as its own models do.
 KEEPS_NAMED_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")
 
-QUERIES_AT_ONCE = 256
+ATTENTION_AT_ONCE = 2**25  # entries of attention that received_attention holds at a time: 128 MiB
 
 # The registry is one for the whole process, which may hold this file several times: installed, and once per repo.
 TAPPED_ATTENTION = f"vispruner_tapped_attention:{__name__}"
@@ -178,12 +178,14 @@ def received_attention(
 
     query, key  (B, H, N, d)  after projection and rotary embedding; logits and softmax run in at least fp32
     seen        (B, N)        False for padding, which gets nothing and does not count among the queries
-    returns     (B, N)        sums to 1; no more than `QUERIES_AT_ONCE` rows of attention exist at a time
+    returns     (B, N)        sums to 1; no more than `ATTENTION_AT_ONCE` entries of attention exist at a time
     """
-    chunks = query.split(QUERIES_AT_ONCE, dim=2)
+    batch, heads, _, _ = query.shape
+    at_once = max(16, ATTENTION_AT_ONCE // (batch * heads * key.shape[2]))
+    chunks = query.split(at_once, dim=2)
     if seen is None:
         return sum(_attention_received(chunk, key, scaling) * chunk.shape[2] for chunk in chunks) / query.shape[2]
-    asking = seen.split(QUERIES_AT_ONCE, dim=1)
+    asking = seen.split(at_once, dim=1)
     received = sum(
         _attention_received(chunk, key, scaling, seen, asks) * chunk.shape[2]
         for chunk, asks in zip(chunks, asking, strict=True)

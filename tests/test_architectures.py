@@ -373,6 +373,37 @@ def test_images_encoded_once_answer_several_questions(model: Model) -> None:
     images = model.pruned.encode_images(inputs[pixels], **described)
     rest = {name: value for name, value in inputs.items() if name != pixels}
     assert torch.equal(generate(model.pruned, {**rest, "encoded_images": images}), generate(model.pruned, inputs))
+    text = {**model.prompt(TEXT), "encoded_images": images[:0]}
+    assert torch.equal(generate(model.pruned, text), generate(model.pruned, model.prompt(TEXT)))
+
+
+@covers("encoded images", needs="video")
+def test_encoded_images_stand_beside_a_video(model: Model) -> None:
+    inputs = model.prompt(MIXED)
+    image = model.pruned.modalities[0]
+    described = {name: inputs[name] for name in image.described_by if name in inputs}
+    images = model.pruned.encode_images(inputs[image.pixels], **described)
+    rest = {name: value for name, value in inputs.items() if name != image.pixels}
+    if len(model.pruned.modalities) == 1:  # frames are images there
+        assert len(images) > 1
+    expected = logits(model.pruned, inputs)
+    torch.testing.assert_close(logits(model.pruned, {**rest, "encoded_images": images}), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("model", ROWS, indirect=True)
+def test_features_of_another_layer_are_ranked_by_that_layer(model: Model) -> None:
+    if "vision_feature_layer" not in model.pruned.modalities[0].described_by:
+        assert not hasattr(model.pruned.config, "vision_feature_layer")
+        return
+    other = copy.deepcopy(model.pruned)
+    configured = other.config.vision_feature_layer
+    other.config.vision_feature_layer = -2 if configured == -1 else -1
+    inputs = model.prompt(ONE)
+    expected = logits(other, inputs)
+    assert torch.equal(
+        logits(model.pruned, {**inputs, "vision_feature_layer": other.config.vision_feature_layer}), expected
+    )
+    assert not torch.equal(logits(model.pruned, inputs), expected)
 
 
 @covers("save and load")

@@ -220,7 +220,7 @@ def test_encoded_images_may_stand_beside_a_video_that_is_not(model: Model, keep_
 
 
 @every_model
-@pytest.mark.parametrize("name", ["image_grid_thw", "mm_token_type_ids"])
+@pytest.mark.parametrize("name", ["image_grid_thw"])
 def test_what_positions_depend_on_must_be_passed_with_encoded_images(model: Model, name: str) -> None:
     inputs = model.prompt(ONE)
     images = model.pruned.encode_images(inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"])
