@@ -38,9 +38,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+from latency import device_name
 from openai_server import Answer, OpenAIServer, data_url
 from scenes import generate_scene
 
@@ -282,7 +284,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "serving",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device_name": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "device_name": device_name(torch.device("cpu")),
         "cores": arguments.cores,
         "note": arguments.note,
         "rounds": arguments.rounds,
