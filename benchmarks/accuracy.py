@@ -15,6 +15,9 @@ downsample  no selection at all: the processor makes the picture smaller, to the
 Object recall   the share of the objects that keep a patch, where a patch belongs to an object when its centre lies in
             the object's box.
 100 %       nothing is dropped, so every selector is the dense model: it runs once, and each selector gets its row.
+
+`accelerate launch --multi_gpu --num_processes N benchmarks/accuracy.py` shares the batches out among N processes; they
+run on the CPU, whatever accelerate calls them. The figures stay the same.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -64,6 +69,7 @@ POLICIES = ("renumber", "original")
 DRAWS = (0, 1, 2)
 QUESTIONS = 1500
 BATCH = 32
+PROCESSES = 2
 Z95 = 1.959964
 
 
@@ -349,7 +355,8 @@ def measure(
     new_tokens = published.longest_answer(sample.answer for sample in samples)
     batches = [(start // BATCH, samples[start : start + BATCH]) for start in range(0, len(samples), BATCH)]
     answers_per_question = sum(len(row.draws) for row in to_run)
-    with tqdm(total=len(samples) * answers_per_question, unit="answer") as progress:
+    hidden = not launched().is_main_process
+    with tqdm(total=len(samples) * answers_per_question, unit="answer", disable=hidden) as progress:
         for (_, batch), seen in zip(
             batches, _answered(published, repo, batches, to_run, new_tokens, processes), strict=True
         ):
@@ -368,12 +375,36 @@ def _answered(
     processes: int,
 ) -> Iterator[dict[tuple[Variant, int], Seen]]:
     """Answer the batches in order; small operations gain more from two processes than from two threads."""
+    if launched().num_processes > 1:
+        yield from _answered_by_all(published, batches, rows, new_tokens)
+        return
     if processes == 1:
         yield from (answer_batch(published, number, batch, rows, new_tokens) for number, batch in batches)
         return
     codebook = None if published.codebook is None else repo / published.codebook
     with ProcessPoolExecutor(processes, get_context("spawn"), _load_in_worker, (repo, codebook)) as pool:
         yield from pool.map(partial(_answer_in_worker, rows=rows, new_tokens=new_tokens), batches)
+
+
+def launched() -> PartialState:
+    """The processes that `accelerate launch` started, which talk over gloo; without it there is one."""
+    return PartialState(cpu=True)
+
+
+def _answered_by_all(
+    published: PublishedModel,
+    batches: Sequence[tuple[int, Sequence[Sample]]],
+    rows: Sequence[Variant],
+    new_tokens: int,
+) -> Iterator[dict[tuple[Variant, int], Seen]]:
+    """Answer the batches in order, as many at a time as there are processes; every process gets all the answers."""
+    processes = launched()
+    for start in range(0, len(batches), processes.num_processes):
+        together = list(batches[start : start + processes.num_processes])
+        with processes.split_between_processes(together) as own:
+            answered = [answer_batch(published, number, batch, rows, new_tokens) for number, batch in own]
+        # Some versions of accelerate give processes without a batch of their own the last one once more.
+        yield from gather_object(answered)[: len(together)]
 
 
 _loaded_here: list[PublishedModel] = []
@@ -492,27 +523,34 @@ def run_benchmark(
     dataset: str = "scenes",
     limit: int = QUESTIONS,
     seed: int = 0,
-    processes: int = 1,
+    processes: int | None = None,
     policies: Sequence[str] = POLICIES,
     codebook: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure and return what the JSON holds.
+    """Measure and return what the JSON holds; under `accelerate launch` each process returns the whole.
 
     repo       a built repo, a stock LLaVA checkpoint to build one from, or None for the embedded one
     selectors  "none", "downsample" and names that the repo registers; all of them by default
     codebook   for the selectors that need one; by default the repo's, or that of the embedded checkpoint
+    processes  two by default, or as many as accelerate launched
     """
     if dataset not in DATASETS:
         raise BenchmarkError(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
     if limit < 1 or seed < 0:
         raise BenchmarkError(f"--limit must be at least 1 and --seed at least 0, got {limit} and {seed}")
+    others = launched().num_processes
+    if others > 1 and processes is not None:
+        raise BenchmarkError(f"accelerate launched {others} processes: leave out --processes")
+    if processes is None:
+        processes = others if others > 1 else PROCESSES
     if processes < 1:
         raise BenchmarkError(f"--processes must be at least 1, got {processes}")
     if wrong := [budget for budget in budgets if not 0 < budget <= 100]:
         raise BenchmarkError(f"--budgets are percentages above 0 up to 100, got {wrong[0]}")
     started = time.monotonic()
     with published_repo(repo) as folder:
-        published = PublishedModel(folder, CODEBOOK if repo is None and codebook is None else codebook)
+        with launched().main_process_first():  # all copy the repo's code into the same cache
+            published = PublishedModel(folder, CODEBOOK if repo is None and codebook is None else codebook)
         registry = published.selectors
         known = [DENSE, *registry, DOWNSAMPLE]
         chosen = known if selectors is None else list(selectors)
@@ -759,7 +797,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="S",
         help="which test set: any integer >= 0 makes another one (default: %(default)s)",
     )
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="one core each (default: %(default)s)")
+    parser.add_argument("--processes", type=int, metavar="N", help=f"one core each (default: {PROCESSES})")
     parser.add_argument(
         "--add-to",
         type=Path,
@@ -797,6 +835,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # BenchmarkError, BuildError and what the model refuses
         print(f"accuracy.py: {error}", file=sys.stderr)
         return 2
+    if not launched().is_main_process:
+        return 0
     print(table(result))
     if parsed.json is not None:
         text = json.dumps(result, indent=1) + "\n"

@@ -22,6 +22,7 @@ from vispruner import ARCHITECTURES, __version__, auto_map, code_files
 from vispruner import configuration_vispruner as configuration
 from vispruner.codebook_file import CodebookError, read_codebook
 from vispruner.configuration_vispruner import merge_vispruner_config
+from vispruner.engine_interface import ENGINE_PROCESSORS
 
 from .base_checkpoint import (
     IMAGE_PROCESSOR_FILES,
@@ -58,6 +59,7 @@ def build_repo(
     overwrite: bool = False,
     show_progress: bool = True,
     drop_unused_vision_layers: bool = False,
+    engine_processor: bool = False,
 ) -> Path:
     """Build the repo that one YAML describes into the folder `out`, which appears only when it is complete.
 
@@ -66,6 +68,7 @@ def build_repo(
     thin       leave the weights in the base's repo; None is what the YAML says, else thin for bases over 2 GB
     overwrite  replace a non-empty `out`
     drop_unused_vision_layers   leave out the vision layers that nothing is read from, as the YAML's field does
+    engine_processor  let the repo's processor count kept tokens for serving engines, as the YAML's field does
     Raises BuildError, RepoConfigError, LayoutError or CheckpointError; `out` is then as it was before.
     """
     repo = config if isinstance(config, RepoConfig) else load_repo_config(config)
@@ -93,6 +96,8 @@ def build_repo(
         processor_files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
         for path in (*code_files(repo.architecture), *processor_files, *card_files(repo), *codebooks):
             shutil.copyfile(path, staging / path.name)
+        if engine_processor or repo.engine_processor:
+            _name_engine_processor(staging / "processor_config.json", repo.architecture)
         if not thin:
             write_published_weights(folder, staging, names, show_progress=show_progress)
             written = {name: header.shape for name, header in read_tensor_headers(staging).items()}
@@ -180,11 +185,14 @@ def _load_tokenizer(folder: Path, architecture: str, base_config: Mapping[str, A
         # Configs have called it an index, too.
         known = (base_config.get(name) for name in (modality.placeholder, modality.placeholder[:-2] + "index"))
         expected = next((token for token in known if token is not None), None)
-        written = getattr(processor, f"{modality.name}_token_id", None)
-        if None not in (expected, written) and written != expected:
+        # Gemma's processor calls what begins an image its image token, and its tokenizer the placeholder.
+        parts = (processor, processor.tokenizer)
+        found = [getattr(part, f"{modality.name}_token_id", None) for part in parts]
+        written = [token for token in found if token is not None]
+        if expected is not None and written and expected not in written:
             raise BuildError(
-                f"the base {folder}: the processor's {modality.name} token is {written}, config.json's is {expected}: "
-                "processor and model do not belong together"
+                f"the base {folder}: the processor's {modality.name} token is {written[0]}, config.json's is "
+                f"{expected}: processor and model do not belong together"
             )
     return processor.tokenizer
 
@@ -238,6 +246,19 @@ def _repo_config_json(
         "auto_map": auto_map(repo.architecture),
         "vispruner_config": {**repo.vispruner_config, **bookkeeping},
     }
+
+
+def _name_engine_processor(path: Path, architecture: str) -> None:
+    """Say in processor_config.json which class of the repo's code counts kept tokens; the rest stays the base's."""
+    if architecture not in ENGINE_PROCESSORS:
+        raise BuildError(
+            f"engine_processor: there is none for {architecture}, only for {', '.join(ENGINE_PROCESSORS)}"
+        )
+    if not path.is_file():
+        raise BuildError("engine_processor: the base has no processor_config.json; take a newer revision of it")
+    config, processor = read_json(path), ENGINE_PROCESSORS[architecture]
+    module = processor.__module__.rsplit(".", 1)[-1]
+    _write_json(path, {**config, "auto_map": {"AutoProcessor": f"{module}.{processor.__name__}"}})
 
 
 def _without_unused_layers(config_json: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from vispruner import __version__
 
-DESCRIPTION = "Prune the visual tokens of LLaVA-1.5 and LLaVA-NeXT, and publish the result as an ordinary Hub repo."
+DESCRIPTION = "Prune the visual tokens of a vision-language model, and publish the result as an ordinary Hub repo."
 
 EPILOG = """\
 first steps:
@@ -113,6 +113,12 @@ def _add_build(commands: Any) -> None:
         help="leave out the vision layers above the last one that features or attention are read from (of LLaVA's 24 "
         "the last one): the answers stay the same, encoding is faster, and the weight files, which lack these layers, "
         "are no longer the base's byte for byte",
+    )
+    parser.add_argument(
+        "--engine-processor",
+        action="store_true",
+        help="let the processor tell vLLM how many visual tokens are kept, so that `--trust-remote-code` serves the "
+        "repo pruned where vispruner is not installed; all other callers get the base's processor",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
 

@@ -6,6 +6,7 @@ answers underneath.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def show(
     out = _png_path(out)
     path = SCENE if image is None else Path(image)
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     first = budgets[0] if budgets else visual_token_num
     options: dict[str, Any] = {} if first is None else {"visual_token_num": first}
     name, source = (Path(repo).name, repo) if repo is not None else (DEMO_CONFIG, None)

@@ -40,7 +40,7 @@ def logits_flops(config: PreTrainedConfig) -> int:
 def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
     """Return the operations of LLaVA's two-layer projector, or its like, for `visual_tokens` tokens.
 
-    ValueError for a model with another one: language_model_flops, logits_flops and kv_cache_bytes hold for every model.
+    ValueError for a model with another one; the other functions here hold for every model.
     """
     if not hasattr(config, "vision_feature_layer") or hasattr(config, "downsample_ratio"):
         raise ValueError(f"what the projector of a {config.model_type} costs is not known: count its language model")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel
 
@@ -54,11 +55,13 @@ def load_processor(source: str) -> Any:
 
 def model_inputs(model: PreTrainedModel, processor: Any, picture: Picture, question: str) -> Any:
     """Return what `generate` takes to answer a question, in the words of the processor's chat template."""
-    is_photo = isinstance(picture, Image.Image)
-    kind = "image" if is_photo else "video"
+    kind = "image" if isinstance(picture, Image.Image) else "video"
     content = [{"type": kind, kind: picture}, {"type": "text", "text": question}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    visual = {"images": picture} if is_photo else {"videos": [picture], "do_sample_frames": False}
+    visual: dict[str, Any] = {"images": picture}
+    if not isinstance(picture, Image.Image):  # frames of one size, that of the first
+        frames = [np.asarray(frame.resize(picture[0].size)) for frame in picture]
+        visual = {"videos": [[np.stack(frames)]], "do_sample_frames": False}
     inputs = processor(text=prompt, return_tensors="pt", **visual)
     for name, renamed in model.renamed_inputs.items():
         if name in inputs:

@@ -33,6 +33,7 @@ FIELDS = (
     "weights",
     "budgets",
     "drop_unused_vision_layers",
+    "engine_processor",
     "card",
 )
 WEIGHTS = ("thin", "full")
@@ -70,6 +71,7 @@ class RepoConfig:
 
     weights  "thin", "full", or None to let the size of the base decide
     drop_unused_vision_layers  leave out the vision layers that nothing is read from
+    engine_processor  the repo's processor counts kept tokens for engines that run the repo's own code
     codebook_file  what vispruner_config.codebook, the name it has in the repo, is copied from
     budgets  name of a further branch -> the one budget field that its config.json has in place of the main one's
     """
@@ -84,6 +86,7 @@ class RepoConfig:
     weights: str | None = None
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     drop_unused_vision_layers: bool = False
+    engine_processor: bool = False
     codebook_file: Path | None = None
 
     @property
@@ -143,6 +146,7 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
         weights=_weights(path, content),
         budgets=_budgets(path, content.get("budgets"), options),
         drop_unused_vision_layers=_flag(path, content, "drop_unused_vision_layers"),
+        engine_processor=_flag(path, content, "engine_processor"),
         codebook_file=codebook_file,
     )
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
@@ -234,7 +235,8 @@ class Worker:
     def inputs(self, kind: str = "image") -> dict[str, torch.Tensor]:
         visual: dict[str, Any] = {"images": sample_image()}
         if kind == "video":
-            visual = {"videos": [[sample_image(frame) for frame in range(FRAMES)]], "do_sample_frames": False}
+            frames = np.stack([np.asarray(sample_image(frame)) for frame in range(FRAMES)])
+            visual = {"videos": [frames], "do_sample_frames": False}
         inputs = self.processor(text=self.prompt(kind), return_tensors="pt", **visual)
         return {self.renamed_inputs.get(name, name): value for name, value in inputs.items()}
 

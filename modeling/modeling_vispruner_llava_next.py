@@ -135,7 +135,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         if options.tile_mode == "paper":
             placeholders, kept = None, self.select(tokens, options.budget(patches)).split(tiles)
             grids = map(self.tile_grid, sizes)
-            orders = [self._paper_order(image, *grid) for image, grid in zip(kept, grids, strict=True)]
+            orders = [paper_order(image, *grid, self.side) for image, grid in zip(kept, grids, strict=True)]
             newlines = [0] * len(orders)
         else:
             placeholders, orders = self._select_native(tokens, packings, tiles)
@@ -149,16 +149,6 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             saliency=tokens.saliency,
             full_counts=[len(packing) for packing in packings],
         )
-
-    def _paper_order(self, kept: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """Order one image's kept patches (tiles, T): base tile first, the others by raster of the stitched grid."""
-        side = self.side
-        tile = torch.arange(rows * columns, device=kept.device)[:, None]
-        y = tile // columns * side + kept[1:] // side
-        x = tile % columns * side + kept[1:] % side
-        flat = kept + torch.arange(len(kept), device=kept.device)[:, None] * side**2
-        raster = (y * (columns * side) + x).flatten().argsort()
-        return torch.cat([flat[0], flat[1:].flatten()[raster]])
 
     def _select_native(
         self, tokens: VisualTokens, packings: list[torch.Tensor], tiles: list[int]
@@ -209,6 +199,21 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             newline.expand(len(order), -1).masked_scatter((order != NEWLINE)[:, None], tokens)
             for order, tokens in zip(orders, projected, strict=True)
         ]
+
+
+def paper_order(kept: torch.Tensor, rows: int, columns: int, side: int) -> torch.Tensor:
+    """Order one image's kept patches (tiles, T): base tile first, the others by raster of the stitched grid.
+
+    rows, columns  of the tiles beside the base tile
+    side           patches along one side of a tile
+    returns        (tiles * T,) tile * N + patch
+    """
+    tile = torch.arange(rows * columns, device=kept.device)[:, None]
+    y = tile // columns * side + kept[1:] // side
+    x = tile % columns * side + kept[1:] % side
+    flat = kept + torch.arange(len(kept), device=kept.device)[:, None] * side**2
+    raster = (y * (columns * side) + x).flatten().argsort()
+    return torch.cat([flat[0], flat[1:].flatten()[raster]])
 
 
 def _on_host(image_sizes: Any) -> list[list[int]]:

@@ -70,6 +70,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
     has_cls_token = False
     tower_type = "siglip_vision_model"
     select_strategy = "full"
+    budget_unit = "tile of an image or frame of a video"
 
     def __init__(self, config: VisPrunerLlavaOnevisionConfig) -> None:
         super().__init__(config)

@@ -42,6 +42,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
     """`VideoLlavaModel` whose `get_image_features` and `get_video_features` return only the kept visual tokens."""
 
     config_class = VisPrunerVideoLlavaConfig
+    budget_unit = "image or frame of a video"
 
     def __init__(self, config: VisPrunerVideoLlavaConfig) -> None:
         super().__init__(config)

@@ -88,8 +88,6 @@ class MRoPEMixin(VisPrunerMixin):
 
 
 def _in_one_tensor_per_level(features: Any) -> PrunedImageFeatures:
-    levels = getattr(features, "deepstack_features", None)
-    return PrunedImageFeatures(
-        pooler_output=list(features.pooler_output),
-        deepstack_features=None if levels is None else [torch.cat(list(level)) for level in levels],
-    )
+    levels: Any = getattr(features, "deepstack_features", None)
+    joined: Any = None if levels is None else [torch.cat(list(level)) for level in levels]
+    return PrunedImageFeatures(pooler_output=list(features.pooler_output), deepstack_features=joined)

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationMixin, LlavaForConditionalGeneration
-from transformers.utils import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import ModelOutput, logging
 from transformers.utils.import_utils import torch_compilable_check
 
 from .base_weights import HUB_OPTIONS, find_thin_repo
 from .configuration_vispruner import merge_vispruner_config
 from .encoded_images import EncodedImages
+from .engine_interface import EngineModelMixin
 from .prompt_shortening import (
     CachedPrompt,
     Counts,
@@ -37,6 +39,10 @@ from .prompt_shortening import (
     with_full_prompt,
 )
 from .pruned_encoder import PrunedImageFeatures
+
+logger = logging.get_logger(
+    f"transformers.{__name__}"
+)  # under theirs, so that `transformers serve --log-level` counts
 
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 # Arguments of generate for which None says "not given"; for any other, such as top_k, it is a value. Those of the
@@ -80,7 +86,7 @@ IMAGES = Modality(
 )
 
 
-class VisPrunerMixin(GenerationMixin):
+class VisPrunerMixin(EngineModelMixin, GenerationMixin):
     """For the ForConditionalGeneration class: full prompts in, stock `forward` and `generate` on shortened ones.
 
     Modifications against stock:
@@ -95,6 +101,11 @@ class VisPrunerMixin(GenerationMixin):
     modalities: tuple[Modality, ...] = (IMAGES,)
     renamed_inputs: dict[str, str] = {}  # names that processors still use, and what stock forward calls them
     default_position_policy = "renumber"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Enter the class where `transformers serve` and pipelines look up what a class takes: by its name alone."""
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[cls.__name__] = cls.__name__
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
@@ -505,6 +516,7 @@ class VisPrunerMixin(GenerationMixin):
             self._never_look_up_placeholders(arguments, generation_config)
             self._hand_over_features(arguments)
         if prompt is not None:
+            logger.info(f"VisPruner: a prompt of {input_ids.shape[1]} tokens is shortened to {prompt.length}")
             hooks = see_full_prompt(hooks, input_ids, prompt.length)
             dropped = input_ids.shape[1] - prompt.length
             generation_config = self._count_lengths_from_full_prompt(arguments, generation_config, dropped)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
 
 from .pruned_encoder import PrunedImageFeatures, TokenView, VisPrunerModelMixin, VisualTokens
 from .visual_attention import SaliencyTap
@@ -75,10 +74,16 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
             pictures += split[..., 0, :, :].permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * patch, w * patch)
         return [[TokenView(*view)] for view in zip(pictures, self.frames_of(grid_thw), strict=True)]
 
-    def encode_pruned(self, encode: Any, pixels: torch.Tensor, grid_thw: torch.Tensor, **kwargs: Any) -> Any:
+    def encode_pruned(
+        self, encode: Any, pixels: torch.Tensor, grid_thw: torch.Tensor | None, **kwargs: Any
+    ) -> PrunedImageFeatures:
         """Run stock `encode(pixels, grid_thw)` and keep of each image or frame what its budget leaves."""
-        if isinstance(pixels, ModelOutput):  # features made before, which stock forward of 5.17 can be given this way
+        if isinstance(
+            pixels, PrunedImageFeatures
+        ):  # features made before, which stock forward of 5.17 can be given this way
             return pixels
+        if grid_thw is None:
+            raise ValueError("image_grid_thw or video_grid_thw is missing: pass it as the processor returned it")
         frames = self.frames_of(grid_thw)
         counts = [rows * columns for rows, columns in frames]
         kwargs.pop("return_dict", None)

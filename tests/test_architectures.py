@@ -28,6 +28,7 @@ README = Path(__file__).parent.parent / "README.md"
 NEW = 6
 # Padding and batching change the order of sums in matrix products; activations are of order 1 to 10.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
 
 HELLO, ASK = [11, 12, 13], [14, 15, 16, 17]
 ONE = [HELLO, Image((56, 84), seed=1), ASK]
@@ -98,6 +99,11 @@ def generate(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
     return model.generate(**copy.copy(inputs), **options)
 
 
+def type_of_new_tokens(model: Model) -> int:
+    """What new tokens have in `TOKEN_TYPES`: that of text, unless the row says something else."""
+    return getattr(model.row, "type_of_new_tokens", 0)
+
+
 def answers(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
     return generate(model, inputs, **options)[:, inputs["input_ids"].shape[1] :]
 
@@ -120,22 +126,29 @@ def dropped_columns(inputs: dict[str, Any], kept: dict[int, list]) -> torch.Tens
     return dropped
 
 
-def greedy_reference(model: Model, inputs: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
-    """Answer one prompt by hand on the stock model, without a cache: new ids, logits at the end of the prompt."""
+def reference_of(model: Model, inputs: dict[str, Any]) -> tuple[dict[int, list], dict[int, list]]:
+    """Return per id and item the tokens that stay; and which placeholders they stand for, of how many."""
     found = model.row.reference(model.stock, inputs, model.pruned.config.vispruner_config)
     full = model.counts(inputs)[0]
     stays = {
         token: [(set(item[1].tolist()), count) for item, count in zip(items, full[token], strict=True)]
         for token, items in found.items()
     }
+    return {token: [item[0] for item in items] for token, items in found.items()}, stays
+
+
+def greedy_reference(model: Model, inputs: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
+    """Answer one prompt by hand on the stock model, without a cache: new ids, logits at the end of the prompt."""
+    tokens, stays = reference_of(model, inputs)
     dropped = dropped_columns(inputs, stays)
-    run = masked_run if model.row.positions == "original" else embedded_run
-    return run(model.stock, inputs, dropped, {token: [item[0] for item in items] for token, items in found.items()})
+    if model.row.positions == "original":
+        return masked_run(model.stock, inputs, dropped, tokens)
+    return embedded_run(model.stock, inputs, dropped, tokens, type_of_new_tokens(model))
 
 
 @torch.no_grad()
 def embedded_run(
-    stock: Any, inputs: dict[str, Any], dropped: torch.Tensor, tokens: dict[int, list]
+    stock: Any, inputs: dict[str, Any], dropped: torch.Tensor, tokens: dict[int, list], new_type: int
 ) -> tuple[list[int], torch.Tensor]:
     """Hand-built embeddings of the tokens that stay, numbered anew."""
     embeds = stock.get_input_embeddings()(inputs["input_ids"])
@@ -143,11 +156,13 @@ def embedded_run(
         places = (inputs["input_ids"] == token) & ~dropped
         embeds[places] = torch.cat(items)
     embeds = embeds[~dropped][None]
+    types = {"token_type_ids": inputs["token_type_ids"][~dropped][None]} if "token_type_ids" in inputs else {}
     new, ends = [], []
     for _ in range(NEW):
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        ends.append(stock(inputs_embeds=embeds, attention_mask=mask).logits[0, -1])
+        ends.append(stock(inputs_embeds=embeds, attention_mask=mask, **types).logits[0, -1])
         new.append(int(ends[-1].argmax()))
+        types = {name: torch.nn.functional.pad(value, (0, 1), value=new_type) for name, value in types.items()}
         embeds = torch.cat([embeds, stock.get_input_embeddings()(torch.tensor([[new[-1]]]))], dim=1)
     return new, ends[0]
 
@@ -214,6 +229,23 @@ def test_a_video_equals_the_reference(model: Model, prompt: list) -> None:
     require_the_reference(model, prompt)
 
 
+RENUMBERED = [name for name, row in ROWS.items() if row.positions == "renumber"]
+
+
+@pytest.mark.parametrize("model", RENUMBERED, indirect=True)
+def test_original_positions_equal_the_full_prompt_with_dropped_tokens_masked_out(model: Model) -> None:
+    """So `placeholders` says which token of the full prompt each kept one is."""
+    model.pruned.set_vispruner_config(position_policy="original")
+    for prompt in [ONE, SEVERAL, *([CLIP, MIXED] if "video" in model.row.modalities else [])]:
+        inputs = model.prompt(prompt)
+        dropped = dropped_columns(inputs, reference_of(model, inputs)[1])
+        mask = inputs["attention_mask"].masked_fill(dropped, 0)
+        expected = logits(model.stock, {**inputs, "attention_mask": mask})[0, -1]
+        torch.testing.assert_close(logits(model.pruned, inputs)[0, -1], expected, **TOLERANCE)
+        first = generate(model.pruned, inputs, return_dict_in_generate=True, output_logits=True).logits[0][0]
+        torch.testing.assert_close(first, expected, **TOLERANCE)
+
+
 @covers("batch")
 def test_a_left_padded_batch_equals_its_rows(model: Model) -> None:
     inputs = model.prompt(*model.prompts())
@@ -253,7 +285,7 @@ def test_any_other_number_of_placeholders_is_refused(model: Model) -> None:
     inputs = model.prompt(ONE)
     token = model.pruned._placeholder_ids[0]
     column = int((inputs["input_ids"][0] == token).nonzero()[0])
-    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+    for name in ("input_ids", "attention_mask", *TOKEN_TYPES):
         if name in inputs:
             inputs[name] = torch.cat([inputs[name][:, :column], inputs[name][:, column + 1 :]], dim=1)
     for call in (model.pruned, model.pruned.generate):
@@ -296,8 +328,8 @@ def test_decoding_equals_scoring_the_whole_in_one_pass(model: Model) -> None:
     new = result.sequences[:, inputs["input_ids"].shape[1] :]
     whole["input_ids"] = result.sequences
     whole["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, NEW), value=1)
-    if "mm_token_type_ids" in inputs:
-        whole["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, NEW))
+    for name in TOKEN_TYPES & inputs.keys():
+        whole[name] = torch.nn.functional.pad(inputs[name], (0, NEW), value=type_of_new_tokens(model))
     scored = logits(model.pruned, whole)[0, -NEW - 1 : -1]
     torch.testing.assert_close(torch.cat(result.logits), scored, **TOLERANCE)
     assert scored.argmax(-1).tolist() == new[0].tolist()

@@ -481,7 +481,7 @@ def no_config(base: Path) -> None:
 
 
 def no_llava(base: Path) -> None:
-    edit_json(base / "config.json", model_type="paligemma")
+    edit_json(base / "config.json", model_type="mllama")
 
 
 def next_in_llava(base: Path) -> None:
@@ -564,7 +564,7 @@ def other_shape(base: Path) -> None:
 
 BAD_BASES: list[tuple[Callable[[Path], None], str]] = [
     (no_config, "has no config.json"),
-    (no_llava, "model_type 'paligemma', the YAML's architecture is 'llava': give another base"),
+    (no_llava, "model_type 'mllama', the YAML's architecture is 'llava': give another base"),
     (next_in_llava, "set architecture: llava_next in the YAML"),
     (no_cls, r"describes no model: .*got 'siglip_vision_model'.*\[CLS\]"),
     (full_strategy, "vision_feature_select_strategy must be .*'full'"),

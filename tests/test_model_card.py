@@ -270,8 +270,8 @@ def test_the_budget_branches_are_listed_as_in_the_yaml(name: str) -> None:
     budgets = yaml.safe_load((ROOT / "hub_configs" / f"{name}.yaml").read_text())["budgets"]
     (rows,) = tables(card_of(name), "`revision=`")
     del rows["`revision=`"]
-    assert {branch.strip("`"): int(cells[0].split()[0]) for branch, cells in rows.items()} == {
-        branch: field["visual_token_num"] for branch, field in budgets.items()
+    assert {branch.strip("`"): float(cells[0].split()[0]) for branch, cells in rows.items()} == {
+        branch: field.get("visual_token_num", 100 * field.get("keep_ratio", 0)) for branch, field in budgets.items()
     }
     assert f'revision="{list(budgets)[-1]}"' in python_blocks(card_of(name))[-1]
 

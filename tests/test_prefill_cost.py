@@ -57,7 +57,7 @@ def test_the_cost_of_every_language_model_is_known(row: Row) -> None:
 
 def test_an_unknown_projector_is_no_guess() -> None:
     row = next(row for row in rows() if row.model_type == "qwen2_vl")
-    with pytest.raises(ValueError, match="qwen2_vl is not known: count its language model"):
+    with pytest.raises(ValueError, match="qwen2_vl costs is not known: count its language model"):
         projector_flops(row.config(), 10)
 
 

@@ -125,6 +125,29 @@ def test_forward_goes_on_from_its_own_cache(model: Model, given: bool) -> None:
 
 
 @every_model
+def test_generate_keeps_positions_but_not_places(model: Model) -> None:
+    """Stock hands its language model four rows: the place among the tokens, then time, height and width."""
+    seen = []
+    handle = model.pruned.model.language_model.register_forward_pre_hook(
+        lambda module, arguments, keywords: seen.append(keywords["position_ids"]), with_kwargs=True
+    )
+    inputs = model.prompt(ONE)
+    generate(model.pruned, inputs, max_new_tokens=2)
+    handle.remove()
+    stays = image_features(model, inputs).kept_indices[0].tolist()
+    place = (inputs["input_ids"][0] == IMAGE).cumsum(0) - 1
+    columns = [
+        column
+        for column, token in enumerate(inputs["input_ids"][0].tolist())
+        if token != IMAGE or int(place[column]) in stays
+    ]
+    positions, _ = model.stock.model.get_rope_index(**without(inputs, "pixel_values"))
+    assert seen[0][0, 0].tolist() == list(range(len(columns)))
+    assert torch.equal(seen[0][1:], positions[..., columns])
+    assert seen[1][..., -1].flatten().tolist() == [len(columns), *[int(positions.max()) + 1] * 3]
+
+
+@every_model
 def test_positions_may_be_given_for_a_batch_of_another_size(model: Model) -> None:
     logits(model.pruned, model.prompt(ONE, SEVERAL, ONE))
     inputs = model.prompt(ONE, SEVERAL)
@@ -212,6 +235,8 @@ def test_pixels_without_a_grid_are_refused(model: Model) -> None:
     for call in (model.pruned, model.pruned.generate):
         with pytest.raises(ValueError, match="image_grid_thw is missing"):
             call(**inputs)
+    with pytest.raises(ValueError, match="image_grid_thw or video_grid_thw is missing"):
+        model.pruned.get_image_features(inputs["pixel_values"])
 
 
 @every_model

@@ -65,9 +65,9 @@ def test_every_shipped_config_is_valid_and_named_like_its_repo(name: str) -> Non
     assert repo.repo_id.split("/")[1] == name
     assert repo.card["license"]
     assert repo.path == HUB_CONFIGS / f"{name}.yaml"
-    assert [int(branch.removeprefix("v")) for branch in repo.budgets] == [
-        budget["visual_token_num"] for budget in repo.budgets.values()
-    ]
+    for branch, budget in repo.budgets.items():  # v64: 64 tokens; r125: 0.125 of them
+        kind, digits = branch[0], branch[1:]
+        assert budget == {"v": {"visual_token_num": int(digits)}, "r": {"keep_ratio": float(f"0.{digits}")}}[kind]
     assert len(repo.budgets) == 2
 
 

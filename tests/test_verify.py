@@ -141,7 +141,7 @@ def no_config(repo: Path) -> None:
 
 
 def other_model_type(repo: Path) -> None:
-    edit_config(repo, model_type="qwen2_vl")
+    edit_config(repo, model_type="mllama")
 
 
 def no_vispruner_config(repo: Path) -> None:
@@ -248,7 +248,7 @@ def pickled_weights(repo: Path) -> None:
 
 BROKEN: list[tuple[Callable[[Path], None], str, str]] = [
     (no_config, "config.json", "has no config.json"),
-    (other_model_type, "config.json", "model_type is 'qwen2_vl', supported are llava, llava_next"),
+    (other_model_type, "config.json", "model_type is 'mllama', supported are gemma3, "),
     (no_vispruner_config, "vispruner_config", "config.json has no vispruner_config"),
     (no_budget, "vispruner_config", "needs a budget"),
     (partial_vispruner_config, "vispruner_config", "vispruner_config lacks attention_layer"),

@@ -171,10 +171,52 @@ def _video_llava(row: Row, config: Any) -> dict[str, Any]:
     }
 
 
+def _gemma3(row: Row, config: Any) -> dict[str, Any]:
+    side = config.vision_config.image_size
+    special = {
+        config.image_token_index: "<image_soft_token>",
+        config.boi_token_index: "<start_of_image>",
+        config.eoi_token_index: "<end_of_image>",
+    }
+    image = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": side, "width": side}, **HALF}
+    return {
+        "tokens": special,
+        "files": {
+            "preprocessor_config.json": image,
+            "processor_config.json": {
+                "processor_class": "Gemma3Processor",
+                "image_seq_length": config.mm_tokens_per_image,
+            },
+        },
+        "prompt": ("<start_of_image>", ""),
+        "names": dict(zip(("image_token", "boi_token", "eoi_token"), special.values(), strict=True)),
+    }
+
+
+def _paligemma(row: Row, config: Any) -> dict[str, Any]:
+    vision = config.vision_config
+    return {
+        "tokens": {config.image_token_index: "<image>"},
+        "files": {
+            "preprocessor_config.json": {
+                "image_processor_type": "SiglipImageProcessor",
+                "size": {"height": vision.image_size, "width": vision.image_size},
+                "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
+                **HALF,
+            },
+            "processor_config.json": {"processor_class": "PaliGemmaProcessor"},
+        },
+        "prompt": ("<image>", ""),
+        "names": {},
+    }
+
+
 WRITERS: dict[str, Callable[[Row, Any], dict[str, Any]]] = {
+    "gemma3": _gemma3,
     "idefics3": _idefics3,
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
+    "paligemma": _paligemma,
     "qwen2_5_vl": _qwen,
     "qwen2_vl": lambda row, config: _qwen(row, config, "Qwen2VL"),
     "qwen3_vl": lambda row, config: _qwen(row, config, "Qwen3VL"),

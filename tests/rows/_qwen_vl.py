@@ -66,13 +66,14 @@ class QwenVLRow:
                 inputs[f"pixel_values{suffix}"] = torch.cat(pixels[token])
                 inputs[f"{name}_grid_thw"] = torch.tensor(grids[token])
         if self.has_seconds and pixels[VIDEO]:
-            inputs["second_per_grid_ts"] = torch.ones(len(pixels[VIDEO]))
+            inputs["second_per_grid_ts"] = torch.full((len(pixels[VIDEO]),), 2.0)  # apart from the default, 1
         return inputs
 
     def written(self, token: int, frames: int, tokens: int) -> list[int]:
         """An image or a video as the processor writes it into a prompt."""
         if token == VIDEO and self.has_timestamps:
-            return (TIMESTAMP + [VISION_START] + [VIDEO] * tokens + [VISION_END]) * frames
+            each = [*TIMESTAMP, VISION_START, *[VIDEO] * tokens, VISION_END]
+            return [VISION_START, *each * frames, VISION_END]
         return [VISION_START] + [token] * (frames * tokens) + [VISION_END]
 
     def shortened(self, inputs: Mapping[str, torch.Tensor], kept: Mapping[int, Sequence[int]]) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""Gemma 3 with visual token pruning: SigLIP has no [CLS], and every 4 x 4 patches are averaged to one of 256 tokens.
+
+A token is ranked by the mean attention that its patches receive from all patches of the last encoder layer. The crops
+of pan and scan are images of their own. Tokens that stay still see all of their image, before and behind them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Model, GenerationMixin
+from transformers.utils import can_return_tuple
+
+from .configuration_vispruner import VisPrunerConfigMixin
+from .encoded_images import EncodedImages
+from .llava_encoder import layers_of
+from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
+from .pruning_mixin import Modality, VisPrunerMixin, give_lm_head_its_own_rows
+from .tile_encoder import TileEncoderMixin
+
+
+class VisPrunerGemma3Config(VisPrunerConfigMixin, Gemma3Config):
+    """`Gemma3Config` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None
+
+
+class VisPrunerGemma3Model(TileEncoderMixin, Gemma3Model):
+    """`Gemma3Model` whose `get_image_features` returns only the kept visual tokens."""
+
+    config_class = VisPrunerGemma3Config
+    has_cls_token = False
+    budget_unit = "image or crop of an image"
+
+    def __init__(self, config: VisPrunerGemma3Config) -> None:
+        super().__init__(config)
+        self.prepare_pruning()
+
+    @property
+    def vision_attentions(self) -> Sequence[Any]:
+        return [layer.self_attn for layer in layers_of(self.vision_tower)]
+
+    def check_prunable(self) -> None:
+        self.warn_if_all_are_kept(self.config.mm_tokens_per_image)
+
+    def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full prompt and those that are kept."""
+        full, images = self.config.mm_tokens_per_image, len(pixel_values)
+        return [full] * images, [self.vispruner_options.budget(full)] * images
+
+    def merge_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        projector = self.multi_modal_projector
+        grid = patches.transpose(1, 2).unflatten(2, (projector.patches_per_image, -1))
+        return projector.avg_pool(grid).flatten(2).transpose(1, 2)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        projector = self.multi_modal_projector
+        return torch.matmul(projector.mm_soft_emb_norm(features), projector.mm_input_projection_weight).to(features)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> PrunedImageFeatures:
+        """Encode (B, 3, height, width), merge, select, project; `pooler_output` is (B, T, D)."""
+        if self.keeps_all(self.config.mm_tokens_per_image):
+            return self.keep_everything(super().get_image_features(pixel_values, **kwargs))
+        with self.open_tap() as tap:
+            outputs = self.vision_tower(pixel_values=pixel_values, return_dict=True, **kwargs)
+        return self.prune_tiles(outputs, outputs.last_hidden_state, tap, **kwargs)
+
+
+class VisPrunerGemma3ForConditionalGeneration(VisPrunerMixin, Gemma3ForConditionalGeneration, GenerationMixin):
+    """`Gemma3ForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
+
+    config_class = VisPrunerGemma3Config
+    modalities = (Modality("image", "pixel_values", (), "image_token_id"),)
+
+    def __init__(self, config: VisPrunerGemma3Config) -> None:
+        super(Gemma3ForConditionalGeneration, self).__init__(config)  # the stock one would build a stock Gemma3Model
+        self.model = VisPrunerGemma3Model(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        encoded_images: EncodedImages | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
+        inputs = dict(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=mm_encoder_outputs,
+            encoded_images=encoded_images,
+            **kwargs,
+        )
+        return self.pruned_forward(super().forward, inputs)
+
+
+inherit_checkpoint_conversion(VisPrunerGemma3ForConditionalGeneration, "gemma3")
+inherit_checkpoint_conversion(VisPrunerGemma3Model, "Gemma3Model")

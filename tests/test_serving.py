@@ -1,0 +1,337 @@
+"""Serving, as far as it needs no engine: the plugin's registration, what a launch means, the processor for engines."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cases import ONE, TWO, Case
+from PIL import Image
+from test_build import write_yaml
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcessor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vispruner import ARCHITECTURES, SELECTORS, load, serving
+from vispruner.conversion.build import BuildError, build_repo
+from vispruner.conversion.repo_config import RepoConfigError
+from vispruner.conversion.verify import verify_repo
+from vispruner.engine_interface import ENGINE_ATTENTION, ENGINE_PROCESSORS, require_servable
+from vispruner.serving.launch_options import merged_options, readings, tokens_of_tiles
+from vispruner.serving.vllm_plugin import MODELS, register
+from vispruner.visual_attention import Reading
+
+ROOT = Path(__file__).parent.parent
+SERVING = Path(serving.__file__).parent
+
+
+# The vLLM plugin
+
+
+@pytest.fixture
+def vllm_registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Stands in for vLLM, of which the plugin needs the registry; what was registered, by architecture."""
+    registered: dict[str, str] = {}
+
+    def register_model(architecture: str, place: str) -> None:
+        assert architecture not in registered, "registered twice"
+        registered[architecture] = place
+
+    vllm = ModuleType("vllm")
+    vllm.__spec__ = ModuleSpec("vllm", None)
+    vllm.ModelRegistry = SimpleNamespace(  # type: ignore[attr-defined]
+        register_model=register_model, get_supported_archs=lambda: registered.keys()
+    )
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    return registered
+
+
+def test_the_plugin_registers_every_served_architecture_once_and_lazily(vllm_registry: dict[str, str]) -> None:
+    register()
+    register()
+    assert vllm_registry == MODELS
+    assert not {place.split(":")[0] for place in MODELS.values()} & set(sys.modules)
+
+
+def test_what_is_registered_exists_and_is_an_architecture_of_the_package() -> None:
+    assert set(MODELS) == {ARCHITECTURES[name].model_class.__name__ for name in ("llava", "llava_next")}
+    for place in MODELS.values():
+        module, name = place.split(":")
+        source = (SERVING / f"{module.removeprefix('vispruner.serving.')}.py").read_text(encoding="utf-8")
+        assert name in {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+
+def test_without_vllm_the_plugin_is_silent_and_imports_neither_vllm_nor_torch() -> None:
+    program = (
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'vllm' else find(name, *rest)\n"
+        "from vispruner.serving.vllm_plugin import register; register()\n"
+        "assert not {'vllm', 'torch'} & set(sys.modules), 'imported'"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_vllm_finds_the_plugin_by_an_entry_point_and_tests_do_not_install_vllm() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    entry_point = '[project.entry-points."vllm.general_plugins"]\nvispruner = "vispruner.serving.vllm_plugin:register"'
+    assert entry_point in project
+    assert re.findall(r"^.*vllm[<>=].*$", project, re.MULTILINE) == ['vllm = ["vllm>=0.32,<0.33"]']
+
+
+# What a launch means
+
+
+@pytest.fixture(scope="module")
+def llava_config(tiny_llava_repo: Path) -> Any:
+    return AutoConfig.from_pretrained(tiny_llava_repo)
+
+
+@pytest.fixture(scope="module")
+def llava_next_config(tiny_llava_next_repo: Path) -> Any:
+    return AutoConfig.from_pretrained(tiny_llava_next_repo)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "kept"),
+    [
+        ({"visual_token_num": 18}, None, 18),
+        (None, {"visual_token_num": 36}, 36),
+        ({"visual_token_num": 18, "important_ratio": 0.7}, {"visual_token_num": 9}, 9),
+        ({"visual_token_num": 18}, {"keep_ratio": 0.25}, 16),
+        ({"keep_ratio": 0.25}, {"visual_token_num": 7}, 7),
+        ({"visual_token_num": 18}, {"visual_token_num": 1000}, 64),
+        ({"visual_token_num": 18}, {"method": "none"}, 64),
+    ],
+)
+def test_a_launch_changes_the_budget_and_nothing_else_of_the_repo(
+    llava_config: Any, stored: dict | None, given: dict | None, kept: int
+) -> None:
+    options = merged_options(llava_config, stored, given)
+    assert options.budget(64) == kept
+    assert options.important_ratio == (stored or {}).get("important_ratio", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visual_token_num": None}, "needs a budget"),
+        ({"visual_tokens": 3}, "unknown fields"),
+        ({"method": "bogus"}, "method must be one of"),
+        ({"position_policy": "original"}, 'position_policy "original" cannot be served'),
+        ({"attention_layer": 3}, "from the first 3 encoder layers, not from 3"),
+        ({"attention_layer": -1}, "from the first 3 encoder layers, not from -1"),
+        ({"attention_layer": -5}, "from the first 3 encoder layers, not from -5"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(llava_config: Any, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        merged_options(llava_config, {"visual_token_num": 8}, changes)
+
+
+def test_a_stock_checkpoint_without_a_budget_is_refused_with_the_remedy(llava_config: Any) -> None:
+    with pytest.raises(ValueError, match="--hf-overrides"):
+        merged_options(llava_config, None, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("vision_feature_select_strategy", "full", "vision_feature_select_strategy"),
+        ("vision_feature_layer", [-2, -1], "vision_feature_layer must be one layer"),
+        ("vision_feature_layer", 0, "vision_feature_layer 0"),
+    ],
+)
+def test_a_model_that_cannot_be_pruned_is_refused(tiny_llava_repo: Path, field: str, value: Any, message: str) -> None:
+    config = AutoConfig.from_pretrained(tiny_llava_repo)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=message):
+        merged_options(config, {"visual_token_num": 8}, None)
+
+
+@pytest.mark.parametrize(("given", "layer"), [(None, 2), (-2, 2), (-4, 0), (1, 1)])
+def test_the_layer_that_ranks_is_the_models(llava_config: Any, given: int | None, layer: int) -> None:
+    options = merged_options(llava_config, {"visual_token_num": 8, "attention_layer": given}, None)
+    assert readings(llava_config, options) == [Reading(layer, "cls")]
+
+
+@pytest.mark.parametrize("method", sorted(SELECTORS))
+def test_every_method_reads_what_the_model_reads_or_is_refused(tiny_llava_repo: Path, method: str) -> None:
+    given = {"method": method, "visual_token_num": 8, "seed": 0}
+    config = AutoConfig.from_pretrained(tiny_llava_repo)
+    try:
+        model = load(tiny_llava_repo, **given)
+    except ValueError:  # a method of which LLaVA cannot give all that it needs
+        with pytest.raises(ValueError, match="is not served"):
+            merged_options(config, given, None)
+        return
+    tap = model.model.open_tap()
+    assert readings(config, merged_options(config, given, None)) == [tap._main, *tap._others]
+
+
+def test_native_tiles_are_refused(llava_next_config: Any) -> None:
+    with pytest.raises(ValueError, match='tile_mode must be "paper"'):
+        merged_options(llava_next_config, {"visual_token_num": 4, "tile_mode": "native"}, None)
+
+
+def test_an_image_of_tiles_takes_what_the_model_returns(cases: dict[str, Case]) -> None:
+    case = cases["next-paper"]
+    inputs = [case.processor(images=image, text=ONE, return_tensors="pt") for image in case.pictures]
+    options = merged_options(case.model.config, case.model.config.vispruner_config, None)
+    for image, one in zip(case.pictures, inputs, strict=True):
+        _, kept = case.model.visual_token_counts(one["pixel_values"], one["image_sizes"])
+        assert [tokens_of_tiles(case.model.config, options, image.height, image.width)] == kept
+
+
+# Without the plugin: the repo's own processor and code
+
+
+@pytest.fixture(scope="module")
+def pictures(photo: Image.Image) -> list[Image.Image]:
+    return [photo, photo.transpose(Image.Transpose.ROTATE_90), photo.crop((60, 40, 260, 240))]
+
+
+@pytest.fixture(scope="module", params=sorted(ENGINE_PROCESSORS))
+def engine_repo(
+    request: pytest.FixtureRequest,
+    tiny_llava_repo: Path,
+    tiny_llava_next_repo: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    base = {"llava": tiny_llava_repo, "llava_next": tiny_llava_next_repo}[request.param]
+    folder = tmp_path_factory.mktemp("engine")
+    config = {"visual_token_num": 5}
+    yaml = write_yaml(folder, architecture=request.param, vispruner_config=config, engine_processor=True)
+    return build_repo(yaml, folder / "repo", base=base, show_progress=False)
+
+
+def test_the_option_adds_one_entry_to_the_processor_files(engine_repo: Path, tmp_path: Path) -> None:
+    architecture = json.loads((engine_repo / "config.json").read_text())["model_type"]
+    config = json.loads((engine_repo / "processor_config.json").read_text())
+    entry = config.pop("auto_map")
+    assert entry == {"AutoProcessor": f"engine_interface.{ENGINE_PROCESSORS[architecture].__name__}"}
+    assert config["processor_class"] == ENGINE_PROCESSORS[architecture].__mro__[2].__name__
+    assert verify_repo(engine_repo).passed
+
+
+def test_the_option_is_true_or_false(tmp_path: Path, tiny_llava_repo: Path) -> None:
+    with pytest.raises(RepoConfigError, match="engine_processor must be true or false"):
+        build_repo(write_yaml(tmp_path, engine_processor="yes"), tmp_path / "out", base=tiny_llava_repo)
+
+
+def test_a_base_without_processor_config_cannot_have_it(
+    tmp_path: Path, tiny_llava_repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vispruner.conversion.build.PROCESSOR_FILES", ("tokenizer.json", "tokenizer_config.json"))
+    with pytest.raises(BuildError, match=r"no processor_config\.json"):
+        build_repo(write_yaml(tmp_path), tmp_path / "out", base=tiny_llava_repo, engine_processor=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_remote_code_the_processor_is_the_stock_one(engine_repo: Path) -> None:
+    processor = AutoProcessor.from_pretrained(engine_repo, trust_remote_code=False)
+    assert type(processor).__module__.startswith("transformers.")
+
+
+def test_for_everyone_but_an_engine_it_is_the_stock_processor(engine_repo: Path, pictures: list[Image.Image]) -> None:
+    ours = AutoProcessor.from_pretrained(engine_repo, trust_remote_code=True)
+    stock = AutoProcessor.from_pretrained(engine_repo, trust_remote_code=False)
+    for text, images in ((ONE, pictures[:1]), (TWO, pictures[1:]), ("no picture", None)):
+        found, expected = (p(images=images, text=text, return_tensors="pt") for p in (ours, stock))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_engine_is_told_as_many_tokens_as_the_model_returns(engine_repo: Path, pictures: list[Image.Image]) -> None:
+    processor = AutoProcessor.from_pretrained(engine_repo, trust_remote_code=True)
+    model = AutoModel.from_pretrained(engine_repo, trust_remote_code=True)
+    inputs = processor(images=pictures[:2], text=TWO, return_text_replacement_offsets=True, return_tensors="pt")
+    sizes = {"image_sizes": inputs["image_sizes"]} if "image_sizes" in inputs else {}
+    returned = [len(image) for image in model.encode_images(inputs["pixel_values"], **sizes).tokens]
+    told = [entry["replacement"].count("<image>") for entry in inputs["text_replacement_offsets"][0]]
+    counted = processor._get_num_multimodal_tokens(image_sizes=[(p.height, p.width) for p in pictures[:2]])
+    assert told == counted["num_image_tokens"] == returned
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == sum(returned)
+
+
+def test_a_processor_saved_alone_serves_everyone_but_engines(
+    engine_repo: Path, tmp_path: Path, pictures: list[Image.Image]
+) -> None:
+    AutoProcessor.from_pretrained(engine_repo, trust_remote_code=True).save_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert "input_ids" in processor(images=pictures[:1], text=ONE)
+    with pytest.raises(ValueError, match=r"config\.json has no vispruner_config"):
+        processor(images=pictures[:1], text=ONE, return_text_replacement_offsets=True)
+
+
+def test_native_tiles_are_not_counted_for_an_engine(engine_repo: Path) -> None:
+    processor = AutoProcessor.from_pretrained(engine_repo, trust_remote_code=True)
+    processor.vispruner_config = {**processor.vispruner_config, "tile_mode": "native"}
+    if hasattr(processor.image_processor, "image_grid_pinpoints"):
+        with pytest.raises(ValueError, match='tile_mode must be "paper"'):
+            processor._get_num_multimodal_tokens(image_sizes=[(60, 90)])
+    else:
+        assert processor._get_num_multimodal_tokens(image_sizes=[(60, 90)])["num_image_tokens"] == [5]
+
+
+@pytest.fixture
+def engine_attention() -> Any:
+    """Registers an attention function under the name that vLLM's Transformers backend uses."""
+    AttentionInterface.register(ENGINE_ATTENTION, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    yield
+    del ALL_ATTENTION_FUNCTIONS._global_mapping[ENGINE_ATTENTION]
+
+
+def engine_config(repo: Path) -> Any:
+    config = AutoConfig.from_pretrained(repo, trust_remote_code=True)
+    config.get_text_config()._attn_implementation = ENGINE_ATTENTION
+    return config
+
+
+def test_an_engine_gets_the_base_model(engine_repo: Path, engine_attention: None) -> None:
+    whole = AutoModel.from_config(AutoConfig.from_pretrained(engine_repo, trust_remote_code=True))
+    model = AutoModel.from_config(engine_config(engine_repo), trust_remote_code=True)
+    assert type(model).__name__ == type(whole.base_model).__name__
+    assert not hasattr(model, "lm_head") and hasattr(whole, "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"visual_token_num": 6}, "not that of the repo's config.json"),
+        ({"important_ratio": 0.7}, "not that of the repo's config.json"),
+        ({"weights": "thin", "base_model_revision": "abc"}, "thin repo has no weights"),
+    ],
+)
+def test_an_engine_is_refused_what_its_processor_does_not_know(engine_repo: Path, changes: dict, message: str) -> None:
+    config = engine_config(engine_repo)
+    config.vispruner_config = {**config.vispruner_config, **changes}
+    with pytest.raises(ValueError, match=message):
+        require_servable(config)
+
+
+def test_an_engine_is_refused_positions_that_it_cannot_give(engine_repo: Path, tmp_path: Path) -> None:
+    repo = Path(shutil.copytree(engine_repo, tmp_path / "repo"))
+    content = json.loads((repo / "config.json").read_text())
+    content["vispruner_config"].update(position_policy="original", tile_mode="native")
+    (repo / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match='position_policy "original" cannot be served'):
+        require_servable(engine_config(repo))
+
+
+def test_an_engine_is_refused_a_repo_whose_processor_counts_all_tokens(engine_repo: Path, tmp_path: Path) -> None:
+    repo = Path(shutil.copytree(engine_repo, tmp_path / "repo"))
+    content = json.loads((repo / "processor_config.json").read_text())
+    del content["auto_map"]
+    (repo / "processor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="build it with --engine-processor"):
+        require_servable(engine_config(repo))
