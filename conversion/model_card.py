@@ -6,6 +6,7 @@ The same inputs give the same bytes: dates are those of the recorded results, an
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -217,12 +218,18 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         "codebook": "the prototypes of redundant tokens, a file of this repository",
     }
     taken = selector.options | selector.needs
+    where = "the layer that gives the features" if layer is None else f"layer {layer}"
+    if selector.saliency_layers is not None:
+        whose = whose if selector.saliency_kind == "cls" else "from all tokens of the image, on average"
+        where = "the layers that the method asks for"
+    elif re.search(r"^ *saliency .*not looked at", selector.function.__doc__ or "", re.MULTILINE):
+        where = ""
     return [
         *rows,
         ("method", f"`{options['method']}`: {summary[:1].lower()}{summary[1:]}"),
         ("budget", _budget_text(repo, options)),
         *((f"`{name}`", f"{options[name]}: {text}") for name, text in meanings.items() if name in taken),
-        ("attention", f"{whose}, in {'the layer that gives the features' if layer is None else f'layer {layer}'}"),
+        *([("attention", f"{whose}, in {where}")] if where else []),
         ("positions", POSITIONS[policy or architecture.model_class.default_position_policy]),
         *([("tiles", TILES[tiles])] if repo.architecture == "llava_next" else []),
     ]
@@ -273,7 +280,7 @@ def _measured(result: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
     versions = {name: text for name, text in result["versions"].items() if name in ("transformers", "torch", "python")}
     dense = next(row for row in result["rows"] if row["selector"] == DENSE)
     return {
-        "date": result["date"],
+        "date": " and ".join(sorted({run["date"] for run in (result, *result.get("further_runs", ()))})),
         "questions": f"{result['questions']:,}",
         "pictures": result["pictures"],
         "dataset": DATASETS.get(result["dataset"], result["dataset"]).format(**result),

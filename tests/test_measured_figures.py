@@ -89,7 +89,7 @@ def method_table() -> list[str]:
     rows = load(RESULTS[0])
     selection = json.loads((ROOT / "benchmarks" / "results" / "selection-methods.json").read_text())["methods"]
     cost = {row["method"]: row for row in selection}
-    assert cost.keys() == METHODS.keys() == SELECTORS.keys()
+    assert METHODS.keys() <= cost.keys() & SELECTORS.keys()
     shown = {}
     for method in METHODS:
         ratio = 0.5 if method == "vispruner" else None
@@ -115,7 +115,7 @@ def test_every_method_was_measured_with_every_budget_on_both_test_sets() -> None
     for rows in map(load, RESULTS):
         for selector, ratio in README_ROWS.values():
             assert all(measured(rows, selector, budget, ratio)["n"] == 1200 for budget in BUDGETS)
-        assert {selector for selector, *_ in rows} == {*SELECTORS, "none", "downsample"}
+        assert {selector for selector, *_ in rows} >= {*METHODS, "none", "downsample"}
 
 
 def test_a_second_test_set_reproduces_the_figures_within_their_intervals() -> None:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TINY = "tiny-llava-vispruner"
+EMBEDDED = (TINY, "tiny-llava-divprune")
 FIGURES = ("99.6 %", "96.6 %", "91.5 %", "98.6 %", "93.3 %", "86.7 %", "43.6", "1440")
 
 
@@ -82,7 +83,7 @@ def recorded_row(result: dict[str, Any], selector: str, ratio: float | None, cou
 
 
 @pytest.mark.parametrize("thin", [False, True])
-@pytest.mark.parametrize("name", [name for name in hub_config_names() if name != TINY])
+@pytest.mark.parametrize("name", [name for name in hub_config_names() if name not in EMBEDDED])
 def test_the_metadata_of_a_real_base_reads_back_as_what_its_yaml_says(name: str, thin: bool) -> None:
     source = yaml.safe_load((ROOT / "hub_configs" / f"{name}.yaml").read_text())
     assert ModelCard(card_of(name, thin)).data.to_dict() == {
@@ -202,8 +203,10 @@ def test_the_first_table_says_how_it_prunes(name: str) -> None:
     count, ratio = repo.vispruner_config["visual_token_num"], repo.vispruner_config["keep_ratio"]
     budget = f"{count} visual tokens per " if count is not None else f"{100 * ratio:g} % of the visual tokens of each "
     assert rows["budget"][0].startswith(budget)
-    assert rows["`important_ratio`"][0].startswith("0.5: ")
-    assert rows["`dedup_step`"][0].startswith("8: ")
+    assert rows["method"][0].startswith(f"`{repo.vispruner_config['method']}`: keep ")
+    if repo.vispruner_config["method"] == "vispruner":
+        assert rows["`important_ratio`"][0].startswith("0.5: ")
+        assert rows["`dedup_step`"][0].startswith("8: ")
     assert ("tiles" in rows) == (repo.architecture == "llava_next")
 
 
@@ -216,6 +219,15 @@ def test_the_first_table_says_how_it_prunes(name: str) -> None:
         ({"visual_token_num": 9, "position_policy": "original"}, {"positions": "those of the full prompt"}, []),
         ({"visual_token_num": 9, "important_ratio": 0.25}, {"`important_ratio`": "0.25: share of the budget"}, []),
         ({"method": "none"}, {"method": "`none`: nothing is dropped"}, ["budget", "positions"]),
+        ({"method": "scope", "visual_token_num": 9}, {"attention": "of [CLS], in the layer that gives"}, ["`seed`"]),
+        ({"method": "gprune", "visual_token_num": 9}, {"method": "`gprune`: keep the tokens that"}, ["attention"]),
+        ({"method": "vtc_cls", "visual_token_num": 9}, {"attention": "of [CLS], in the layers that the method"}, []),
+        ({"method": "hiprune", "visual_token_num": 9}, {"attention": "from all tokens of the image"}, []),
+        (
+            {"method": "codebook", "codebook": "tiny-llava-codebook.safetensors", "visual_token_num": 9},
+            {"`codebook`": "tiny-llava-codebook.safetensors: the prototypes"},
+            ["attention", "`dedup_step`"],
+        ),
     ],
 )
 def test_the_first_table_follows_the_options(
@@ -283,8 +295,8 @@ def test_published_figures_stand_only_in_the_cards_of_the_models_they_are_about(
         card = card_of(name)
         assert tuple(figure for figure in FIGURES if f"| {figure} |" in card) == expected.get(name, ())
         assert ("**not measured with this repository**" in card) == (name in expected)
-        assert ("There are no figures here" in card) == (name not in expected and name != TINY)
-        assert ("Compare it on your own task" in card) == (name != TINY)
+        assert ("There are no figures here" in card) == (name not in expected and name not in EMBEDDED)
+        assert ("Compare it on your own task" in card) == (name not in EMBEDDED)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +329,7 @@ def test_measured_figures_are_the_recorded_ones() -> None:
     for rows, stem in zip(found, stems, strict=True):
         result = record(stem)
         counts = [int(cell) for cell in rows.pop("visual tokens kept")]
-        assert counts == [72, 36, 18, 9] and len(rows) == 6
+        assert counts == [72, 36, 18, 9] and len(rows) == {"scenes": 12, "easy-vqa": 6}[result["dataset"]]
         for name, cells in rows.items():
             selector = re.match(r"`(\w+)`", name)
             ratio = re.search(r"`important_ratio` ([\d.]+)", name)
@@ -337,12 +349,23 @@ def test_measured_figures_are_the_recorded_ones() -> None:
 def test_the_dates_and_versions_in_a_card_are_those_of_the_records() -> None:
     card, repo = card_of(TINY), load_repo_config(TINY)
     records = [record(stem) for stem in [*repo.card["results"], repo.card["picture"]]]
-    assert re.findall(r"\d{4}-\d\d-\d\d", card) == [entry["date"] for entry in records]
+    dates = [sorted({run["date"] for run in (entry, *entry.get("further_runs", ()))}) for entry in records]
+    assert re.findall(r"\d{4}-\d\d-\d\d", card) == [date for found in dates for date in found]
     for entry in records[:-1]:
         versions = [f"{name} {entry['versions'][name]}" for name in ("python", "torch", "transformers")]
         assert f"vispruner from a checkout, {', '.join(versions)}." in card
-    for name in set(hub_config_names()) - {TINY}:
+    for name in set(hub_config_names()) - set(EMBEDDED):
         assert not re.search(r"\b20\d\d-\d\d-\d\d\b(?!-llava-next)", card_of(name))
+
+
+def test_the_card_of_another_method_claims_nothing_of_vispruner() -> None:
+    card, repo = card_of("tiny-llava-divprune"), load_repo_config("tiny-llava-divprune")
+    assert "with visual token pruning by the method `divprune`" in card and "[VisPruner](" not in card
+    assert "Removing duplicates" not in card
+    for rows, stem in zip(tables(card, "visual tokens kept"), repo.card["results"], strict=True):
+        row = recorded_row(record(stem), "divprune", None, 18)
+        assert rows["`divprune`"][2].startswith(f"**{100 * row['accuracy']:.1f} ± ")
+        assert sum(cell.startswith("**") for cells in rows.values() for cell in cells) == 1
 
 
 # The pictures
@@ -354,7 +377,10 @@ def test_a_card_shows_the_pictures_that_are_copied_beside_it(name: str) -> None:
     assert re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", card_of(name)) == [path.name for path in files]
     assert all(path.is_file() for path in files)
     assert [path.name for path in files] == (
-        ["accuracy-scenes-seed0.png", "kept-patches-scene.png"] if name == TINY else []
+        [
+            *(["accuracy-scenes-seed0.png"] if name in EMBEDDED else []),
+            *(["kept-patches-scene.png"] if name == TINY else []),
+        ]
     )
 
 
@@ -367,7 +393,7 @@ def test_what_the_cards_cite_and_show_is_in_the_package_and_nothing_else() -> No
         stems = [*repo.card.get("results", ()), *filter(None, [repo.card.get("picture")])]
         needed |= {f"{stem}.json" for stem in stems} | {path.name for path in card_files(repo)}
     assert sorted(shipped) == sorted(needed)
-    assert sum((RESULTS / name).stat().st_size for name in shipped) < 900_000
+    assert sum((RESULTS / name).stat().st_size for name in shipped) < 1_100_000
 
 
 def test_the_recorded_picture_is_what_the_trained_checkpoint_gives() -> None:
