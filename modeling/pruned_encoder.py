@@ -111,6 +111,8 @@ class VisPrunerModelMixin:
     """
 
     config: Any
+    device: Any
+    register_buffer: Any
     has_cls_token = True
     budget_unit = "image"
     _keys_to_ignore_on_load_unexpected: Any
