@@ -25,7 +25,7 @@ QUESTION = "What is it?"
 GENERATION = {"max_new_tokens": 5, "do_sample": False}
 
 
-@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+@pytest.fixture(scope="module", params=list(KEPT))
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 
