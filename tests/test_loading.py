@@ -238,7 +238,7 @@ def test_load_refuses_an_unknown_keyword(bases: dict[str, Path]) -> None:
 def test_load_refuses_other_model_types(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"'llama' is not supported; the supported ones are \['llava', 'llava_next'\]"
+        ValueError, match=r"'llama' is not supported; the supported ones are \[.*'llava', 'llava_next'"
     ):
         vispruner.load(tmp_path, visual_token_num=KEPT)
 
