@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +199,12 @@ def test_recorded_speed_is_near_the_ideal_but_where_the_readme_says_so_and_no_sl
                 assert row["seconds"]["ttft"]["median"] <= rows["peer", budget]["seconds"]["ttft"]["median"]
     assert missed == {(1, 64)}
     assert "one image at 64 misses it" in (ROOT / "README.md").read_text()
+
+
+def test_the_serving_table_is_the_recorded_result() -> None:
+    spec = importlib.util.spec_from_file_location("serving_benchmark", ROOT / "benchmarks" / "serving.py")
+    serving = importlib.util.module_from_spec(spec)
+    sys.modules["serving_benchmark"] = serving  # its dataclasses look themselves up there
+    spec.loader.exec_module(serving)
+    record = json.loads((ROOT / "benchmarks" / "results" / "serving-vllm-cpu.json").read_text())
+    assert serving.table(record) in (ROOT / "README.md").read_text()
