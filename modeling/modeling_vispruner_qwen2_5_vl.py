@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, GenerationMixin, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
-from transformers.utils import can_return_tuple
 from transformers.vision_utils import get_vision_window_index
 
 from .configuration_vispruner import VisPrunerConfigMixin
 from .encoded_images import EncodedImages
 from .mrope_positions import MRoPEMixin
-from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
+from .pruned_encoder import inherit_checkpoint_conversion
 from .pruning_mixin import give_lm_head_its_own_rows
 from .qwen_vl_encoder import QwenVLEncoderMixin
 
@@ -66,20 +65,6 @@ class VisPrunerQwen2_5_VLModel(QwenVLEncoderMixin, Qwen2_5_VLModel):
         vision = self.visual
         order, _ = get_vision_window_index(grid_thw, vision.spatial_merge_size, vision.window_size, vision.patch_size)
         return merged[..., order.argsort().to(merged.device)]
-
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
-    ) -> PrunedImageFeatures:
-        """Encode images and select merged tokens; `pooler_output` holds (T, D) per image."""
-        return self.encode_pruned(super().get_image_features, pixel_values, image_grid_thw, **kwargs)
-
-    @can_return_tuple
-    def get_video_features(
-        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs: Any
-    ) -> PrunedImageFeatures:
-        """Encode videos and select merged tokens of each frame; `pooler_output` holds (T, D) per frame."""
-        return self.encode_pruned(super().get_video_features, pixel_values_videos, video_grid_thw, **kwargs)
 
 
 class VisPrunerQwen2_5_VLForConditionalGeneration(MRoPEMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):

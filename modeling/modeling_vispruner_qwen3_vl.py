@@ -34,18 +34,11 @@ class VisPrunerQwen3VLModel(QwenVLEncoderMixin, Qwen3VLModel):
         self.prepare_pruning()
 
     @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
-    ) -> PrunedImageFeatures:
-        """Encode images and select merged tokens; `pooler_output` holds (T, D) per image."""
-        return self.encode_pruned(super().get_image_features, pixel_values, image_grid_thw, **kwargs)
-
-    @can_return_tuple
     def get_video_features(
         self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs: Any
     ) -> PrunedImageFeatures:
-        """Encode videos and select merged tokens of each frame; `pooler_output` holds (T, D) per frame."""
-        return self.encode_pruned(super().get_image_features, pixel_values_videos, video_grid_thw, **kwargs)
+        """As for images, which is all that stock does."""
+        return self.get_image_features(pixel_values_videos, video_grid_thw, return_dict=True, **kwargs)
 
 
 class VisPrunerQwen3VLForConditionalGeneration(MRoPEMixin, Qwen3VLForConditionalGeneration, GenerationMixin):

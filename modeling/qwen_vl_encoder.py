@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.utils import can_return_tuple
 
 from .pruned_encoder import PrunedImageFeatures, TokenView, VisPrunerModelMixin, VisualTokens
 from .visual_attention import SaliencyTap
@@ -74,13 +75,28 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
             pictures += split[..., 0, :, :].permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * patch, w * patch)
         return [[TokenView(*view)] for view in zip(pictures, self.frames_of(grid_thw), strict=True)]
 
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> PrunedImageFeatures:
+        """Encode images and select merged tokens; `pooler_output` holds (T, D) per image."""
+        encode = super().get_image_features  # type: ignore[misc]
+        return self.encode_pruned(encode, pixel_values, image_grid_thw, **kwargs)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs: Any
+    ) -> PrunedImageFeatures:
+        """Encode videos and select merged tokens of each frame; `pooler_output` holds (T, D) per frame."""
+        encode = super().get_video_features  # type: ignore[misc]
+        return self.encode_pruned(encode, pixel_values_videos, video_grid_thw, **kwargs)
+
     def encode_pruned(
         self, encode: Any, pixels: torch.Tensor, grid_thw: torch.Tensor | None, **kwargs: Any
     ) -> PrunedImageFeatures:
         """Run stock `encode(pixels, grid_thw)` and keep of each image or frame what its budget leaves."""
-        if isinstance(
-            pixels, PrunedImageFeatures
-        ):  # features made before, which stock forward of 5.17 can be given this way
+        # Stock forward of 5.17 takes features that were made before in the place of pixels only.
+        if isinstance(pixels, PrunedImageFeatures):
             return pixels
         if grid_thw is None:
             raise ValueError("image_grid_thw or video_grid_thw is missing: pass it as the processor returned it")
