@@ -126,6 +126,10 @@ class VisPrunerModelMixin:
     def feature_layer(self) -> int:
         return len(self.vision_attentions) - 1
 
+    def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full prompt and those that are kept."""
+        raise AttributeError(f"{type(self).__name__} must say how many visual tokens an image has")
+
     def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
         """Return per image what it is encoded as: here one grid of the patches of (B, 3, height, width)."""
         patch = self.config.vision_config.patch_size
