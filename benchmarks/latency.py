@@ -13,6 +13,8 @@ decode     seconds per later token: the median of the answer
 e2e        seconds for the whole answer of --new-tokens tokens
 ratio      stock / row within one round, then the median; rows are interleaved in a new random order every round
 FLOP ideal the ratio of operations (flops.py) before the first token; `share` is the ratio's share of it
+at its rates    the same ratio where every stage does its operations as fast as stock did on this machine in this run,
+           so that a stage which runs slower than another counts for the time it takes
 memory     one extra run: on CUDA by max_memory_allocated, on the CPU by following every tensor that torch makes
            (scratch space inside operations is not seen); above what was held before the call, so without weights
 KV         bytes of the cache after the prompt and all new tokens but the last
@@ -23,6 +25,10 @@ First logits. In bfloat16 on the CPU, PyTorch (2.13, too) copies the whole of lm
 of the batch, when it multiplies a slice, the last row of a longer tensor: 0.6 s each for a 7B model. It is no part of
 pruning and falls on every row, but it hides what pruning gains; taken out of one row alone it would add to it. So here
 all three rows hand lm_head a row of its own; --as-is leaves them as they are.
+
+With --methods the rows are stock and ours with each of the methods instead, and `select` is all that a method costs
+behind the encoder: the choice, and for those that compare projected features the projection of all tokens. A
+codebook is drawn at random. How well they choose is not measured here but by accuracy.py.
 
 Checked in every run: the class, the length of the KV cache, its bytes, and that peer and ours keep as many tokens.
 
@@ -44,6 +50,7 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +60,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import linear
 from tqdm import tqdm
 from transformers import LlavaConfig
@@ -66,12 +74,15 @@ from stages import Observation, observe
 from vispruner import __version__
 from vispruner.conversion.prefill_cost import kv_cache_bytes
 from vispruner.pruned_encoder import VisualTokens
+from vispruner.token_selection import SELECTORS
 
 RESULTS = Path(__file__).parent / "results"
 DISTINCT_ON_CPU = 4
 CAP_MARGIN = 0.9
 TIMES = ("ttft", "e2e", *FIRST_TOKEN_STAGES, "other", "decode")
 BARS = {192: 0.9, 128: 0.9, 64: 0.9}
+VISPRUNER = "vispruner"
+PROTOTYPES = 64
 
 
 class BenchmarkError(ValueError):
@@ -82,6 +93,7 @@ class BenchmarkError(ValueError):
 class Plan:
     """What to measure, as the command line says it.
 
+    methods      compare these with each other; empty for VisPruner beside its peer
     batches      (images, what both depths are divided by)
     rounds       runs of every row; in the first `long_rounds` of them the answer is whole, then one token
     """
@@ -92,6 +104,7 @@ class Plan:
     dtype: torch.dtype
     attention: str
     budgets: tuple[int, ...]
+    methods: tuple[str, ...]
     batches: tuple[tuple[int, int], ...]
     text_tokens: int
     new_tokens: int
@@ -112,10 +125,14 @@ class Row:
 
     name: str
     visual_token_num: int
+    method: str = VISPRUNER
 
 
 def rows_of(plan: Plan) -> list[Row]:
     full = patches_of(plan.config)
+    if plan.methods:
+        budgets = [budget for budget in plan.budgets if budget < full]
+        return [Row(STOCK, full), *(Row(OURS, budget, method) for budget in budgets for method in plan.methods)]
     return [Row(STOCK, full), *(Row(name, budget) for budget in plan.budgets for name in (PEER, OURS))]
 
 
@@ -135,6 +152,15 @@ class Models:
                 model.lm_head.register_forward_pre_hook(compact)
         for name in (STOCK, OURS):
             self.models[name].model.vision_tower.set_attn_implementation(plan.attention)
+        if any("codebook" in SELECTORS[method].needs for method in plan.methods):
+            self._give_random_codebook()
+
+    def _give_random_codebook(self) -> None:
+        generator = torch.Generator().manual_seed(self.plan.seed)
+        codebook = torch.randn(PROTOTYPES, self.config.text_config.hidden_size, generator=generator)
+        with tempfile.TemporaryDirectory() as folder:
+            save_file({"codebook": codebook}, file := Path(folder) / "codebook.safetensors")
+            self.models[OURS].set_vispruner_config(codebook=str(file))
 
     def inputs(self, batch: int) -> dict[str, torch.Tensor]:
         """Return prompts of one image and `text_tokens` other tokens each, and the pixels."""
@@ -155,7 +181,7 @@ class Models:
         """Answer, and raise BenchmarkError unless the row's own class kept what it should and cached no more."""
         model = self.models[row.name]
         if row.name == OURS:
-            model.set_vispruner_config(visual_token_num=row.visual_token_num)
+            model.set_vispruner_config(visual_token_num=row.visual_token_num, method=row.method, seed=self.plan.seed)
         elif row.name == PEER:
             model.model.visual_token_num = row.visual_token_num
         seen = observe(model, inputs, new_tokens, memory)
@@ -192,7 +218,7 @@ def measure(plan: Plan) -> dict[str, Any]:
             models = Models(plan, config, weights)
             settings.append(_measure_setting(plan, models, rows, batch, divisor, progress))
     return {
-        "benchmark": "latency",
+        "benchmark": "latency-methods" if plan.methods else "latency",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": plan.device.type,
         "device_name": device_name(plan.device),
@@ -229,7 +255,8 @@ def _measure_setting(
     order = random.Random(plan.seed)
 
     def run(row: Row, new_tokens: int, memory: bool = False) -> Observation:
-        progress.set_description(f"batch {batch}, {row.name} {row.visual_token_num}")
+        name = row.method if plan.methods and row.name == OURS else row.name
+        progress.set_description(f"batch {batch}, {name} {row.visual_token_num}")
         seen = models.run(row, inputs, new_tokens, memory)
         progress.update()
         return seen
@@ -254,7 +281,10 @@ def _measure_setting(
     stock_times = [times(seen) for seen, *_ in rounds]
     for place, row in enumerate(rows):
         observed = [times(observations[place]) for observations in rounds]
-        setting["rows"].append(_row_result(plan, models, row, batch, observed, stock_times, metered[place]))
+        result = _row_result(plan, models, row, batch, observed, stock_times, metered[place])
+        setting["rows"].append(result)
+        if not plan.methods:
+            result |= _ideal(plan, models.config, row, batch, result)
     setting["selections"] = compare_selections(plan, models)
     if divisor == 1:
         _add_images_at_cap(plan, models, setting)
@@ -278,30 +308,42 @@ def _row_result(
     stock: list[dict[str, float]],
     metered: Observation,
 ) -> dict[str, Any]:
-    flops = stage_flops(models.config, row.name, row.visual_token_num, batch, plan.text_tokens, plan.new_tokens)
-    dense = stage_flops(models.config, STOCK, 0, batch, plan.text_tokens, plan.new_tokens)
     ratios = {
         name: spread(a[name] / b[name] for a, b in zip(stock, observed, strict=True) if name in a)
         for name in ("ttft", "prefill", "e2e", "decode")
     }
-    ideal = first_token_flops(dense) / first_token_flops(flops)
     length = plan.text_tokens + row.visual_token_num + plan.new_tokens - 1
     return {
         "row": row.name,
         "class": f"{MODEL_CLASSES[row.name].__module__}.{MODEL_CLASSES[row.name].__name__}",
         "visual_token_num": row.visual_token_num,
+        "method": row.method if row.name == OURS else None,
         "prompt_length": plan.text_tokens + row.visual_token_num,
         "kv_length": length,
         "kv_bytes": batch * kv_cache_bytes(models.config, length, plan.dtype.itemsize),
         "seconds": {name: spread(run[name] for run in observed if name in run) for name in TIMES},
         "ratio_to_stock": ratios,
-        "flops": flops,
-        "flop_ideal": ideal,
-        "share_of_flop_ideal": ratios["ttft"]["median"] / ideal,
         "images_per_second": batch / statistics.median(run["e2e"] for run in observed if "e2e" in run),
         "peak_bytes": metered.peak,
         "operations": metered.operations,
     }
+
+
+def _ideal(plan: Plan, config: LlavaConfig, row: Row, batch: int, result: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's operations, and how many times sooner than stock's they let its first token come."""
+    flops = stage_flops(config, row.name, row.visual_token_num, batch, plan.text_tokens, plan.new_tokens)
+    dense = stage_flops(config, STOCK, 0, batch, plan.text_tokens, plan.new_tokens)
+    ideal = first_token_flops(dense) / first_token_flops(flops)
+    share = result["ratio_to_stock"]["ttft"]["median"] / ideal
+    return {"flops": flops, "flop_ideal": ideal, "share_of_flop_ideal": share}
+
+
+def share_at_its_rates(row: dict[str, Any], stock: dict[str, Any]) -> float:
+    """Return a row's ratio to stock as a share of what stage by stage stock's own operations per second allow."""
+    stages = [stage for stage in FIRST_TOKEN_STAGES if stock["flops"][stage]]
+    spent = {stage: stock["seconds"][stage]["median"] for stage in stages}
+    needed = sum(seconds * row["flops"][stage] / stock["flops"][stage] for stage, seconds in spent.items())
+    return row["ratio_to_stock"]["ttft"]["median"] * needed / sum(spent.values())
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:
@@ -325,7 +367,7 @@ def compare_selections(plan: Plan, models: Models) -> dict[str, Any]:
     features = features.to(plan.device)
     alike = {}
     for budget in plan.budgets[1:]:
-        models.models[OURS].set_vispruner_config(visual_token_num=budget)
+        models.models[OURS].set_vispruner_config(visual_token_num=budget, method=VISPRUNER)
         kept = [
             models.models[PEER].model.select(features, saliency, budget),
             models.models[OURS].model.select(VisualTokens(features, saliency), budget),
@@ -432,17 +474,42 @@ def tables(result: dict[str, Any]) -> str:
     parts = [head]
     for setting in result["settings"]:
         depth = "" if setting["depth_divisor"] == 1 else f", 1/{setting['depth_divisor']} of both depths"
-        parts += [f"**Batch {setting['batch']}{depth}**", speed_table(setting, result["new_tokens"])]
+        parts.append(f"**Batch {setting['batch']}{depth}**")
+        if has_methods(result):
+            parts.append(method_table(setting))
+            continue
+        parts.append(speed_table(setting, result["new_tokens"]))
         parts += [stage_table(setting), memory_table(setting, result["memory_cap_bytes"])]
-    return "\n\n".join([*parts, bars(result)])
+    return "\n\n".join(parts if has_methods(result) else [*parts, bars(result)])
+
+
+def has_methods(result: dict[str, Any]) -> bool:
+    return result["benchmark"] == "latency-methods"
+
+
+def method_table(setting: dict[str, Any]) -> str:
+    """Return what each method costs and gains, beside stock."""
+    lines = [
+        "| tokens | method | vision ms | select ms | TTFT s | x (low, high) | select, operations |",
+        "|---" * 7 + "|",
+    ]
+    for row in setting["rows"]:
+        seconds, ratio = row["seconds"], row["ratio_to_stock"]["ttft"]
+        lines.append(
+            f"| {row['visual_token_num']} | {row['method'] or row['row']} | {1e3 * seconds['vision']['median']:.0f} | "
+            f"{1e3 * seconds['select']['median']:.1f} | {seconds['ttft']['median']:.2f} | "
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f}) | "
+            f"{row['operations'].get('select', 0)} |"
+        )
+    return "\n".join(lines)
 
 
 def speed_table(setting: dict[str, Any], new_tokens: int) -> str:
     """Return TTFT, decode and end-to-end times with their ratios to stock."""
     lines = [
-        "| tokens | row | TTFT s (low, high) | x | FLOP ideal | share | prefill x | decode s | "
+        "| tokens | row | TTFT s (low, high) | x | FLOP ideal | share | at its rates | prefill x | decode s | "
         f"e2e {new_tokens} s | x |",
-        "|---" * 10 + "|",
+        "|---" * 11 + "|",
     ]
     for row in setting["rows"]:
         seconds, ratio = row["seconds"], row["ratio_to_stock"]
@@ -451,7 +518,7 @@ def speed_table(setting: dict[str, Any], new_tokens: int) -> str:
             f"| {row['visual_token_num']} | {row['row']} | "
             f"{ttft['median']:.3g} ({ttft['low']:.3g}, {ttft['high']:.3g}) | "
             f"{ratio['ttft']['median']:.2f} | {row['flop_ideal']:.2f} | {100 * row['share_of_flop_ideal']:.0f} % | "
-            f"{ratio['prefill']['median']:.2f} | "
+            f"{100 * share_at_its_rates(row, setting['rows'][0]):.0f} % | {ratio['prefill']['median']:.2f} | "
             f"{seconds['decode']['median']:.3g} | {e2e['median']:.3g} | {ratio['e2e']['median']:.2f} |"
         )
     return "\n".join(lines)
@@ -499,8 +566,11 @@ def bars(result: dict[str, Any]) -> str:
             if name != OURS:
                 continue
             if budget in BARS and budget < full:
-                share = row["share_of_flop_ideal"]
-                lines.append(f"{_verdict(share >= BARS[budget])} {where}, {budget}: {share:.1%} of the FLOP ideal")
+                share, own = row["share_of_flop_ideal"], share_at_its_rates(row, setting["rows"][0])
+                lines.append(
+                    f"{_verdict(share >= BARS[budget])} {where}, {budget}: {share:.1%} of the FLOP ideal, "
+                    f"{own:.1%} of that at the machine's rates"
+                )
             peer, ours = by_row[PEER, budget]["seconds"]["ttft"], row["seconds"]["ttft"]
             ahead = peer["median"] / ours["median"]
             overlap = "" if ours["low"] > peer["high"] or ahead >= 1 else " (their runs overlap)"
@@ -580,6 +650,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         epilog="examples:\n"
         "  python benchmarks/latency.py                          everything, into benchmarks/results\n"
         "  python benchmarks/latency.py --quick                  a tiny geometry, seconds, nothing written\n"
+        "  python benchmarks/latency.py --methods                every method at 64 tokens, ten minutes on a CPU\n"
         "  python benchmarks/latency.py --device cuda --geometry llava-1.5-13b\n"
         "  python benchmarks/latency.py --batches 1/8 --budgets 64 --rounds 3 --out .    one budget, shallow\n"
         "  python benchmarks/latency.py --show benchmarks/results/latency-....json     its tables, and the plot anew",
@@ -595,6 +666,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--attention", default="sdpa", help="of stock, ours and all language models (%(default)s)")
     parser.add_argument("--budgets", nargs="+", type=int, metavar="T", help="visual tokens kept (default: 576 ... 16)")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        choices=sorted(SELECTORS),
+        metavar="NAME",
+        help="compare these methods, all if none is named, at --budgets (default: 64) with answers of 2 tokens",
+    )
     parser.add_argument(
         "--batches",
         nargs="+",
@@ -656,11 +734,13 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
         torch.cuda.set_device(device)
     name = parsed.geometry or ("tiny" if parsed.quick else "llava-1.5-7b")
     config = load_geometry(name)
+    methods = () if parsed.methods is None else tuple(parsed.methods or SELECTORS)
     rounds = parsed.rounds or (2 if parsed.quick else 20 if cuda else 3)
-    long_rounds = parsed.long_rounds or (5 if cuda else 2)
+    long_rounds = parsed.long_rounds or (1 if methods else 5 if cuda else 2)
     distinct = parsed.distinct_layers if parsed.distinct_layers is not None else (0 if cuda else DISTINCT_ON_CPU)
     dtype = getattr(torch, parsed.dtype or ("float32" if parsed.quick else "bfloat16"))
-    budgets = sorted({patches_of(config), *(parsed.budgets or budgets_of(config))}, reverse=True)
+    usual = [max(1, patches_of(config) // 9)] if methods else budgets_of(config)
+    budgets = sorted({patches_of(config), *(parsed.budgets or usual)}, reverse=True)
     if budgets[0] > patches_of(config) or budgets[-1] < 1:
         raise BenchmarkError(f"--budgets must be from 1 to the {patches_of(config)} tokens of an image")
     return Plan(
@@ -670,9 +750,10 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
         dtype=dtype,
         attention=parsed.attention,
         budgets=tuple(budgets),
+        methods=methods,
         batches=tuple(parsed.batches or ([(1, 1), (8, 1)] if cuda else [(1, 1), (8, 2 if parsed.quick else 8)])),
         text_tokens=parsed.text_tokens,
-        new_tokens=parsed.new_tokens or (4 if parsed.quick else 64 if cuda else 16),
+        new_tokens=parsed.new_tokens or (2 if methods else 4 if parsed.quick else 64 if cuda else 16),
         rounds=rounds,
         long_rounds=min(long_rounds, rounds),
         warmups=2 if cuda else 0,
@@ -689,7 +770,7 @@ def result_name(result: dict[str, Any]) -> str:
     device = result["device_name"] + (f" {result['threads']} threads" if result["threads"] else "")
     path = Path(result["geometry"])
     geometry = path.name if path.suffix != ".json" else path.absolute().parent.name
-    parts = ("latency", result["device"], device, geometry, result["dtype"])
+    parts = (result["benchmark"], result["device"], device, geometry, result["dtype"])
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower())
 
 
@@ -699,7 +780,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.show is not None:
         result = json.loads(parsed.show.read_text(encoding="utf-8"))
         print(tables(result))
-        plot(result, parsed.show.with_suffix(".png"))
+        if not has_methods(result):
+            plot(result, parsed.show.with_suffix(".png"))
         return 0
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)
@@ -713,8 +795,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = (parsed.out or RESULTS) / f"{result_name(result)}.json"
         text = json.dumps(result, indent=1) + "\n"
         write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
-        plot(result, file.with_suffix(".png"))
-        print(f"\nwritten: {file} and its .png", file=sys.stderr)
+        if not has_methods(result):
+            plot(result, file.with_suffix(".png"))
+        print(f"\nwritten: {file}" + ("" if has_methods(result) else " and its .png"), file=sys.stderr)
     return 0
 
 

@@ -175,6 +175,8 @@ class Watch:
         return event
 
     def _begin(self, stage: str) -> None:
+        if "select" in self._begun:  # what a method has projected to choose by is a part of choosing
+            return
         held = made = 0
         if self.memory is not None:
             self._highest = max(self._highest, self.memory.highest)
@@ -183,6 +185,8 @@ class Watch:
         self._begun[stage] = (self._now(), held, made)
 
     def _end(self, stage: str) -> None:
+        if stage not in self._begun:
+            return
         begun, held, made = self._begun.pop(stage)
         self.spans.append((stage, begun, self._now()))
         if self.memory is not None:

@@ -158,7 +158,7 @@ def _add_show(commands: Any) -> None:
         "  vispruner show photo.jpg --repo llava-hf/llava-1.5-7b-hf --visual-token-num 64 --out kept.png\n"
         "  vispruner show photo.jpg --repo repo --budgets 128 64 32 --question 'Where is the cat?' --out kept.png"
     )
-    summary = "draw which patches of a photo are kept: important ones orange, diverse ones blue"
+    summary = "draw which patches of a photo are kept, in a colour for each reason that the method has"
     parser = _add_command(commands, "show", summary, examples, _show)
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="a photo (default: the scene in the package)")
     parser.add_argument(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from transformers import PreTrainedModel
 
 import vispruner
-from vispruner.token_selection import important_tokens
+from vispruner.pruned_encoder import TokenView
+from vispruner.token_selection import SELECTORS, kinds_of_kept
 
 from .base_checkpoint import resolve_base
 from .questions import SCENE, WRONG, Picture, Question, ask, judged, load_processor, model_inputs, questions_about
 from .repo_config import DEMO_CONFIG, load_repo_config
 
-# Okabe-Ito orange and blue: told apart with every common colour blindness, and by their brightness in grey.
-IMPORTANT_COLOUR = (230, 159, 0)
-DIVERSE_COLOUR = (0, 114, 178)
+# Why a patch stays, in Okabe-Ito orange, green and blue; green only where there are three reasons. Orange and blue are
+# told apart with every common colour blindness, and by their brightness in grey.
+FIRST_COLOUR = (230, 159, 0)
+MIDDLE_COLOUR = (0, 158, 115)
+LAST_COLOUR = (0, 114, 178)
 BACKGROUND = (255, 255, 255)
 INK = (30, 30, 30)
 WRONG_INK = (190, 20, 40)
@@ -49,14 +52,15 @@ class TileView:
 
     image      the pixels that the vision tower got
     kept       (rows, columns) True where the patch stays
-    important  (rows, columns) True where it stays for its attention; None when the method makes no such difference
+    kinds      by reason, in the words of `Selector.kinds`, (rows, columns) True where the patch stays for it; empty
+               where that is not known
     row, column  place among the other tiles
     pruned     False when the model dropped nothing, so that no choice is there to be drawn
     """
 
     image: Image.Image
     kept: torch.Tensor
-    important: torch.Tensor | None
+    kinds: Mapping[str, torch.Tensor] = field(default_factory=dict)
     row: int = 0
     column: int = 0
     pruned: bool = True
@@ -180,8 +184,7 @@ def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture) 
     pixels = inputs[modality.pixels]
     output = getattr(model.model, f"get_{modality.name}_features")(pixels, **arguments, return_dict=True)
     items = getattr(model.model, f"{modality.name}_views")(pixels, **arguments)
-    pruned = output.saliency is not None  # else nothing was dropped
-    saliency = torch.cat([part.flatten() for part in output.saliency]).float().cpu() if pruned else None
+    looked_at = _looked_at(output)
     normalised_by = getattr(processor, f"{kind}_processor")
     tiles: list[TileView] = []
     first = 0
@@ -190,20 +193,55 @@ def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture) 
         kept = torch.zeros(sum(sizes), dtype=torch.bool)
         chosen = indices.cpu()
         kept[chosen[chosen >= 0]] = True
-        important = None
-        if saliency is not None:
-            pools = [1 + len(views) + place if view.pool is None else view.pool for place, view in enumerate(views)]
-            pool_of = torch.tensor(pools).repeat_interleave(torch.tensor(sizes))
-            important = _important_tokens(model, kept, saliency[first : first + sum(sizes)], pool_of)
+        own = {name: values[..., first : first + sum(sizes)] for name, values in looked_at.items()}
         first += sum(sizes)
-        marked = [None] * len(views) if important is None else important.split(sizes)
-        for view, own, mark in zip(views, kept.split(sizes), marked, strict=True):
+        kinds = _kinds_of(model, kept, own, views) if own else {}
+        split_kinds = {name: mask.split(sizes) for name, mask in kinds.items()}
+        for place, (view, stays) in enumerate(zip(views, kept.split(sizes), strict=True)):
             # What is an item by itself, a tile for some models, stands beside the one before.
             row, column = view.place if len(items) == 1 else divmod(number, STRIP)
             image = image_from_pixels(view.pixels.float().cpu(), normalised_by)
-            mark = None if mark is None else mark.view(view.grid)
-            tiles.append(TileView(image, own.view(view.grid), mark, row, column, pruned))
+            marked = {name: masks[place].view(view.grid) for name, masks in split_kinds.items()}
+            tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned=bool(own)))
     return tiles
+
+
+def _looked_at(output: Any) -> dict[str, torch.Tensor]:
+    """Return what patches were chosen by as (..., patches of all items); nothing where none was dropped."""
+    found = {"saliency": output.saliency, "layer_saliency": output.layer_saliency}
+    parts = {name: list(values) for name, values in found.items() if values is not None}
+    return {name: torch.cat(values, dim=-1).float().cpu() for name, values in parts.items()}
+
+
+def _kinds_of(
+    model: PreTrainedModel, kept: torch.Tensor, looked_at: Mapping[str, torch.Tensor], views: Sequence[TokenView]
+) -> dict[str, torch.Tensor]:
+    """Return by reason the patches (N,) of one item that stay for it; nothing where that cannot be told.
+
+    A reason that depends on where patches lie cannot be told of views that were chosen from together, as one grid that
+    none of them has.
+    """
+    options = model.model.vispruner_options
+    selector = SELECTORS[options.method]
+    together = any(view.pool is not None for view in views)
+    if together and "grid" in selector.needs and len(selector.kinds) > 1:
+        return {}
+    sizes = torch.tensor([rows * columns for rows, columns in (view.grid for view in views)])
+    pools = [1 + len(views) + place if view.pool is None else view.pool for place, view in enumerate(views)]
+    pool_of = torch.tensor(pools).repeat_interleave(sizes)
+    kinds = {name: torch.zeros_like(kept) for name in selector.kinds}
+    for pool, view in dict(zip(pools, views, strict=True)).items():
+        places = (pool_of == pool).nonzero()[:, 0]
+        stays = kept[places].nonzero()[:, 0]
+        if not len(stays):
+            continue
+        given = {name: values[..., places][None] for name, values in looked_at.items()}
+        marks = kinds_of_kept(
+            options.method, stays[None], **given, grid=view.grid, important_ratio=options.important_ratio
+        )
+        for name, mark in marks.items():
+            kinds[name][places[stays]] = mark[0]
+    return kinds
 
 
 def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:
@@ -212,25 +250,6 @@ def image_from_pixels(pixel_values: torch.Tensor, image_processor: Any) -> Image
     std = torch.tensor(image_processor.image_std)[:, None, None]
     pixels = ((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def _important_tokens(
-    model: PreTrainedModel, kept: torch.Tensor, saliency: torch.Tensor, pool: torch.Tensor
-) -> torch.Tensor | None:
-    """Return True at the tokens (N,) kept for their attention; None when the method makes no difference.
-
-    Whatever a method chose from, its important tokens are the most attended of those it kept of each pool.
-    """
-    options = model.model.vispruner_options
-    ratio = {"vispruner": options.important_ratio, "cls_attention": 1.0}.get(options.method)
-    if ratio is None:
-        return None
-    important = torch.zeros_like(kept)
-    for number in pool.unique():
-        places = (kept & (pool == number)).nonzero()[:, 0]
-        if len(places):
-            important[places[important_tokens(saliency[places][None], len(places), ratio)[0]]] = True
-    return important
 
 
 def kept_patches_picture(
@@ -266,10 +285,24 @@ def _kept_count(tiles: Sequence[TileView]) -> str:
     total, kept = sum(tile.kept.numel() for tile in tiles), sum(int(tile.kept.sum()) for tile in tiles)
     if not any(tile.pruned for tile in tiles):
         return f"unpruned: {kept} patches"
-    if all(tile.important is None for tile in tiles):
+    counts = {_name(kind): sum(int(tile.kinds[kind].sum()) for tile in tiles) for kind in _kinds_in(tiles)}
+    if len(counts) < 2:
         return f"{kept} of {total} patches"
-    important = sum(int(tile.important.sum()) for tile in tiles if tile.important is not None)
-    return f"{kept} of {total}: {important} important, {kept - important} diverse"
+    return f"{kept} of {total}: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _kinds_in(tiles: Sequence[TileView]) -> list[str]:
+    """Return the reasons for which patches stay, each once."""
+    return list(dict.fromkeys(kind for tile in tiles for kind in tile.kinds))
+
+
+def _name(kind: str) -> str:
+    return kind.partition(":")[0]
+
+
+def _colours(kinds: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    before_last = (FIRST_COLOUR, MIDDLE_COLOUR)[: len(kinds) - 1]
+    return dict(zip(kinds, (*before_last, LAST_COLOUR), strict=False))
 
 
 def _tile_width(panels: Sequence[Panel]) -> int:
@@ -297,12 +330,12 @@ def _draw_tile(tile: TileView, width: int) -> Image.Image:
         return image
     faded = Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.new("RGB", image.size, BACKGROUND), 0.7)
     stroke = max(1, side // 11)
+    colours = _colours(list(tile.kinds))
     for row, column in tile.kept.nonzero().tolist():
         box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
         faded.paste(image.crop(box), box)
         frame = (box[0], box[1], box[2] - 1, box[3] - 1)
-        is_important = tile.important is not None and bool(tile.important[row, column])
-        colour = IMPORTANT_COLOUR if is_important else DIVERSE_COLOUR
+        colour = next((colours[kind] for kind, mask in tile.kinds.items() if mask[row, column]), LAST_COLOUR)
         ImageDraw.Draw(faded).rectangle(frame, outline=colour, width=stroke)
     return faded
 
@@ -312,12 +345,9 @@ def _draw_legend(picture: Image.Image, panels: Sequence[Panel], caption: str) ->
     lines = _wrap(caption, TEXT_WIDTH)
     _write(picture, lines, GAP, GAP)
     pruned = [tile for panel in panels for tile in panel.tiles if tile.pruned]
-    if any(tile.important is not None for tile in pruned):
-        entries = [(IMPORTANT_COLOUR, "important: most attended"), (DIVERSE_COLOUR, "diverse: least alike")]
-    else:
-        entries = [(DIVERSE_COLOUR, "kept")] if pruned else []
+    entries = _colours(_kinds_in(pruned)) or ({"kept": LAST_COLOUR} if pruned else {})
     top = GAP + LINE_HEIGHT * len(lines) + GAP
-    for colour, text in entries:
+    for text, colour in entries.items():
         box = (GAP, top, GAP + TEXT_SIZE, top + TEXT_SIZE)
         ImageDraw.Draw(picture).rectangle(box, outline=colour, width=4)
         _write(picture, [text], GAP + TEXT_SIZE + GAP // 2, top)

@@ -63,6 +63,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
             kept_indices=list(indices),
             placeholders=list(indices),
             saliency=tokens.saliency,
+            layer_saliency=tokens.layer_saliency,
             full_counts=[patches] * images,
         )
 

@@ -147,6 +147,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             kept_indices=orders,
             placeholders=placeholders,
             saliency=tokens.saliency,
+            layer_saliency=tokens.layer_saliency,
             full_counts=[len(packing) for packing in packings],
         )
 

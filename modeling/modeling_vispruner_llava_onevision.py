@@ -201,6 +201,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
             kept_indices=[order[places] for order, places in zip(orders, placeholders, strict=True)],
             placeholders=placeholders,
             saliency=tokens.saliency,
+            layer_saliency=tokens.layer_saliency,
             full_counts=[len(packing.order) for packing in packings],
         )
 
@@ -276,6 +277,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
             kept_indices=list(nn.functional.pad(places, (0, 1), value=NEWLINE)),
             placeholders=list(nn.functional.pad(places, (0, 1), value=full)),
             saliency=pooled.saliency,
+            layer_saliency=pooled.layer_saliency,
             full_counts=[full + 1] * videos,
         )
 

@@ -99,6 +99,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
             kept_indices=list(indices),
             placeholders=list(indices),
             saliency=tokens.saliency,
+            layer_saliency=tokens.layer_saliency,
             full_counts=[patches] * images,
         )
 
@@ -140,6 +141,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
             kept_indices=list(places - 1),
             placeholders=list(places),
             saliency=tokens.saliency,
+            layer_saliency=tokens.layer_saliency,
             full_counts=[1 + patches] * len(frames),
         )
 

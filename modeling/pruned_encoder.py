@@ -34,6 +34,7 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
     placeholders   list per image of (tokens,) int64: the placeholder of a full prompt that each token stands for;
                    None where there is none (LLaVA-NeXT, tile_mode "paper")
     saliency       (tiles, N) of all images together, or a list of (N,) where they differ in size
+    layer_saliency (tiles, L, N) or a list of (L, N), likewise: of the further layers that the method asked for
     full_counts    visual tokens a full prompt has for each image
     deepstack_features   Qwen3-VL only: per encoder level what pooler_output holds
     """
@@ -41,6 +42,7 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
     kept_indices: list[torch.Tensor] | None = None
     placeholders: list[torch.Tensor] | None = None
     saliency: torch.Tensor | list[torch.Tensor] | None = None
+    layer_saliency: torch.Tensor | list[torch.Tensor] | None = None
     full_counts: list[int] | None = None
     deepstack_features: list[list[torch.Tensor]] | None = None
 

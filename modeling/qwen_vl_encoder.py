@@ -121,6 +121,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
             kept_indices=kept,
             placeholders=kept,
             saliency=[image.saliency[0] for image in images],
+            layer_saliency=[image.layer_saliency[0] for image in images if image.layer_saliency is not None] or None,
             full_counts=counts,
             deepstack_features=_pruned_levels(_split_levels(outputs, counts), kept),
         )

@@ -25,7 +25,7 @@ def _vtc_cls_layers(layers: int, feature_layer: int, start_layer: int | None = N
     return list(range(depth))[start:-1]
 
 
-@register_selector("vtc_cls", saliency_layers=_vtc_cls_layers)
+@register_selector("vtc_cls", saliency_layers=_vtc_cls_layers, kinds=("important: attended in many layers",))
 def select_vtc_cls(
     features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, layer_saliency: torch.Tensor
 ) -> torch.Tensor:
@@ -41,7 +41,7 @@ def select_vtc_cls(
     return _most_attended_first(layer_saliency.sum(dim=1))[:, :budget].sort(dim=-1).values
 
 
-@register_selector("gprune")
+@register_selector("gprune", kinds=("central: many pass to it",))
 def select_gprune(
     features: torch.Tensor,
     saliency: torch.Tensor,
@@ -102,7 +102,7 @@ def redundancy(projected: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return cosine.amax(dim=-1)
 
 
-@register_selector("codebook")
+@register_selector("codebook", kinds=("informative: unlike the codebook",))
 def select_codebook(
     features: torch.Tensor,
     saliency: torch.Tensor,
@@ -125,7 +125,7 @@ def select_codebook(
     return score.argsort(dim=-1, stable=True)[:, :budget].sort(dim=-1).values
 
 
-@register_selector("divprune")
+@register_selector("divprune", kinds=("diverse: far from each other",))
 def select_divprune(
     features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, projected: torch.Tensor
 ) -> torch.Tensor:
@@ -158,7 +158,32 @@ def _hiprune_layers(layers: int, feature_layer: int) -> list[int]:
     return [max(0, (feature_layer + 2) * 3 // 8 - 1), feature_layer]
 
 
-@register_selector("hiprune", saliency_layers=_hiprune_layers, saliency_kind="received")
+def _hiprune_rank(middle: torch.Tensor, columns: int, anchor_num: int) -> torch.Tensor:
+    """Return 2 at the anchors, 1 at their neighbours and 0 elsewhere: (B, N) -> (B, N)."""
+    anchors = _most_attended_first(middle)[:, :anchor_num]
+    neighbours = torch.cat([anchors + step for step in (-1, 1, -columns, columns)], dim=-1)
+    rank = torch.zeros_like(middle, dtype=torch.int64).scatter(1, neighbours.clamp(0, middle.shape[1] - 1), 1)
+    return rank.scatter(1, anchors, 2)
+
+
+def _hiprune_kind(
+    kept: torch.Tensor,
+    saliency: torch.Tensor,
+    layer_saliency: torch.Tensor,
+    grid: tuple[int, int],
+    anchor_share: float = 0.1,
+) -> torch.Tensor:
+    anchor_num = round(kept.shape[1] * anchor_share / 5)
+    return 2 - _hiprune_rank(layer_saliency[:, 0], grid[1], anchor_num).gather(1, kept)
+
+
+@register_selector(
+    "hiprune",
+    saliency_layers=_hiprune_layers,
+    saliency_kind="received",
+    kinds=("anchor: attended midway", "buffer: beside an anchor", "register: attended late"),
+    kind_of=_hiprune_kind,
+)
 def select_hiprune(
     features: torch.Tensor,
     saliency: torch.Tensor,
@@ -185,12 +210,10 @@ def select_hiprune(
     """
     budget = _checked_budget(features, saliency, visual_token_num)
     middle, late = _checked_layers(layer_saliency, saliency, 2).unbind(dim=1)
-    tokens, columns = saliency.shape[1], _checked_columns(grid, saliency)
+    columns = _checked_columns(grid, saliency)
     if not 0 <= anchor_share <= 1:
         raise ValueError(f"vispruner_config.anchor_share must be a number from 0 to 1, got {anchor_share!r}")
-    anchors = _most_attended_first(middle)[:, : round(budget * anchor_share / 5)]
-    neighbours = torch.cat([anchors + step for step in (-1, 1, -columns, columns)], dim=-1).clamp(0, tokens - 1)
-    rank = torch.zeros_like(saliency, dtype=torch.int64).scatter(1, neighbours, 1).scatter(1, anchors, 2)
+    rank = _hiprune_rank(middle, columns, round(budget * anchor_share / 5))
     order = _most_attended_first(late)
     order = order.gather(1, _most_attended_first(rank.gather(1, order)))[:, :budget]
     return _picked_twice(order, rank > 0, late) if repick else order.sort(dim=-1).values
@@ -207,7 +230,7 @@ def _picked_twice(order: torch.Tensor, is_first: torch.Tensor, late: torch.Tenso
     return torch.cat([first, again]).unique()[None]
 
 
-@register_selector("scope")
+@register_selector("scope", kinds=("covering: resembles many",))
 def select_scope(
     features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, saliency_exponent: float = 1.0
 ) -> torch.Tensor:

@@ -53,5 +53,6 @@ class TileEncoderMixin(VisPrunerModelMixin):
             kept_indices=list(indices),
             placeholders=list(indices),
             saliency=tokens.saliency,
+            layer_saliency=tokens.layer_saliency,
             full_counts=[count] * tiles,
         )

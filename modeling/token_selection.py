@@ -26,6 +26,8 @@ class Selector(NamedTuple):
     saliency_layers  which encoder layers it wants `layer_saliency` of, as a function of how many layers there are and
                      of the one that produces the features, all counted from 0
     saliency_kind    what that is: "cls", the attention of the [CLS] query, or "received", the mean over all queries
+    kinds            why it keeps a token, a line for each reason: "name: what that is"
+    kind_of          which of them it is, for `kinds_of_kept`; not needed where there is one
     """
 
     function: Callable[..., torch.Tensor]
@@ -33,6 +35,8 @@ class Selector(NamedTuple):
     needs: frozenset[str] = frozenset()
     saliency_layers: Callable[[int, int], list[int]] | None = None
     saliency_kind: Literal["cls", "received"] = "cls"
+    kinds: tuple[str, ...] = ()
+    kind_of: Callable[..., torch.Tensor] | None = None
 
 
 SELECTORS: dict[str, Selector] = {}
@@ -52,6 +56,8 @@ def register_selector(
     *,
     saliency_layers: Callable[[int, int], list[int]] | None = None,
     saliency_kind: Literal["cls", "received"] = "cls",
+    kinds: tuple[str, ...] = (),
+    kind_of: Callable[..., torch.Tensor] | None = None,
 ) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
     """Name a selector, so that `vispruner_config.method` can ask for it; for the keywords see `Selector`."""
 
@@ -62,10 +68,12 @@ def register_selector(
         further = frozenset(parameters[3:])
         if ("layer_saliency" in further) != (saliency_layers is not None):
             raise TypeError(f"selector {name!r} must both take layer_saliency and say saliency_layers, or neither")
+        if (kind_of is not None) != (len(kinds) > 1):
+            raise TypeError(f"selector {name!r} must say kind_of where it has several kinds, and only there")
         if name in SELECTORS:
             raise ValueError(f"a selector named {name!r} is registered already; choose another name")
         needs = further & FURTHER_INPUTS
-        SELECTORS[name] = Selector(function, further - needs, needs, saliency_layers, saliency_kind)
+        SELECTORS[name] = Selector(function, further - needs, needs, saliency_layers, saliency_kind, kinds, kind_of)
         return function
 
     return register
@@ -97,7 +105,32 @@ def select_tokens(
     return selector.function(features, saliency, visual_token_num, **chosen)
 
 
-@register_selector("vispruner")
+def kinds_of_kept(
+    method: str, kept: torch.Tensor, saliency: torch.Tensor, **options: object
+) -> dict[str, torch.Tensor]:
+    """Say why each token stays that the selector registered as `method` kept, to be shown.
+
+    kept      (B, T)  what the selector returned
+    saliency  (B, N)  what it was given
+    options           what else it was given
+    returns           by kind, in the order of `Selector.kinds`, the tokens (B, T) of `kept` that are of it, every
+                      token in one; empty where the method names no kind
+    """
+    selector = SELECTORS[method]
+    if selector.kind_of is None:
+        return {kind: torch.ones_like(kept, dtype=torch.bool) for kind in selector.kinds}
+    named = inspect.signature(selector.kind_of).parameters
+    kind = selector.kind_of(kept, saliency, **{name: value for name, value in options.items() if name in named})
+    return {name: kind == number for number, name in enumerate(selector.kinds)}
+
+
+def _vispruner_kind(kept: torch.Tensor, saliency: torch.Tensor, important_ratio: float = 0.5) -> torch.Tensor:
+    # The most attended of all are the most attended of those kept, also where a model kept from several pools.
+    important = important_tokens(saliency.gather(1, kept), kept.shape[1], important_ratio)
+    return torch.ones_like(kept).scatter(1, important, 0)
+
+
+@register_selector("vispruner", kinds=("important: most attended", "diverse: least alike"), kind_of=_vispruner_kind)
 def select_vispruner(
     features: torch.Tensor,
     saliency: torch.Tensor,
@@ -147,7 +180,7 @@ def _important_num(budget: int, important_ratio: float) -> int:
     return int(budget * important_ratio)
 
 
-@register_selector("cls_attention")
+@register_selector("cls_attention", kinds=("important: most attended",))
 def select_cls_attention(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
     """Keep the most attended tokens: `select_vispruner` with important_ratio=1.
 
@@ -159,7 +192,7 @@ def select_cls_attention(features: torch.Tensor, saliency: torch.Tensor, visual_
     return _most_attended_first(saliency)[:, :budget].sort(dim=-1).values
 
 
-@register_selector("random")
+@register_selector("random", kinds=("drawn: at random",))
 def select_random(
     features: torch.Tensor,
     saliency: torch.Tensor,
@@ -192,7 +225,7 @@ def select_random(
     return kept.sort(dim=-1).values.to(saliency.device)
 
 
-@register_selector("uniform_grid")
+@register_selector("uniform_grid", kinds=("spaced: evenly",))
 def select_uniform_grid(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
     """Keep tokens evenly spaced over the image: the baseline that knows only where tokens lie.
 

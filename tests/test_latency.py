@@ -109,6 +109,54 @@ def test_tables_and_the_plot_come_from_the_file(
     assert efficiency.count("| ours |") == 2 * len(BUDGETS) and "measured by latency.py" in efficiency
 
 
+def test_methods_are_compared_with_stock_on_the_same_weights(
+    latency: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods, sizes = ["vispruner", "divprune", "codebook"], ["--rounds", "2", "--budgets", "16", "--batches", "2"]
+    assert latency.main(["--quick", "--methods", *methods, *sizes, "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.iterdir()
+    assert file.name.startswith("latency-methods-cpu-")
+    result = json.loads(file.read_text())
+    (setting,) = result["settings"]
+    assert [(found["method"], found["visual_token_num"]) for found in setting["rows"]] == [
+        (None, FULL), *((method, 16) for method in methods)
+    ]  # fmt: skip
+    chosen = {found["method"]: found for found in setting["rows"][1:]}
+    for name, found in chosen.items():
+        assert found["seconds"]["select"]["median"] > 0
+        assert found["kv_length"] == setting["rows"][0]["kv_length"] - FULL + 16
+        # Whatever was projected to be compared belongs to the choice; what was kept is projected once more.
+        assert found["operations"]["project"] == chosen["vispruner"]["operations"]["project"], name
+    assert chosen["divprune"]["operations"]["select"] > chosen["codebook"]["operations"]["select"]
+    printed = capsys.readouterr().out
+    assert latency.main(["--show", str(file)]) == 0
+    again = capsys.readouterr().out
+    assert "| 16 | divprune |" in again and again in printed
+    assert [*tmp_path.iterdir()] == [file]
+
+
+def test_every_registered_method_is_compared_unless_some_are_named(latency: ModuleType) -> None:
+    plan = latency.plan_of(latency.parse_arguments(["--methods"]))
+    assert plan.methods == tuple(latency.SELECTORS) and plan.budgets == (576, 64)
+    assert latency.plan_of(latency.parse_arguments([])).methods == ()
+
+
+def test_the_share_at_the_machines_rates_counts_a_slow_stage_for_its_time(latency: ModuleType) -> None:
+    """Vision runs at a tenth of the other rate: all of stock takes 20 s, and a tenth of the prefill leaves 11 s."""
+    names = latency.FIRST_TOKEN_STAGES
+
+    def made(vision: float, prefill: float, ratio: float) -> dict[str, Any]:
+        flops = dict.fromkeys(names, 0) | {"vision": 10, "prefill": int(100 * prefill)}
+        seconds = {name: {"median": 0.0} for name in names} | {
+            "vision": {"median": vision}, "prefill": {"median": 10 * prefill}
+        }  # fmt: skip
+        return {"flops": flops, "seconds": seconds, "ratio_to_stock": {"ttft": {"median": ratio}}}
+
+    stock, pruned = made(10.0, 1.0, 1.0), made(10.0, 0.1, 20 / 11)
+    assert latency.share_at_its_rates(stock, stock) == 1.0
+    assert latency.share_at_its_rates(pruned, stock) == pytest.approx(1.0)
+
+
 # The countable costs
 
 

@@ -12,9 +12,10 @@ from transformers import AutoProcessor
 import vispruner
 from vispruner.conversion.picture import (
     COLUMN_GAP,
-    DIVERSE_COLOUR,
+    FIRST_COLOUR,
     GAP,
-    IMPORTANT_COLOUR,
+    LAST_COLOUR,
+    MIDDLE_COLOUR,
     TEXT_WIDTH,
     WRONG_INK,
     Panel,
@@ -29,6 +30,7 @@ from vispruner.conversion.picture import (
 from vispruner.conversion.questions import Question, ask
 from vispruner.token_selection import SELECTORS, select_vispruner
 
+IMPORTANT, DIVERSE = SELECTORS["vispruner"].kinds
 LEFT = GAP + TEXT_WIDTH + COLUMN_GAP  # of the first panel
 
 
@@ -48,7 +50,7 @@ def test_kept_and_important_patches_are_those_of_the_selection(tiny_llava_repo: 
         output = model.get_image_features(pixel_values=pixels, return_dict=True)
     order = output.saliency[0].argsort(descending=True, stable=True)
     assert flat(tile.kept) == output.kept_indices[0].tolist()
-    assert flat(tile.important) == sorted(order[:10].tolist())
+    assert flat(tile.kinds[IMPORTANT]) == sorted(order[:10].tolist())
     assert tile.kept.shape == (8, 8)
 
 
@@ -58,8 +60,8 @@ def test_important_patches_are_among_the_kept_ones_in_every_tile_mode(
     for mode in ("paper", "native"):
         tiles, _ = views(tiny_llava_next_repo, photo, visual_token_num=6, tile_mode=mode)
         assert len(tiles) == 5
-        assert all(bool((tile.kept >= tile.important).all()) for tile in tiles)
-        assert [int(tile.important.sum()) for tile in tiles] == [3] * 5
+        assert all(torch.equal(tile.kept, tile.kinds[IMPORTANT] ^ tile.kinds[DIVERSE]) for tile in tiles)
+        assert [int(tile.kinds[IMPORTANT].sum()) for tile in tiles] == [3] * 5
         assert [int(tile.kept.sum()) for tile in tiles] == [6] * 5
 
 
@@ -74,11 +76,29 @@ def test_tiles_stand_as_in_the_image_with_the_base_tile_on_the_left(
     assert [(tile.row, tile.column) for tile in square] == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
 
 
-@pytest.mark.parametrize("method", sorted(set(SELECTORS) - {"vispruner", "cls_attention", "codebook"}))
-def test_a_method_without_important_tokens_marks_none(method: str, tiny_llava_repo: Path, photo: Image.Image) -> None:
+@pytest.mark.parametrize("method", sorted(set(SELECTORS) - {"codebook"}))
+def test_every_kept_patch_has_one_reason(method: str, tiny_llava_repo: Path, photo: Image.Image) -> None:
     (tile,), _ = views(tiny_llava_repo, photo, visual_token_num=9, method=method, seed=1)
-    assert tile.important is None
     assert int(tile.kept.sum()) == 9
+    assert tuple(tile.kinds) == SELECTORS[method].kinds
+    assert torch.equal(sum(mask.int() for mask in tile.kinds.values()), tile.kept.int())
+
+
+def test_the_reasons_of_hiprune_are_read_in_the_layers_it_asks_for(tiny_llava_repo: Path, photo: Image.Image) -> None:
+    (tile,), model = views(tiny_llava_repo, photo, visual_token_num=30, method="hiprune")
+    pixels = AutoProcessor.from_pretrained(tiny_llava_repo).image_processor(photo, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        output = model.get_image_features(pixel_values=pixels, return_dict=True)
+    middle = output.layer_saliency[0, 0]
+    (anchor,) = middle.argmax(dim=-1, keepdim=True).tolist()  # a tenth of 30 tokens, in fives
+    around = {min(max(anchor + step, 0), 63) for step in (-1, 1, -8, 8)} - {anchor}
+    anchors, buffers, registers = map(flat, tile.kinds.values())
+    assert anchors == [anchor]
+    assert set(buffers) == around
+    assert set(registers) == set(flat(tile.kept)) - around - {anchor}
+    picture = kept_patches_picture([Panel([tile])])
+    legend = colours_of(picture, (0, 0, LEFT, picture.height))
+    assert {FIRST_COLOUR, MIDDLE_COLOUR, LAST_COLOUR} <= legend
 
 
 def test_a_dense_model_keeps_every_patch(tiny_llava_repo: Path, photo: Image.Image) -> None:
@@ -103,7 +123,7 @@ def test_kept_patches_keep_their_colour_and_dropped_ones_fade() -> None:
     red = Image.new("RGB", (40, 40), (200, 0, 0))
     kept = torch.tensor([[True, False], [False, True]])
     important = torch.tensor([[True, False], [False, False]])
-    picture = kept_patches_picture([Panel([TileView(red, kept, important)])])
+    picture = kept_patches_picture([Panel([TileView(red, kept, {IMPORTANT: important, DIVERSE: kept & ~important})])])
     side = (picture.width - LEFT - GAP) // 2
     centre = {
         (row, column): picture.getpixel((LEFT + column * side + side // 2, GAP + row * side + side // 2))
@@ -114,13 +134,13 @@ def test_kept_patches_keep_their_colour_and_dropped_ones_fade() -> None:
     faded = centre[0, 1]
     assert len(set(faded)) == 1, "a dropped patch has no colour"
     assert faded[0] > 150, "and is nearly white"
-    assert picture.getpixel((LEFT, GAP)) == IMPORTANT_COLOUR
-    assert picture.getpixel((LEFT + side, GAP + side)) == DIVERSE_COLOUR
+    assert picture.getpixel((LEFT, GAP)) == FIRST_COLOUR
+    assert picture.getpixel((LEFT + side, GAP + side)) == LAST_COLOUR
 
 
 def test_an_unpruned_panel_is_the_plain_image() -> None:
     blue = Image.new("RGB", (96, 96), (0, 0, 200))
-    picture = kept_patches_picture([Panel([TileView(blue, torch.ones(12, 12, dtype=torch.bool), None, pruned=False)])])
+    picture = kept_patches_picture([Panel([TileView(blue, torch.ones(12, 12, dtype=torch.bool), pruned=False)])])
     panel = picture.crop((LEFT, GAP, picture.width - GAP, GAP + picture.width - GAP - LEFT))
     assert panel.getcolors() == [(panel.width * panel.height, (0, 0, 200))]
 
@@ -130,13 +150,13 @@ def test_the_pixels_of_a_small_picture_stay_pixels() -> None:
     checks.putdata([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)])
     small = checks.resize((96, 96), Image.Resampling.NEAREST)
     whole = torch.ones(12, 12, dtype=torch.bool)
-    picture = kept_patches_picture([Panel([TileView(small, whole, None, pruned=False)])])
+    picture = kept_patches_picture([Panel([TileView(small, whole, pruned=False)])])
     panel = picture.crop((LEFT, GAP, picture.width - GAP, GAP + picture.width - GAP - LEFT))
     assert len(panel.getcolors()) == 4
 
 
 def half_kept() -> TileView:
-    return TileView(Image.new("RGB", (28, 28)), torch.tensor([[True, False], [False, True]]), None)
+    return TileView(Image.new("RGB", (28, 28)), torch.tensor([[True, False], [False, True]]))
 
 
 def colours_of(picture: Image.Image, box: tuple[int, int, int, int]) -> set[tuple[int, int, int]]:
@@ -148,8 +168,8 @@ def test_caption_and_legend_stand_left_of_the_panels() -> None:
     column = (0, 0, LEFT, captioned.height)
     assert captioned.size == plain.size
     assert captioned.crop(column).tobytes() != plain.crop(column).tobytes()
-    assert DIVERSE_COLOUR in colours_of(plain, column)
-    assert IMPORTANT_COLOUR not in colours_of(plain, column), "there are none"
+    assert LAST_COLOUR in colours_of(plain, column)
+    assert FIRST_COLOUR not in colours_of(plain, column), "there are none"
 
 
 def test_panels_stand_side_by_side_and_every_question_adds_a_row() -> None:

@@ -32,7 +32,7 @@ from vispruner.related_selectors import (
     select_scope,
     select_vtc_cls,
 )
-from vispruner.token_selection import SELECTORS, select_cls_attention, select_tokens
+from vispruner.token_selection import SELECTORS, kinds_of_kept, register_selector, select_cls_attention, select_tokens
 
 RECORDED = Path(__file__).parent / "data" / "selectors.safetensors"
 with safe_open(RECORDED, "pt") as recorded:
@@ -249,6 +249,35 @@ def test_every_share_of_anchors_gives_what_the_oracle_gives(tokens, budget, anch
         inputs = exact_inputs(2, tokens, seed=seed)
         kept = select("hiprune", inputs, budget, anchor_share=anchor_share)
         assert torch.equal(kept, oracle("hiprune", inputs, budget, anchor_share=anchor_share))
+
+
+@pytest.mark.parametrize("tokens, budget", [(64, 1), (64, 30), (64, 64), (35, 20), (7, 6)])
+def test_hiprune_tells_anchors_their_neighbours_and_the_rest_apart(tokens, budget):
+    inputs = exact_inputs(3, tokens, seed=budget)
+    kept = select("hiprune", inputs, budget)
+    kinds = kinds_of_kept("hiprune", kept, **inputs)
+    assert tuple(kinds) == SELECTORS["hiprune"].kinds
+    for row, middle in enumerate(inputs["layer_saliency"][:, 0].tolist()):
+        anchors = sorted(range(tokens), key=lambda i: -middle[i])[: round(budget / 50)]
+        columns = inputs["grid"][1]
+        around = {min(max(i + step, 0), tokens - 1) for i in anchors for step in (-1, 1, -columns, columns)}
+        indices = set(kept[row].tolist())
+        expected = [set(anchors), indices & around - set(anchors), indices - around - set(anchors)]
+        assert [set(kept[row][mask[row]].tolist()) for mask in kinds.values()] == expected
+
+
+def test_a_method_with_one_kind_keeps_all_its_tokens_for_that():
+    inputs = exact_inputs(2, 9)
+    kinds = kinds_of_kept("divprune", select("divprune", inputs, 4), inputs["saliency"])
+    assert [mask.tolist() for mask in kinds.values()] == [[[True] * 4] * 2]
+    assert set(SELECTORS) == {name for name, selector in SELECTORS.items() if selector.kinds}
+
+
+@pytest.mark.parametrize("kinds, kind_of", [(("one: a", "two: b"), None), (("one: a",), len), ((), len)])
+def test_several_kinds_must_be_told_apart_and_one_needs_not(kinds, kind_of):
+    with pytest.raises(TypeError, match="kind_of where it has several kinds"):
+        register_selector("new", kinds=kinds, kind_of=kind_of)(lambda features, saliency, visual_token_num: None)
+    assert "new" not in SELECTORS
 
 
 @pytest.mark.parametrize("options", [{"similarity_threshold": 0.2}, {"temperature": 1.0}, {"iterations": 1}])

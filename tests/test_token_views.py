@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 
 import vispruner
 from vispruner.conversion.picture import open_picture, show, view_kept_patches
+from vispruner.token_selection import SELECTORS
 
 ROWS = {row.model_type: row for row in rows()}
 SEEN = [(name, kind) for name, row in ROWS.items() for kind in row.modalities]
@@ -165,13 +166,27 @@ def test_photos_and_videos_are_drawn_with_as_many_tokens_as_are_kept(name: str, 
         assert len({(tile.row, tile.column) for tile in tiles}) == len(tiles) > 1
 
 
+@pytest.mark.video
+def test_a_reason_that_depends_on_places_is_left_out_where_tiles_were_chosen_from_together(
+    bases: dict[str, Path],
+) -> None:
+    name = "llava_onevision"
+    model = load(ROWS[name], bases[name], method="hiprune", visual_token_num=3)
+    photo = Picture.effect_mandelbrot((96, 64), (-2, -1, 1, 1), 60).convert("RGB")
+    processor = AutoProcessor.from_pretrained(bases[name])
+    tiles = view_kept_patches(model, processor, photo)
+    assert len(tiles) > 1 and all(tile.pruned and not tile.kinds for tile in tiles)
+    frames = view_kept_patches(model, processor, [photo] * 8)
+    assert all(tuple(frame.kinds) == SELECTORS["hiprune"].kinds for frame in frames)
+
+
 def _check_picture(name: str, folder: Path, picture: Any) -> list:
     model, processor = load(ROWS[name], folder), AutoProcessor.from_pretrained(folder)
     tiles = view_kept_patches(model, processor, picture)
     kept = sum(int(tile.kept.sum()) for tile in tiles)
-    important = sum(int(tile.important.sum()) for tile in tiles)
+    important = sum(int(next(iter(tile.kinds.values())).sum()) for tile in tiles)
     assert 0 < important < kept < sum(tile.kept.numel() for tile in tiles)
-    assert all(bool((tile.kept >= tile.important).all()) for tile in tiles)
+    assert all(torch.equal(tile.kept, sum(tile.kinds.values()) == 1) for tile in tiles)
     return tiles
 
 
