@@ -154,6 +154,7 @@ def _add_convert(commands: Any) -> None:
 def _add_show(commands: Any) -> None:
     examples = (
         "  vispruner show --budgets 36 18 9 --out kept.png\n"
+        "  vispruner show --visual-token-num 36 --method hiprune --out kept.png\n"
         "  vispruner show photo.jpg --repo repo --out kept.png\n"
         "  vispruner show photo.jpg --repo llava-hf/llava-1.5-7b-hf --visual-token-num 64 --out kept.png\n"
         "  vispruner show photo.jpg --repo repo --budgets 128 64 32 --question 'Where is the cat?' --out kept.png"
@@ -172,6 +173,7 @@ def _add_show(commands: Any) -> None:
     budget.add_argument("--visual-token-num", type=int, metavar="N", help="visual tokens to keep per image or tile")
     several = "draw several budgets side by side, after the whole image"
     budget.add_argument("--budgets", type=int, nargs="+", default=[], metavar="N", help=several)
+    parser.add_argument("--method", metavar="NAME", help="choose by this method instead of the repo's")
     parser.add_argument("--question", metavar="TEXT", help="answer this unpruned and under every budget drawn")
 
 

@@ -114,6 +114,7 @@ def show(
     visual_token_num: int | None = None,
     budgets: Sequence[int] = (),
     question: str | None = None,
+    method: str | None = None,
 ) -> Path:
     """Write the picture of the patches that the model in `repo` keeps of the file `image`.
 
@@ -124,6 +125,7 @@ def show(
     visual_token_num  overrides the budget that the repo stores
     budgets           draw these budgets side by side, after the unpruned image
     question          answer this under every budget, and unpruned
+    method            overrides the method that the repo stores; "random" draws by the seed 0
     """
     if visual_token_num is not None and budgets:
         raise ValueError("give either --visual-token-num (one budget) or --budgets (several side by side)")
@@ -133,6 +135,8 @@ def show(
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     first = budgets[0] if budgets else visual_token_num
     options: dict[str, Any] = {} if first is None else {"visual_token_num": first}
+    if method is not None:
+        options |= {"method": method, "seed": 0}
     name, source = (Path(repo).name, repo) if repo is not None else (DEMO_CONFIG, None)
     if source is None:
         config = load_repo_config(DEMO_CONFIG)

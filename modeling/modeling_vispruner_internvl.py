@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, InternVLConfig, InternVLForConditionalGeneration, InternVLModel
+from transformers import GenerationMixin, InternVLConfig, InternVLForConditionalGeneration, InternVLModel
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
-from .encoded_images import EncodedImages
 from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
-from .pruning_mixin import Modality, VisPrunerMixin, give_lm_head_its_own_rows
+from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
 from .tile_encoder import TileEncoderMixin
 from .visual_attention import KEEPS_NAMED_HIDDEN_STATES
 
@@ -130,41 +129,7 @@ class VisPrunerInternVLForConditionalGeneration(VisPrunerMixin, InternVLForCondi
         self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        image_sizes: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        encoded_images: EncodedImages | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
-        inputs = dict(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            image_sizes=image_sizes,
-            mm_encoder_outputs=mm_encoder_outputs,
-            encoded_images=encoded_images,
-            **kwargs,
-        )
-        return self.pruned_forward(super().forward, inputs)
+    forward = forward_of(InternVLForConditionalGeneration)
 
 
 inherit_checkpoint_conversion(VisPrunerInternVLForConditionalGeneration, "internvl")

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationMixin, LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers import GenerationMixin, LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerLlavaNextConfig
-from .encoded_images import EncodedImages
 from .llava_encoder import LlavaEncoderMixin
 from .pruned_encoder import PrunedImageFeatures, TokenView, VisualTokens, inherit_checkpoint_conversion
-from .pruning_mixin import VisPrunerMixin, give_lm_head_its_own_rows
+from .pruning_mixin import VisPrunerMixin, forward_of, give_lm_head_its_own_rows
 
 NEWLINE = -1
 
@@ -241,43 +240,7 @@ class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForCon
         self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        encoded_images: EncodedImages | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
-        inputs = dict(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            encoded_images=encoded_images,
-            **kwargs,
-        )
-        return self.pruned_forward(super().forward, inputs)
+    forward = forward_of(LlavaNextForConditionalGeneration)
 
 
 inherit_checkpoint_conversion(VisPrunerLlavaNextForConditionalGeneration, "llava_next")

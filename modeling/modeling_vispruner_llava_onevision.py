@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    Cache,
     GenerationMixin,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -23,10 +22,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import get_any
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
-from .encoded_images import EncodedImages
 from .llava_encoder import TowerEncoderMixin
 from .pruned_encoder import PrunedImageFeatures, TokenView, VisualTokens, inherit_checkpoint_conversion
-from .pruning_mixin import STOCK_TAKES_FEATURES, Modality, VisPrunerMixin, give_lm_head_its_own_rows
+from .pruning_mixin import STOCK_TAKES_FEATURES, Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
 
 NEWLINE = -1
 FEATURE_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -323,49 +321,7 @@ class VisPrunerLlavaOnevisionForConditionalGeneration(
             self._encode_here(inputs)
         return super()._run_stock(stock_forward, inputs)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_sizes_videos: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        batch_num_images: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        encoded_images: EncodedImages | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
-        inputs = dict(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            image_sizes=image_sizes,
-            pixel_values_videos=pixel_values_videos,
-            image_sizes_videos=image_sizes_videos,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            batch_num_images=batch_num_images,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            encoded_images=encoded_images,
-            **kwargs,
-        )
-        return self.pruned_forward(super().forward, inputs)
+    forward = forward_of(LlavaOnevisionForConditionalGeneration)
 
 
 inherit_checkpoint_conversion(VisPrunerLlavaOnevisionForConditionalGeneration, "llava_onevision")

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    Cache,
     GenerationMixin,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
@@ -19,10 +18,9 @@ from transformers import (
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
-from .encoded_images import EncodedImages
 from .llava_encoder import layers_of
 from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
-from .pruning_mixin import Modality, VisPrunerMixin, give_lm_head_its_own_rows
+from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
 from .tile_encoder import TileEncoderMixin
 
 
@@ -93,39 +91,7 @@ class VisPrunerPaliGemmaForConditionalGeneration(VisPrunerMixin, PaliGemmaForCon
     def _positions_in_forward(self, inputs: dict[str, Any]) -> torch.Tensor:
         return super()._positions_in_forward(inputs) + 1  # in `generate`, stock adds it to the positions it is given
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        encoded_images: EncodedImages | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
-        inputs = dict(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            encoded_images=encoded_images,
-            **kwargs,
-        )
-        return self.pruned_forward(super().forward, inputs)
+    forward = forward_of(PaliGemmaForConditionalGeneration)
 
 
 inherit_checkpoint_conversion(VisPrunerPaliGemmaForConditionalGeneration, "paligemma")

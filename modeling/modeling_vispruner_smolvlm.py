@@ -1,11 +1,8 @@
 """SmolVLM and SmolVLM2 with visual token pruning: every tile of an image and every frame of a video on its own."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import (
-    Cache,
     GenerationConfig,
     GenerationMixin,
     SmolVLMConfig,
@@ -14,9 +11,8 @@ from transformers import (
 )
 
 from .configuration_vispruner import VisPrunerConfigMixin
-from .encoded_images import EncodedImages
 from .idefics3_encoder import IDEFICS3_IMAGES, Idefics3EncoderMixin
-from .pruning_mixin import VisPrunerMixin, give_lm_head_its_own_rows
+from .pruning_mixin import VisPrunerMixin, forward_of, give_lm_head_its_own_rows
 
 
 class VisPrunerSmolVLMConfig(VisPrunerConfigMixin, SmolVLMConfig):
@@ -57,36 +53,4 @@ class VisPrunerSmolVLMForConditionalGeneration(VisPrunerMixin, SmolVLMForConditi
         self.model.text_model.generation_config = GenerationConfig.from_model_config(config)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        encoded_images: EncodedImages | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
-        inputs = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
-            mm_encoder_outputs=mm_encoder_outputs,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            encoded_images=encoded_images,
-            **kwargs,
-        )
-        return self.pruned_forward(super().forward, inputs)
+    forward = forward_of(SmolVLMForConditionalGeneration)

@@ -6,13 +6,12 @@ of 2048 are 56.9, 28.4 and 14.3 a frame, so T = 57, 28 and 14: they keep 456, 22
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    Cache,
     GenerationMixin,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
@@ -21,10 +20,9 @@ from transformers import (
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
-from .encoded_images import EncodedImages
 from .llava_encoder import TowerEncoderMixin, layers_of
 from .pruned_encoder import PrunedImageFeatures, TokenView, inherit_checkpoint_conversion
-from .pruning_mixin import Modality, VisPrunerMixin, give_lm_head_its_own_rows
+from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
 from .visual_attention import make_tappable
 
 # Stock of 5.17 knows images by the second name alone; the processor of 5.23 still uses it, its models only the first.
@@ -168,45 +166,10 @@ class VisPrunerVideoLlavaForConditionalGeneration(VisPrunerMixin, VideoLlavaForC
         """As ever; images go by either of the names that stock has had for them."""
         return super().generate(*args, **images_by_one_name(kwargs))
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_images: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict[str, Any] | None = None,
-        encoded_images: EncodedImages | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
-        inputs = dict(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            pixel_values_images=pixel_values_images,
-            pixel_values_videos=pixel_values_videos,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=mm_encoder_outputs,
-            encoded_images=encoded_images,
-            **kwargs,
-        )
-        return self.pruned_forward(super().forward, images_by_one_name(inputs))
+    forward = forward_of(VideoLlavaForConditionalGeneration, *NAMES_OF_IMAGES)
+
+    def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
+        return super().pruned_forward(stock_forward, images_by_one_name(inputs))
 
 
 def images_by_one_name(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -191,6 +191,22 @@ def test_show_draws_the_embedded_scene_and_checkpoint_by_default(
     assert [list(panel.answers) for panel in drawn["panels"]] == [["top-right"], ["top-right"]]
 
 
+@pytest.mark.parametrize("method", ["hiprune", "random"])
+def test_show_draws_another_method_than_the_repos(method: str, repo: Path, photo_file: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "own.png", tmp_path / "other.png"]
+    for file, extra in zip(files, ([], ["--method", method]), strict=True):
+        assert cli.main(["show", str(photo_file), "--repo", str(repo), "--out", str(file), *extra]) == 0
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_show_refuses_a_method_that_does_not_exist(
+    repo: Path, photo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["show", str(photo_file), "--repo", str(repo), "--out", str(tmp_path / "kept.png"), "--method", "best"]
+    assert cli.main(arguments) == 2
+    assert "vispruner_config.method must be one of" in capsys.readouterr().err
+
+
 def test_show_takes_one_budget_or_several(capsys: pytest.CaptureFixture[str]) -> None:
     budgets = ["--budgets", "8", "4", "--visual-token-num", "4"]
     with pytest.raises(SystemExit):

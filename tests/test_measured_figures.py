@@ -187,6 +187,28 @@ def test_the_speed_table_is_the_recorded_result() -> None:
     assert [line for line in lines if line not in readme] == []
 
 
+def method_speed_table(result: dict[str, Any]) -> list[str]:
+    """The README's rows about the speed with every method: choosing and the first token, for each number of images."""
+    recorded = json.loads((ROOT / "benchmarks" / "results" / "selection-methods.json").read_text())["methods"]
+    operations = {row["method"]: str(row["operations"]) for row in recorded}
+    cells: dict[str, list[str]] = {}
+    for setting in result["settings"]:
+        for row in setting["rows"][1:]:
+            ratio, select = row["ratio_to_stock"]["ttft"], 1e3 * row["seconds"]["select"]["median"]
+            shown = [f"{select:.1f}" if select < 10 else f"{select:.0f}"]
+            shown.append(f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")
+            cells.setdefault(row["method"], []).extend(shown)
+    return [f"| `{method}` | {' | '.join([*shown, operations[method]])} |" for method, shown in cells.items()]
+
+
+def test_the_table_of_speed_by_method_is_the_recorded_result() -> None:
+    (path,) = (ROOT / "benchmarks" / "results").glob("latency-methods-cpu-*.json")
+    result = json.loads(path.read_text())
+    lines = method_speed_table(result)
+    assert len(lines) == len(SELECTORS) and all(setting["rows"][0]["row"] == "stock" for setting in result["settings"])
+    assert [line for line in lines if line not in (ROOT / "README.md").read_text().splitlines()] == []
+
+
 def test_recorded_speed_is_near_the_ideal_but_where_the_readme_says_so_and_no_slower_than_the_peer() -> None:
     (path,) = (ROOT / "benchmarks" / "results").glob("latency-cpu-*llava-1.5-7b-bfloat16.json")
     missed = set()

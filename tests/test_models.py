@@ -445,6 +445,15 @@ class TestSignature:
         added = ("mm_encoder_outputs", "encoded_images")  # the first is stock's own since 5.23
         assert [name for name in ours if name not in added] == [name for name in stock if name not in added]
 
+    def test_forward_takes_by_place_what_stock_does_and_nothing_twice(self, case):
+        inputs = case.inputs(ONE, case.pictures[:1])
+        names = list(inspect.signature(case.stock.forward).parameters)
+        by_place = [inputs.get(name) for name in names[: 1 + max(names.index(name) for name in inputs)]]
+        with torch.no_grad():
+            assert torch.equal(case.model(*by_place).logits, case.model(**inputs).logits)
+        with pytest.raises(TypeError, match="input_ids twice"):
+            case.model(inputs["input_ids"], **inputs)
+
     def test_a_tensor_of_logits_to_keep_is_refused_for_a_full_prompt(self, case):
         with pytest.raises(ValueError, match="logits_to_keep"):
             case.model(**case.inputs(ONE, case.pictures[:1]), logits_to_keep=torch.tensor([0]))
