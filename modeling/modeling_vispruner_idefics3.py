@@ -31,9 +31,7 @@ class VisPrunerIdefics3ForConditionalGeneration(VisPrunerMixin, Idefics3ForCondi
     modalities = (IDEFICS3_IMAGES,)
 
     def __init__(self, config: VisPrunerIdefics3Config) -> None:
-        super(Idefics3ForConditionalGeneration, self).__init__(
-            config
-        )  # the stock one would build a stock Idefics3Model
+        super(Idefics3ForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
         self.model = VisPrunerIdefics3Model(config)
         self.image_token_id = config.image_token_id
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)

@@ -80,9 +80,7 @@ class VisPrunerPaliGemmaForConditionalGeneration(VisPrunerMixin, PaliGemmaForCon
     modalities = (Modality("image", "pixel_values", (), "image_token_id"),)
 
     def __init__(self, config: VisPrunerPaliGemmaConfig) -> None:
-        super(PaliGemmaForConditionalGeneration, self).__init__(
-            config
-        )  # the stock one would build a stock PaliGemmaModel
+        super(PaliGemmaForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
         self.model = VisPrunerPaliGemmaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)

@@ -1,0 +1,104 @@
+"""Load a pruned model so that no weight is random, and save it so that it never comes back dense."""
+
+import copy
+import functools
+import os
+import shutil
+from typing import Any
+
+from .base_weights import HUB_OPTIONS, find_thin_repo
+from .configuration_vispruner import merge_vispruner_config
+
+AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+
+class PretrainedMixin:
+    """For the ForConditionalGeneration class. Modifications against stock:
+
+    * `save_pretrained` writes the code files, `auto_map` and the codebook, if there is one
+    * `from_pretrained` refuses missing weights, and takes those of a thin repo from its base
+    """
+
+    config: Any
+    config_class: Any
+    model: Any
+    _auto_class = "AutoModelForImageTextToText"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Stock `from_pretrained`, but weights that the checkpoint lacks are an error, never random numbers.
+
+        vispruner_config  a dict of fields; a partial one is merged over the stored one
+        The weights of a thin repo are loaded from the base that its config.json names.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        thin = find_thin_repo(cls.config_class, pretrained_model_name_or_path, kwargs)
+        config = kwargs.get("config")
+        if "vispruner_config" in kwargs and hasattr(config, "to_dict"):
+            changes = kwargs.pop("vispruner_config")
+            kwargs["config"] = copy.deepcopy(config)
+            kwargs["config"].vispruner_config = merge_vispruner_config(
+                getattr(config, "vispruner_config", None), changes
+            )
+        load = functools.partial(super().from_pretrained, output_loading_info=True)
+        if thin is None:
+            model, info = load(pretrained_model_name_or_path, *model_args, **kwargs)
+        else:
+            kwargs = thin.loading_arguments(cls.config_class, kwargs)
+            with thin.errors_name_the_base(kwargs):
+                model, info = load(thin.base, *model_args, **kwargs)
+            thin.take_back(model)
+        missing = sorted(info["missing_keys"])
+        if not kwargs.get("ignore_mismatched_sizes"):
+            missing += sorted(str(key) for key in info["mismatched_keys"])
+        if missing:
+            raise ValueError(
+                f"{thin or pretrained_model_name_or_path} lacks weights of {cls.__name__}, which would be random: "
+                f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} ({len(missing)} in all). "
+                "Check that the checkpoint is complete and of this architecture"
+            )
+        model.model.load_codebook(pretrained_model_name_or_path, **where)
+        vars(model.generation_config).pop("vispruner_config", None)  # stock offers it every keyword of this call
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def vispruner_auto_map(cls) -> dict[str, str]:
+        """Return the `auto_map` with which config.json makes the Auto classes load this class."""
+        module = cls.__module__.rsplit(".", 1)[-1]
+        config_module = cls.config_class.__module__.rsplit(".", 1)[-1]
+        models = dict.fromkeys(AUTO_MODEL_CLASSES, f"{module}.{cls.__name__}")
+        return {"AutoConfig": f"{config_module}.{cls.config_class.__name__}", **models}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Stock `save_pretrained` (and `push_to_hub`); the folder carries its code, so that it never loads dense."""
+        self.config.auto_map = self.vispruner_auto_map()
+        stored = {**self.config.vispruner_config, "weights": "full"}
+        self.config.vispruner_config = {**stored, "codebook": self._save_codebook(save_directory)}
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.vispruner_config = stored
+
+    def _save_codebook(self, save_directory: Any) -> str | None:
+        """Copy the codebook, where there is one, and return the name it has in the folder."""
+        path, named = self.model.codebook_path, self.config.vispruner_config.get("codebook")
+        if path is None or named is None:
+            return named
+        name = os.path.basename(path)
+        os.makedirs(save_directory, exist_ok=True)
+        unfinished = os.path.join(save_directory, f".{name}.partial")
+        try:
+            shutil.copyfile(path, unfinished)
+            os.replace(unfinished, os.path.join(save_directory, name))
+        finally:
+            if os.path.exists(unfinished):
+                os.remove(unfinished)
+        return name
+
+    def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
+        """Stock uploads what is newer than this list; the codebook is written before stock makes it."""
+        stamps = super()._get_files_timestamps(working_dir)
+        if self.model.codebook_path is not None:
+            stamps.pop(os.path.basename(self.model.codebook_path), None)
+        return stamps
