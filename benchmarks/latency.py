@@ -13,8 +13,8 @@ decode     seconds per later token: the median of the answer
 e2e        seconds for the whole answer of --new-tokens tokens
 ratio      stock / row within one round, then the median; rows are interleaved in a new random order every round
 FLOP ideal the ratio of operations (flops.py) before the first token; `share` is the ratio's share of it
-at its rates    the same ratio where every stage does its operations as fast as stock did on this machine in this run,
-           so that a stage which runs slower than another counts for the time it takes
+at stock's rates   the share of another ideal: that every stage of stock did its fewer operations as fast as it did
+           all of them in this run. On a CPU the vision tower's operations take longer than the language model's
 memory     one extra run: on CUDA by max_memory_allocated, on the CPU by following every tensor that torch makes
            (scratch space inside operations is not seen); above what was held before the call, so without weights
 KV         bytes of the cache after the prompt and all new tokens but the last
@@ -285,9 +285,10 @@ def _measure_setting(
         setting["rows"].append(result)
         if not plan.methods:
             result |= _ideal(plan, models.config, row, batch, result)
-    setting["selections"] = compare_selections(plan, models)
-    if divisor == 1:
-        _add_images_at_cap(plan, models, setting)
+    if not plan.methods:
+        setting["selections"] = compare_selections(plan, models)
+        if divisor == 1:
+            _add_images_at_cap(plan, models, setting)
     return setting
 
 
@@ -338,8 +339,11 @@ def _ideal(plan: Plan, config: LlavaConfig, row: Row, batch: int, result: dict[s
     return {"flops": flops, "flop_ideal": ideal, "share_of_flop_ideal": share}
 
 
-def share_at_its_rates(row: dict[str, Any], stock: dict[str, Any]) -> float:
-    """Return a row's ratio to stock as a share of what stage by stage stock's own operations per second allow."""
+def share_at_stocks_rates(row: dict[str, Any], stock: dict[str, Any]) -> float:
+    """Return a row's ratio to stock as a share of the ratio if all stages ran at stock's operations per second.
+
+    Stock chooses nothing, so choosing takes no time there.
+    """
     stages = [stage for stage in FIRST_TOKEN_STAGES if stock["flops"][stage]]
     spent = {stage: stock["seconds"][stage]["median"] for stage in stages}
     needed = sum(seconds * row["flops"][stage] / stock["flops"][stage] for stage, seconds in spent.items())
@@ -367,7 +371,7 @@ def compare_selections(plan: Plan, models: Models) -> dict[str, Any]:
     features = features.to(plan.device)
     alike = {}
     for budget in plan.budgets[1:]:
-        models.models[OURS].set_vispruner_config(visual_token_num=budget, method=VISPRUNER)
+        models.models[OURS].set_vispruner_config(visual_token_num=budget)
         kept = [
             models.models[PEER].model.select(features, saliency, budget),
             models.models[OURS].model.select(VisualTokens(features, saliency), budget),
@@ -507,7 +511,7 @@ def method_table(setting: dict[str, Any]) -> str:
 def speed_table(setting: dict[str, Any], new_tokens: int) -> str:
     """Return TTFT, decode and end-to-end times with their ratios to stock."""
     lines = [
-        "| tokens | row | TTFT s (low, high) | x | FLOP ideal | share | at its rates | prefill x | decode s | "
+        "| tokens | row | TTFT s (low, high) | x | FLOP ideal | share | at stock's rates | prefill x | decode s | "
         f"e2e {new_tokens} s | x |",
         "|---" * 11 + "|",
     ]
@@ -518,7 +522,7 @@ def speed_table(setting: dict[str, Any], new_tokens: int) -> str:
             f"| {row['visual_token_num']} | {row['row']} | "
             f"{ttft['median']:.3g} ({ttft['low']:.3g}, {ttft['high']:.3g}) | "
             f"{ratio['ttft']['median']:.2f} | {row['flop_ideal']:.2f} | {100 * row['share_of_flop_ideal']:.0f} % | "
-            f"{100 * share_at_its_rates(row, setting['rows'][0]):.0f} % | {ratio['prefill']['median']:.2f} | "
+            f"{100 * share_at_stocks_rates(row, setting['rows'][0]):.0f} % | {ratio['prefill']['median']:.2f} | "
             f"{seconds['decode']['median']:.3g} | {e2e['median']:.3g} | {ratio['e2e']['median']:.2f} |"
         )
     return "\n".join(lines)
@@ -566,10 +570,10 @@ def bars(result: dict[str, Any]) -> str:
             if name != OURS:
                 continue
             if budget in BARS and budget < full:
-                share, own = row["share_of_flop_ideal"], share_at_its_rates(row, setting["rows"][0])
+                share, own = row["share_of_flop_ideal"], share_at_stocks_rates(row, setting["rows"][0])
                 lines.append(
                     f"{_verdict(share >= BARS[budget])} {where}, {budget}: {share:.1%} of the FLOP ideal, "
-                    f"{own:.1%} of that at the machine's rates"
+                    f"{own:.1%} of that at stock's rates"
                 )
             peer, ours = by_row[PEER, budget]["seconds"]["ttft"], row["seconds"]["ttft"]
             ahead = peer["median"] / ours["median"]
@@ -743,6 +747,8 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
     budgets = sorted({patches_of(config), *(parsed.budgets or usual)}, reverse=True)
     if budgets[0] > patches_of(config) or budgets[-1] < 1:
         raise BenchmarkError(f"--budgets must be from 1 to the {patches_of(config)} tokens of an image")
+    if methods and len(budgets) == 1:
+        raise BenchmarkError("--methods needs a budget below all tokens of an image: no method chooses among all")
     return Plan(
         geometry=name,
         config=config,

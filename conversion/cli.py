@@ -173,7 +173,7 @@ def _add_show(commands: Any) -> None:
     budget.add_argument("--visual-token-num", type=int, metavar="N", help="visual tokens to keep per image or tile")
     several = "draw several budgets side by side, after the whole image"
     budget.add_argument("--budgets", type=int, nargs="+", default=[], metavar="N", help=several)
-    parser.add_argument("--method", metavar="NAME", help="choose by this method instead of the repo's")
+    parser.add_argument("--method", metavar="NAME", help="choose by this one instead; random: by seed 0")
     parser.add_argument("--question", metavar="TEXT", help="answer this unpruned and under every budget drawn")
 
 

@@ -25,11 +25,10 @@ from .base_checkpoint import resolve_base
 from .questions import SCENE, WRONG, Picture, Question, ask, judged, load_processor, model_inputs, questions_about
 from .repo_config import DEMO_CONFIG, load_repo_config
 
-# Why a patch stays, in Okabe-Ito orange, green and blue; green only where there are three reasons. Orange and blue are
-# told apart with every common colour blindness, and by their brightness in grey.
-FIRST_COLOUR = (230, 159, 0)
-MIDDLE_COLOUR = (0, 158, 115)
-LAST_COLOUR = (0, 114, 178)
+# Okabe-Ito orange and blue: told apart with every common colour blindness, and by their brightness in grey. Green is
+# for the one method that has a third reason to keep a patch.
+ORANGE, BLUE, GREEN = (230, 159, 0), (0, 114, 178), (0, 158, 115)
+COLOURS = {"important": ORANGE, "anchor": ORANGE, "buffer": GREEN}  # by the name of the reason; else blue
 BACKGROUND = (255, 255, 255)
 INK = (30, 30, 30)
 WRONG_INK = (190, 20, 40)
@@ -149,7 +148,8 @@ def show(
         panels = view_budgets(model, processor, picture, budgets or [None], questions)
     else:
         panels = [Panel(view_kept_patches(model, processor, picture))]
-    return save_png(kept_patches_picture(panels, f"{path.name} as {name} sees it", questions), out)
+    caption = f"{path.name} as {name} sees it" + (f", chosen by {method}" if method is not None else "")
+    return save_png(kept_patches_picture(panels, caption, questions), out)
 
 
 def view_budgets(
@@ -181,15 +181,15 @@ def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture) 
     A cell of their grids is a visual token: a patch, or the block of patches that the model merged into one.
     """
     inputs = model_inputs(model, processor, picture, "")
-    kind = "image" if isinstance(picture, Image.Image) else "video"
-    given = sorted((m for m in model.modalities if m.pixels in inputs), key=lambda m: m.name != kind)
+    read_as = "image" if isinstance(picture, Image.Image) else "video"
+    given = sorted((m for m in model.modalities if m.pixels in inputs), key=lambda m: m.name != read_as)
     modality = given[0]  # of a video, where the model has no other modality: its frames are images
     arguments = {name: inputs[name] for name in modality.described_by if name in inputs}
     pixels = inputs[modality.pixels]
     output = getattr(model.model, f"get_{modality.name}_features")(pixels, **arguments, return_dict=True)
     items = getattr(model.model, f"{modality.name}_views")(pixels, **arguments)
     looked_at = _looked_at(output)
-    normalised_by = getattr(processor, f"{kind}_processor")
+    normalised_by = getattr(processor, f"{read_as}_processor")
     tiles: list[TileView] = []
     first = 0
     for number, (views, indices) in enumerate(zip(items, output.kept_indices, strict=True)):
@@ -206,7 +206,8 @@ def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture) 
             row, column = view.place if len(items) == 1 else divmod(number, STRIP)
             image = image_from_pixels(view.pixels.float().cpu(), normalised_by)
             marked = {name: masks[place].view(view.grid) for name, masks in split_kinds.items()}
-            tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned=bool(own)))
+            pruned = bool(own) and not bool(stays.all())
+            tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned))
     return tiles
 
 
@@ -222,8 +223,8 @@ def _kinds_of(
 ) -> dict[str, torch.Tensor]:
     """Return by reason the patches (N,) of one item that stay for it; nothing where that cannot be told.
 
-    A reason that depends on where patches lie cannot be told of views that were chosen from together, as one grid that
-    none of them has.
+    A reason that depends on where patches lie cannot be told of an item with views that were chosen from together: the
+    grid that they were is none of theirs.
     """
     options = model.model.vispruner_options
     selector = SELECTORS[options.method]
@@ -237,12 +238,10 @@ def _kinds_of(
     for pool, view in dict(zip(pools, views, strict=True)).items():
         places = (pool_of == pool).nonzero()[:, 0]
         stays = kept[places].nonzero()[:, 0]
-        if not len(stays):
+        if len(stays) in (0, len(places)):  # no choice was made
             continue
         given = {name: values[..., places][None] for name, values in looked_at.items()}
-        marks = kinds_of_kept(
-            options.method, stays[None], **given, grid=view.grid, important_ratio=options.important_ratio
-        )
+        marks = kinds_of_kept(options.method, stays[None], **given, grid=view.grid, **model.model.selector_options)
         for name, mark in marks.items():
             kinds[name][places[stays]] = mark[0]
     return kinds
@@ -296,17 +295,16 @@ def _kept_count(tiles: Sequence[TileView]) -> str:
 
 
 def _kinds_in(tiles: Sequence[TileView]) -> list[str]:
-    """Return the reasons for which patches stay, each once."""
-    return list(dict.fromkeys(kind for tile in tiles for kind in tile.kinds))
+    """Return the reasons for which any patch stays, each once."""
+    return list(dict.fromkeys(kind for tile in tiles for kind, mask in tile.kinds.items() if mask.any()))
 
 
 def _name(kind: str) -> str:
     return kind.partition(":")[0]
 
 
-def _colours(kinds: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    before_last = (FIRST_COLOUR, MIDDLE_COLOUR)[: len(kinds) - 1]
-    return dict(zip(kinds, (*before_last, LAST_COLOUR), strict=False))
+def _colour(kind: str) -> tuple[int, int, int]:
+    return COLOURS.get(_name(kind), BLUE)
 
 
 def _tile_width(panels: Sequence[Panel]) -> int:
@@ -334,12 +332,11 @@ def _draw_tile(tile: TileView, width: int) -> Image.Image:
         return image
     faded = Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.new("RGB", image.size, BACKGROUND), 0.7)
     stroke = max(1, side // 11)
-    colours = _colours(list(tile.kinds))
     for row, column in tile.kept.nonzero().tolist():
         box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
         faded.paste(image.crop(box), box)
         frame = (box[0], box[1], box[2] - 1, box[3] - 1)
-        colour = next((colours[kind] for kind, mask in tile.kinds.items() if mask[row, column]), LAST_COLOUR)
+        colour = next((_colour(kind) for kind, mask in tile.kinds.items() if mask[row, column]), BLUE)
         ImageDraw.Draw(faded).rectangle(frame, outline=colour, width=stroke)
     return faded
 
@@ -349,7 +346,7 @@ def _draw_legend(picture: Image.Image, panels: Sequence[Panel], caption: str) ->
     lines = _wrap(caption, TEXT_WIDTH)
     _write(picture, lines, GAP, GAP)
     pruned = [tile for panel in panels for tile in panel.tiles if tile.pruned]
-    entries = _colours(_kinds_in(pruned)) or ({"kept": LAST_COLOUR} if pruned else {})
+    entries = {kind: _colour(kind) for kind in _kinds_in(pruned) or ["kept"] * bool(pruned)}
     top = GAP + LINE_HEIGHT * len(lines) + GAP
     for text, colour in entries.items():
         box = (GAP, top, GAP + TEXT_SIZE, top + TEXT_SIZE)

@@ -323,6 +323,16 @@ class VisPrunerLlavaOnevisionForConditionalGeneration(
 
     forward = forward_of(LlavaOnevisionForConditionalGeneration)
 
+    def pruned_forward(self, stock_forward: Any, inputs: dict[str, Any]) -> Any:
+        """As ever; an image is packed as the config says, which the number of its placeholders depends on."""
+        configured, method = self.config.vision_aspect_ratio, self.model.vispruner_options.method
+        if (given := inputs.get("vision_aspect_ratio")) not in (None, configured) and method != "none":
+            raise ValueError(
+                f"vision_aspect_ratio is {given!r}, but prompts are shortened for config.vision_aspect_ratio "
+                f"{configured!r}: change it there"
+            )
+        return super().pruned_forward(stock_forward, inputs)
+
 
 inherit_checkpoint_conversion(VisPrunerLlavaOnevisionForConditionalGeneration, "llava_onevision")
 inherit_checkpoint_conversion(VisPrunerLlavaOnevisionModel, "LlavaOnevisionModel")

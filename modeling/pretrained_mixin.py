@@ -41,7 +41,7 @@ class PretrainedMixin:
             kwargs["config"].vispruner_config = merge_vispruner_config(
                 getattr(config, "vispruner_config", None), changes
             )
-        load = functools.partial(super().from_pretrained, output_loading_info=True)
+        load = functools.partial(super().from_pretrained, output_loading_info=True)  # type: ignore[misc]
         if thin is None:
             model, info = load(pretrained_model_name_or_path, *model_args, **kwargs)
         else:
@@ -76,7 +76,7 @@ class PretrainedMixin:
         stored = {**self.config.vispruner_config, "weights": "full"}
         self.config.vispruner_config = {**stored, "codebook": self._save_codebook(save_directory)}
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.config.vispruner_config = stored
 
@@ -98,7 +98,7 @@ class PretrainedMixin:
 
     def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
         """Stock uploads what is newer than this list; the codebook is written before stock makes it."""
-        stamps = super()._get_files_timestamps(working_dir)
+        stamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
         if self.model.codebook_path is not None:
             stamps.pop(os.path.basename(self.model.codebook_path), None)
         return stamps

@@ -88,23 +88,26 @@ def forward_of(stock: type, *further: str) -> Callable[..., Any]:
     further  inputs that it takes where this version of `stock` does not
     """
     signature = inspect.signature(stock.forward)  # type: ignore[attr-defined]
-    others = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    rest = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-    added = [
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    keywords = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    new = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
         for name in (*further, "mm_encoder_outputs", "encoded_images")
         if name not in signature.parameters
     ]
-    names = [parameter.name for parameter in others[1:]]
+    places = [parameter.name for parameter in named[1:]]  # after self
 
     def forward(self: Any, *args: Any, **inputs: Any) -> Any:
         """Stock forward on the shortened prompt; the logits have its length W <= S. Loss is over its `labels`."""
-        by_place = dict(zip(names[: len(args)], args, strict=True))
+        if len(args) > len(places):
+            raise TypeError(f"forward takes {len(places)} inputs by place, got {len(args)}: name the others")
+        by_place = dict(zip(places[: len(args)], args, strict=True))
         if twice := [name for name in by_place if name in inputs]:
             raise TypeError(f"forward got {', '.join(twice)} twice, by place and by name")
         return self.pruned_forward(functools.partial(stock.forward, self), {**by_place, **inputs})  # type: ignore[attr-defined]
 
-    forward.__signature__ = signature.replace(parameters=[*others, *added, *rest])  # type: ignore[attr-defined]
+    # Not by functools.wraps: who unwraps it, as accelerate does, would come to the dense forward.
+    forward.__signature__ = signature.replace(parameters=[*named, *new, *keywords])  # type: ignore[attr-defined]
     return forward
 
 

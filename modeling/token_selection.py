@@ -27,7 +27,8 @@ class Selector(NamedTuple):
                      of the one that produces the features, all counted from 0
     saliency_kind    what that is: "cls", the attention of the [CLS] query, or "received", the mean over all queries
     kinds            why it keeps a token, a line for each reason: "name: what that is"
-    kind_of          which of them it is, for `kinds_of_kept`; not needed where there is one
+    kind_of          where it has several, which it was: called with `kept` (B, T) and `saliency` (B, N), then by name
+                     with `layer_saliency`, `grid` and options of its own, it returns places in `kinds`, (B, T) int64
     """
 
     function: Callable[..., torch.Tensor]
@@ -70,6 +71,9 @@ def register_selector(
             raise TypeError(f"selector {name!r} must both take layer_saliency and say saliency_layers, or neither")
         if (kind_of is not None) != (len(kinds) > 1):
             raise TypeError(f"selector {name!r} must say kind_of where it has several kinds, and only there")
+        asked = set() if kind_of is None else set(list(inspect.signature(kind_of).parameters)[2:])
+        if unknown := sorted(asked - {"layer_saliency", "grid"} - (further - FURTHER_INPUTS)):
+            raise TypeError(f"kind_of of selector {name!r} asks for {', '.join(unknown)}, which it is not given")
         if name in SELECTORS:
             raise ValueError(f"a selector named {name!r} is registered already; choose another name")
         needs = further & FURTHER_INPUTS
@@ -125,7 +129,7 @@ def kinds_of_kept(
 
 
 def _vispruner_kind(kept: torch.Tensor, saliency: torch.Tensor, important_ratio: float = 0.5) -> torch.Tensor:
-    # The most attended of all are the most attended of those kept, also where a model kept from several pools.
+    # The most attended of all are those of the kept ones, also where a model chose from less than all of them.
     important = important_tokens(saliency.gather(1, kept), kept.shape[1], important_ratio)
     return torch.ones_like(kept).scatter(1, important, 0)
 

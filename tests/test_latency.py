@@ -141,7 +141,7 @@ def test_every_registered_method_is_compared_unless_some_are_named(latency: Modu
     assert latency.plan_of(latency.parse_arguments([])).methods == ()
 
 
-def test_the_share_at_the_machines_rates_counts_a_slow_stage_for_its_time(latency: ModuleType) -> None:
+def test_the_share_at_stocks_rates_counts_a_slow_stage_for_its_time(latency: ModuleType) -> None:
     """Vision runs at a tenth of the other rate: all of stock takes 20 s, and a tenth of the prefill leaves 11 s."""
     names = latency.FIRST_TOKEN_STAGES
 
@@ -153,8 +153,8 @@ def test_the_share_at_the_machines_rates_counts_a_slow_stage_for_its_time(latenc
         return {"flops": flops, "seconds": seconds, "ratio_to_stock": {"ttft": {"median": ratio}}}
 
     stock, pruned = made(10.0, 1.0, 1.0), made(10.0, 0.1, 20 / 11)
-    assert latency.share_at_its_rates(stock, stock) == 1.0
-    assert latency.share_at_its_rates(pruned, stock) == pytest.approx(1.0)
+    assert latency.share_at_stocks_rates(stock, stock) == 1.0
+    assert latency.share_at_stocks_rates(pruned, stock) == pytest.approx(1.0)
 
 
 # The countable costs
@@ -340,7 +340,12 @@ def test_wrong_arguments_are_named(
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(["--budgets", "65"], "--budgets"), (["--device", "xpu"], "--device"), (["--geometry", "no.json"], "no.json")],
+    [
+        (["--methods", "--budgets", "64"], "--methods"),
+        (["--budgets", "65"], "--budgets"),
+        (["--device", "xpu"], "--device"),
+        (["--geometry", "no.json"], "no.json"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(
     latency: ModuleType, arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]

@@ -173,6 +173,14 @@ def test_what_cannot_be_ranked_is_refused(changes: dict[str, Any], message: str)
         architecture.model_class(config)
 
 
+def test_another_aspect_ratio_than_the_configured_one_is_refused(model: Model) -> None:
+    inputs = model.prompt([HELLO, Image(WIDE, seed=1), ASK])
+    same = model.pruned.config.vision_aspect_ratio
+    assert torch.isfinite(model.pruned(**inputs, vision_aspect_ratio=same).logits).all()
+    with pytest.raises(ValueError, match="vision_aspect_ratio is 'anyres_max_4', but"):
+        model.pruned(**inputs, vision_aspect_ratio="anyres_max_4")
+
+
 def test_sizes_that_do_not_fit_are_refused(model: Model) -> None:
     pixels = torch.empty(2, 1, 3, TILE, TILE)
     with pytest.raises(ValueError, match="image_sizes is missing: pass the processor's image_sizes"):

@@ -453,6 +453,8 @@ class TestSignature:
             assert torch.equal(case.model(*by_place).logits, case.model(**inputs).logits)
         with pytest.raises(TypeError, match="input_ids twice"):
             case.model(inputs["input_ids"], **inputs)
+        with pytest.raises(TypeError, match=r"forward takes \d+ inputs by place, got 40"):
+            case.model(*[None] * 40)
 
     def test_a_tensor_of_logits_to_keep_is_refused_for_a_full_prompt(self, case):
         with pytest.raises(ValueError, match="logits_to_keep"):

@@ -11,11 +11,11 @@ from transformers import AutoProcessor
 
 import vispruner
 from vispruner.conversion.picture import (
+    BLUE,
     COLUMN_GAP,
-    FIRST_COLOUR,
     GAP,
-    LAST_COLOUR,
-    MIDDLE_COLOUR,
+    GREEN,
+    ORANGE,
     TEXT_WIDTH,
     WRONG_INK,
     Panel,
@@ -98,7 +98,7 @@ def test_the_reasons_of_hiprune_are_read_in_the_layers_it_asks_for(tiny_llava_re
     assert set(registers) == set(flat(tile.kept)) - around - {anchor}
     picture = kept_patches_picture([Panel([tile])])
     legend = colours_of(picture, (0, 0, LEFT, picture.height))
-    assert {FIRST_COLOUR, MIDDLE_COLOUR, LAST_COLOUR} <= legend
+    assert {ORANGE, GREEN, BLUE} <= legend
 
 
 def test_a_dense_model_keeps_every_patch(tiny_llava_repo: Path, photo: Image.Image) -> None:
@@ -134,8 +134,8 @@ def test_kept_patches_keep_their_colour_and_dropped_ones_fade() -> None:
     faded = centre[0, 1]
     assert len(set(faded)) == 1, "a dropped patch has no colour"
     assert faded[0] > 150, "and is nearly white"
-    assert picture.getpixel((LEFT, GAP)) == FIRST_COLOUR
-    assert picture.getpixel((LEFT + side, GAP + side)) == LAST_COLOUR
+    assert picture.getpixel((LEFT, GAP)) == ORANGE
+    assert picture.getpixel((LEFT + side, GAP + side)) == BLUE
 
 
 def test_an_unpruned_panel_is_the_plain_image() -> None:
@@ -168,8 +168,8 @@ def test_caption_and_legend_stand_left_of_the_panels() -> None:
     column = (0, 0, LEFT, captioned.height)
     assert captioned.size == plain.size
     assert captioned.crop(column).tobytes() != plain.crop(column).tobytes()
-    assert LAST_COLOUR in colours_of(plain, column)
-    assert FIRST_COLOUR not in colours_of(plain, column), "there are none"
+    assert BLUE in colours_of(plain, column)
+    assert ORANGE not in colours_of(plain, column), "there are none"
 
 
 def test_panels_stand_side_by_side_and_every_question_adds_a_row() -> None:

@@ -270,7 +270,21 @@ def test_a_method_with_one_kind_keeps_all_its_tokens_for_that():
     inputs = exact_inputs(2, 9)
     kinds = kinds_of_kept("divprune", select("divprune", inputs, 4), inputs["saliency"])
     assert [mask.tolist() for mask in kinds.values()] == [[[True] * 4] * 2]
-    assert set(SELECTORS) == {name for name, selector in SELECTORS.items() if selector.kinds}
+
+
+def test_every_method_says_why_it_keeps_a_token():
+    assert all(selector.kinds for selector in SELECTORS.values())
+    assert all(len(set(selector.kinds)) == len(selector.kinds) for selector in SELECTORS.values())
+
+
+def test_what_tells_kinds_apart_is_given_no_more_than_can_be_drawn():
+    def kind_of(kept, saliency, grid, projected): ...
+
+    with pytest.raises(TypeError, match="kind_of of selector 'new' asks for projected"):
+        register_selector("new", kinds=("one: a", "two: b"), kind_of=kind_of)(
+            lambda features, saliency, visual_token_num, projected: None
+        )
+    assert "new" not in SELECTORS
 
 
 @pytest.mark.parametrize("kinds, kind_of", [(("one: a", "two: b"), None), (("one: a",), len), ((), len)])
