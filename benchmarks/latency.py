@@ -28,7 +28,8 @@ all three rows hand lm_head a row of its own; --as-is leaves them as they are.
 
 With --methods the rows are stock and ours with each of the methods instead, and `select` is all that a method costs
 behind the encoder: the choice, and for those that compare projected features the projection of all tokens. A
-codebook is drawn at random. How well they choose is not measured here but by accuracy.py.
+codebook is drawn at random. `downsample` is stock with a picture so small that it has no more patches than that. How
+well they choose is not measured here but by accuracy.py.
 
 Checked in every run: the class, the length of the KV cache, its bytes, and that peer and ours keep as many tokens.
 
@@ -81,7 +82,7 @@ DISTINCT_ON_CPU = 4
 CAP_MARGIN = 0.9
 TIMES = ("ttft", "e2e", *FIRST_TOKEN_STAGES, "other", "decode")
 BARS = {192: 0.9, 128: 0.9, 64: 0.9}
-VISPRUNER = "vispruner"
+VISPRUNER, DOWNSAMPLE = "vispruner", "downsample"
 PROTOTYPES = 64
 
 
@@ -121,18 +122,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """One of the rows of a comparison."""
+    """One of the rows of a comparison; `method` is what ours chooses by, or for stock a smaller picture."""
 
     name: str
     visual_token_num: int
-    method: str = VISPRUNER
+    method: str | None = None
 
 
 def rows_of(plan: Plan) -> list[Row]:
     full = patches_of(plan.config)
     if plan.methods:
         budgets = [budget for budget in plan.budgets if budget < full]
-        return [Row(STOCK, full), *(Row(OURS, budget, method) for budget in budgets for method in plan.methods)]
+        chosen = [Row(OURS, budget, method) for budget in budgets for method in plan.methods]
+        smaller = [Row(STOCK, math.isqrt(budget) ** 2, DOWNSAMPLE) for budget in budgets]
+        return [Row(STOCK, full), *chosen, *smaller]
     return [Row(STOCK, full), *(Row(name, budget) for budget in plan.budgets for name in (PEER, OURS))]
 
 
@@ -152,6 +155,7 @@ class Models:
                 model.lm_head.register_forward_pre_hook(compact)
         for name in (STOCK, OURS):
             self.models[name].model.vision_tower.set_attn_implementation(plan.attention)
+        self.models[STOCK].model.vision_tower.register_forward_pre_hook(take_any_size, with_kwargs=True)
         if any("codebook" in SELECTORS[method].needs for method in plan.methods):
             self._give_random_codebook()
 
@@ -162,14 +166,15 @@ class Models:
             save_file({"codebook": codebook}, file := Path(folder) / "codebook.safetensors")
             self.models[OURS].set_vispruner_config(codebook=str(file))
 
-    def inputs(self, batch: int) -> dict[str, torch.Tensor]:
-        """Return prompts of one image and `text_tokens` other tokens each, and the pixels."""
+    def inputs(self, batch: int, patches: int | None = None) -> dict[str, torch.Tensor]:
+        """Return prompts of one image and `text_tokens` other tokens each, and pixels: of all patches or fewer."""
         plan, config = self.plan, self.config
+        patches = patches_of(config) if patches is None else patches
         generator = torch.Generator().manual_seed(plan.seed)
         text = torch.randint(3, min(config.image_token_id, 30000), (batch, plan.text_tokens), generator=generator)
-        image = torch.full((batch, patches_of(config)), config.image_token_id)
+        image = torch.full((batch, patches), config.image_token_id)
         ids = torch.cat([text[:, : plan.text_tokens // 2], image, text[:, plan.text_tokens // 2 :]], dim=1)
-        side = config.vision_config.image_size
+        side = math.isqrt(patches) * config.vision_config.patch_size
         pixels = torch.randn(batch, 3, side, side, generator=generator)
         return {
             "input_ids": ids.to(plan.device),
@@ -181,7 +186,9 @@ class Models:
         """Answer, and raise BenchmarkError unless the row's own class kept what it should and cached no more."""
         model = self.models[row.name]
         if row.name == OURS:
-            model.set_vispruner_config(visual_token_num=row.visual_token_num, method=row.method, seed=self.plan.seed)
+            model.set_vispruner_config(
+                visual_token_num=row.visual_token_num, method=row.method or VISPRUNER, seed=self.plan.seed
+            )
         elif row.name == PEER:
             model.model.visual_token_num = row.visual_token_num
         seen = observe(model, inputs, new_tokens, memory)
@@ -200,6 +207,13 @@ class Models:
 def compact(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     """A forward pre-hook: hand over a tensor of its own instead of a slice of a longer one."""
     return (arguments[0].clone(memory_format=torch.contiguous_format),)
+
+
+def take_any_size(module: torch.nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A forward pre-hook: have a CLIP tower interpolate its position embeddings where a picture is smaller."""
+    pixels = arguments[0] if arguments else named["pixel_values"]
+    smaller = pixels.shape[-1] != module.config.image_size
+    return arguments, {**named, "interpolate_pos_encoding": True} if smaller else named
 
 
 # What is measured
@@ -251,13 +265,13 @@ MEMORY = {
 def _measure_setting(
     plan: Plan, models: Models, rows: list[Row], batch: int, divisor: int, progress: tqdm
 ) -> dict[str, Any]:
-    inputs = models.inputs(batch)
+    whole = models.inputs(batch)
+    fewer = {row: models.inputs(batch, row.visual_token_num) for row in rows if row.method == DOWNSAMPLE}
     order = random.Random(plan.seed)
 
     def run(row: Row, new_tokens: int, memory: bool = False) -> Observation:
-        name = row.method if plan.methods and row.name == OURS else row.name
-        progress.set_description(f"batch {batch}, {name} {row.visual_token_num}")
-        seen = models.run(row, inputs, new_tokens, memory)
+        progress.set_description(f"batch {batch}, {row.method or row.name} {row.visual_token_num}")
+        seen = models.run(row, fewer.get(row, whole), new_tokens, memory)
         progress.update()
         return seen
 
@@ -318,7 +332,7 @@ def _row_result(
         "row": row.name,
         "class": f"{MODEL_CLASSES[row.name].__module__}.{MODEL_CLASSES[row.name].__name__}",
         "visual_token_num": row.visual_token_num,
-        "method": row.method if row.name == OURS else None,
+        "method": row.method or (VISPRUNER if row.name == OURS else None),
         "prompt_length": plan.text_tokens + row.visual_token_num,
         "kv_length": length,
         "kv_bytes": batch * kv_cache_bytes(models.config, length, plan.dtype.itemsize),

@@ -119,9 +119,12 @@ def test_methods_are_compared_with_stock_on_the_same_weights(
     result = json.loads(file.read_text())
     (setting,) = result["settings"]
     assert [(found["method"], found["visual_token_num"]) for found in setting["rows"]] == [
-        (None, FULL), *((method, 16) for method in methods)
+        (None, FULL), *((method, 16) for method in (*methods, "downsample"))
     ]  # fmt: skip
-    chosen = {found["method"]: found for found in setting["rows"][1:]}
+    *pruned, smaller = setting["rows"][1:]
+    assert smaller["row"] == "stock" and smaller["operations"]["vision"] > 0 and smaller["kv_length"] == 64 + 16 + 1
+    assert smaller["peak_bytes"]["vision"] < setting["rows"][0]["peak_bytes"]["vision"]
+    chosen = {found["method"]: found for found in pruned}
     for name, found in chosen.items():
         assert found["seconds"]["select"]["median"] > 0
         assert found["kv_length"] == setting["rows"][0]["kv_length"] - FULL + 16

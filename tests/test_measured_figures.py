@@ -193,19 +193,24 @@ def method_speed_table(result: dict[str, Any]) -> list[str]:
     operations = {row["method"]: str(row["operations"]) for row in recorded}
     cells: dict[str, list[str]] = {}
     for setting in result["settings"]:
-        for row in setting["rows"][1:]:
+        for row in setting["rows"][1:-1]:
             ratio, select = row["ratio_to_stock"]["ttft"], 1e3 * row["seconds"]["select"]["median"]
             shown = [f"{select:.1f}" if select < 10 else f"{select:.0f}"]
             shown.append(f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})")
             cells.setdefault(row["method"], []).extend(shown)
-    return [f"| `{method}` | {' | '.join([*shown, operations[method]])} |" for method, shown in cells.items()]
+    lines = [f"| `{method}` | {' | '.join([*shown, operations[method]])} |" for method, shown in cells.items()]
+    smaller = [setting["rows"][-1]["ratio_to_stock"]["ttft"] for setting in result["settings"]]
+    texts = [f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" for ratio in smaller]
+    return [*lines, f"| smaller picture, no selection | | {texts[0]} | | {texts[1]} | |"]
 
 
 def test_the_table_of_speed_by_method_is_the_recorded_result() -> None:
     (path,) = (ROOT / "benchmarks" / "results").glob("latency-methods-cpu-*.json")
     result = json.loads(path.read_text())
     lines = method_speed_table(result)
-    assert len(lines) == len(SELECTORS) and all(setting["rows"][0]["row"] == "stock" for setting in result["settings"])
+    assert len(lines) == len(SELECTORS) + 1
+    assert all(setting["rows"][-1]["method"] == "downsample" for setting in result["settings"])
+    assert all(setting["rows"][0]["row"] == "stock" for setting in result["settings"])
     assert [line for line in lines if line not in (ROOT / "README.md").read_text().splitlines()] == []
 
 
