@@ -216,16 +216,24 @@ def test_the_table_of_speed_by_method_is_the_recorded_result() -> None:
 
 def test_recorded_speed_is_near_the_ideal_but_where_the_readme_says_so_and_no_slower_than_the_peer() -> None:
     (path,) = (ROOT / "benchmarks" / "results").glob("latency-cpu-*llava-1.5-7b-bfloat16.json")
-    missed = set()
+    missed: set[tuple[int, int]] = set()
+    ahead: dict[int, dict[int, float]] = {}
     for setting in json.loads(path.read_text())["settings"]:
         rows = {(row["row"], row["visual_token_num"]): row for row in setting["rows"]}
         for (name, budget), row in rows.items():
             if name == "ours" and budget in (192, 128, 64) and row["share_of_flop_ideal"] < 0.9:
                 missed.add((setting["batch"], budget))
             if name == "ours":
-                assert row["seconds"]["ttft"]["median"] <= rows["peer", budget]["seconds"]["ttft"]["median"]
+                ours, peer = row["seconds"]["ttft"], rows["peer", budget]["seconds"]["ttft"]
+                alike = ours["low"] <= peer["median"] and (setting["batch"] == 1 or budget == 576)
+                assert ours["median"] < peer["median"] or alike
+                ahead.setdefault(setting["batch"], {})[budget] = peer["median"] / ours["median"]
     assert missed == {(1, 64)}
-    assert "one image at 64 misses it" in (ROOT / "README.md").read_text()
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "one image at 64 misses it" in readme
+    assert f"({min(ahead[1].values()):.3f} to {max(ahead[1].values()):.2f} times as fast)" in readme
+    pruned = [ratio for budget, ratio in ahead[8].items() if budget < 576]
+    assert f"with eight, ours is {min(pruned):.2f} to {max(pruned):.2f} times as fast" in readme
 
 
 def test_the_serving_table_is_the_recorded_result() -> None:
