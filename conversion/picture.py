@@ -241,7 +241,7 @@ def _kinds_of(
         if len(stays) in (0, len(places)):  # no choice was made
             continue
         given = {name: values[..., places][None] for name, values in looked_at.items()}
-        marks = kinds_of_kept(options.method, stays[None], **given, grid=view.grid, **model.model.selector_options)
+        marks = kinds_of_kept(options.method, stays[None], **given, grid=view.grid, **options.selector_options)
         for name, mark in marks.items():
             kinds[name][places[stays]] = mark[0]
     return kinds

@@ -102,6 +102,11 @@ class VisPrunerOptions:
         """Return the flat, JSON-ready dict that config.json stores."""
         return asdict(self)
 
+    @property
+    def selector_options(self) -> dict[str, Any]:
+        """What `select_tokens` is given of these fields, whatever the method."""
+        return {"important_ratio": self.important_ratio, "dedup_step": self.dedup_step, "seed": self.seed}
+
     def budget(self, visual_tokens: int) -> int:
         """Return how many of `visual_tokens` tokens of one image or tile are kept."""
         if self.method == "none":

@@ -202,12 +202,6 @@ class VisPrunerModelMixin:
             )
         return VisPrunerOptions.from_dict(self.config.vispruner_config)
 
-    @property
-    def selector_options(self) -> dict[str, Any]:
-        """What `select_tokens` is given of `vispruner_config`, whatever the method."""
-        options = self.vispruner_options
-        return {"important_ratio": options.important_ratio, "dedup_step": options.dedup_step, "seed": options.seed}
-
     def warn_if_all_are_kept(self, visual_tokens: int) -> None:
         """Say once that a budget prunes nothing of an image or tile of `visual_tokens` tokens."""
         if self.keeps_all(visual_tokens):
@@ -247,7 +241,7 @@ class VisPrunerModelMixin:
             tokens.features.detach(),
             tokens.saliency,
             visual_token_num,
-            **self.selector_options,
+            **options.selector_options,
             **{name: value for name, value in inputs.items() if value is not None},
         )
 
