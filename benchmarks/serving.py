@@ -12,7 +12,7 @@ encoder cache bytes that one image takes of it, and how many images it holds (vL
 
 Checked in every run: that each prompt of a pruned row is shorter than stock's by exactly the tokens dropped.
 
-vLLM has to be installed (.ci/vllm-cpu says how). Leave the machine alone meanwhile: about five minutes on four cores.
+vLLM has to be installed (.ci/vllm-cpu says how). Leave the machine alone meanwhile: eleven minutes on four cores.
 """
 
 from __future__ import annotations
