@@ -7,7 +7,7 @@ import torch
 from transformers.utils.import_utils import torch_compilable_check
 
 from .pruned_encoder import VisPrunerModelMixin, VisualTokens
-from .visual_attention import run_tower
+from .visual_attention import pad_slow_rows, run_tower
 
 
 class TowerEncoderMixin(VisPrunerModelMixin):
@@ -82,7 +82,7 @@ class TowerEncoderMixin(VisPrunerModelMixin):
         """As `encode`, with a tower of choice; the features of all its tokens, [CLS] among them, come in between."""
         layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
         with self.open_tap(feature_layer=self._producer_of(layer)) as tap:
-            outputs, states = run_tower(tower, pixel_values, layer, **kwargs)
+            outputs, states = run_tower(tower, pixel_values, layer, tap, **kwargs)
         patch = self.config.vision_config.patch_size
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
         features = states[:, 1:] if self.has_cls_token else states
@@ -94,6 +94,11 @@ class TowerEncoderMixin(VisPrunerModelMixin):
 
 class LlavaEncoderMixin(TowerEncoderMixin):
     """For `LlavaModel` and its like, whose prompts hold images alone."""
+
+    def prepare_pruning(self) -> None:
+        super().prepare_pruning()
+        if self._has_known_tower:
+            _transformer_of(self.vision_tower).embeddings.register_forward_hook(pad_slow_rows)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -118,4 +123,8 @@ class LlavaEncoderMixin(TowerEncoderMixin):
 
 def layers_of(tower: Any) -> Sequence[Any]:
     """Return the transformer layers of a CLIP or SigLIP tower."""
-    return getattr(tower, "vision_model", tower).encoder.layers
+    return _transformer_of(tower).encoder.layers
+
+
+def _transformer_of(tower: Any) -> Any:
+    return getattr(tower, "vision_model", tower)

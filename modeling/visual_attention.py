@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
@@ -23,6 +24,9 @@ from .token_selection import without_autocast
 KEEPS_NAMED_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")
 
 ATTENTION_AT_ONCE = 2**25  # entries of attention that received_attention holds at a time: 128 MiB
+
+# oneDNN multiplies the 577 rows of one picture in CLIP at 336 pixels, in bfloat16, as slowly as 730; 584 it does not.
+SLOW_ROWS, FAST_ROWS = 577, 584
 
 # The registry is one for the whole process, which may hold this file several times: installed, and once per repo.
 TAPPED_ATTENTION = f"vispruner_tapped_attention:{__name__}"
@@ -63,6 +67,8 @@ class SaliencyTap:
         self._main, self._others, self._seen = main, others, seen
         self._places = {reading: attentions[reading.layer].config.place for reading in (main, *others)}
         self._recorded: dict[Reading, list[torch.Tensor]] = {reading: [] for reading in self._places}
+        self.may_pad = False  # only `run_tower` takes away again what is appended
+        self.tokens: int | None = None  # others were appended to these, and nothing may attend to those
 
     def __enter__(self) -> "SaliencyTap":
         self._outer = _open.tap
@@ -124,6 +130,18 @@ def make_tappable(attention_modules: Sequence[Any]) -> None:
             module.config = _TappableConfig(module.config, _eager_attention_of(module), place)
 
 
+def pad_slow_rows(embeddings: nn.Module, arguments: tuple, embedded: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a tower's embeddings (B, N, C): append tokens in `run_tower`, where that saves time.
+
+    No token attends to them, so the others come out as without them.
+    """
+    slow = embedded.shape[:2] == (1, SLOW_ROWS) and embedded.dtype == torch.bfloat16 and embedded.device.type == "cpu"
+    if not slow or _open.tap is None or not _open.tap.may_pad:
+        return embedded
+    _open.tap.tokens = SLOW_ROWS
+    return F.pad(embedded, (0, 0, 0, FAST_ROWS - SLOW_ROWS))
+
+
 def _eager_attention_of(module: nn.Module) -> Callable:
     """Return the eager attention function beside `module`'s class: the registry has no entry for it."""
     for cls in type(module).__mro__:
@@ -145,7 +163,10 @@ def _tapped_attention(
     _open.tap = None  # the user's attention function must see the user's own config
     try:
         if tap is not None:
-            tap.record(module.config.place, query, key, kwargs.get("scaling"))
+            asking = query
+            if tap.tokens is not None:
+                asking, key, value = (states[:, :, : tap.tokens] for states in (query, key, value))
+            tap.record(module.config.place, asking, key, kwargs.get("scaling"))
         function = ALL_ATTENTION_FUNCTIONS.get_interface(
             module.config._attn_implementation, module.config.eager_attention
         )
@@ -230,9 +251,13 @@ SALIENCY_KINDS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def run_tower(
-    vision_tower: nn.Module, pixel_values: torch.Tensor, feature_layer: int | list[int], **kwargs: Any
+    vision_tower: nn.Module,
+    pixel_values: torch.Tensor,
+    feature_layer: int | list[int],
+    tap: SaliencyTap,
+    **kwargs: Any,
 ) -> tuple[Any, torch.Tensor]:
-    """Run a tower once; return its output and the features (B, N, C) of its tokens, [CLS] among them if it has one.
+    """Run a tower once under `tap`; return its output and the features (B, N, C) of its tokens, with any [CLS].
 
     pixel_values   (B, 3, height, width)
     feature_layer  index or indices into hidden_states, several are concatenated
@@ -240,6 +265,17 @@ def run_tower(
     indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     every = bool(kwargs.pop("output_hidden_states", None)) or not KEEPS_NAMED_HIDDEN_STATES
     wanted = True if every else indices
+    tap.may_pad = True
     outputs = vision_tower(pixel_values, return_dict=True, output_hidden_states=wanted, **kwargs)
+    if tap.tokens is not None:
+        _take_away_padding(outputs, tap.tokens)
+    tap.may_pad, tap.tokens = False, None
     states = [outputs.hidden_states[index] for index in indices]
     return outputs, states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+
+
+def _take_away_padding(outputs: Any, tokens: int) -> None:
+    outputs.last_hidden_state = outputs.last_hidden_state[:, :tokens]
+    for name in ("hidden_states", "attentions"):
+        if (layers := getattr(outputs, name)) is not None:
+            setattr(outputs, name, tuple(None if layer is None else layer[..., :tokens, :] for layer in layers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import pickle
 import threading
@@ -16,14 +17,24 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, AttentionMaskInterface, LlavaForConditionalGeneration
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.clip.modeling_clip import CLIPAttention, eager_attention_forward
 
 import vispruner
 from vispruner import visual_attention
+from vispruner.token_selection import SELECTORS
 from vispruner.visual_attention import (
+    FAST_ROWS,
+    SLOW_ROWS,
     Reading,
     SaliencyTap,
     cls_saliency,
@@ -391,6 +402,98 @@ def test_get_image_features_compiles_in_one_graph(model: Any, backend: str) -> N
         torch.stack(list(found.pooler_output)), torch.stack(list(expected.pooler_output)), rtol=0, atol=1e-4
     )
     assert not torch.equal(torch.stack(compiled(images(seed=9)).kept_indices), torch.stack(found.kept_indices))
+
+
+@pytest.fixture(scope="module")
+def one_large_picture() -> tuple[LlavaForConditionalGeneration, Any, torch.Tensor]:
+    """A stock model and ours with its weights, and a picture whose 577 tokens get a few more in ours."""
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=299, vision_feature_layer=-2)
+    torch.manual_seed(0)
+    stock = LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
+    ours = vispruner.VisPrunerLlavaForConditionalGeneration(
+        vispruner.VisPrunerLlavaConfig(**config.to_dict(), vispruner_config={"visual_token_num": 64})
+    )
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours.to(torch.bfloat16).eval(), torch.randn(1, 3, 336, 336, dtype=torch.bfloat16)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_appended_tokens_change_nothing(
+    one_large_picture: tuple, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, ours, picture = one_large_picture
+    for model in (stock, ours):
+        model.set_attn_implementation({"vision_config": attention})
+    asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    expected = stock.model.vision_tower(picture, **asked)
+    # Whatever attended to these would be no number either.
+    monkeypatch.setattr(visual_attention.F, "pad", functools.partial(torch.nn.functional.pad, value=torch.nan))
+    with rows_in(ours) as rows:
+        found, tokens = ours.model.encode(picture, None, **asked)
+    assert rows == {FAST_ROWS}
+    same = functools.partial(torch.testing.assert_close, rtol=0.02, atol=0.02)
+    same(found.hidden_states, expected.hidden_states)
+    same(found.last_hidden_state, expected.last_hidden_state)
+    same(found.pooler_output, expected.pooler_output)
+    same(tokens.features, expected.hidden_states[-2][:, 1:])
+    assert tokens.saliency.isfinite().all()
+    if attention == "eager":
+        same(found.attentions, expected.attentions)
+        torch.testing.assert_close(
+            tokens.saliency, expected.attentions[1][:, :, 0, 1:].float().mean(1), rtol=0.02, atol=0
+        )
+
+
+@torch.no_grad()
+def test_tokens_are_appended_only_where_it_pays(one_large_picture: tuple) -> None:
+    _, ours, picture = one_large_picture
+    with rows_in(ours) as rows:
+        ours.model.encode(picture.expand(2, -1, -1, -1), None)
+        ours.model.vision_tower(picture)
+        ours.float().model.encode(picture, None)
+    ours.bfloat16()
+    assert rows == {SLOW_ROWS}
+
+
+@contextlib.contextmanager
+def rows_in(model: Any) -> Iterator[set[int]]:
+    """Collect how many rows per picture a layer of the tower multiplies."""
+    rows: set[int] = set()
+    linear = layers_of(model.model.vision_tower)[0].mlp.fc1
+    hook = linear.register_forward_hook(lambda module, arguments, result: rows.add(result.shape[-2]))
+    yield rows
+    hook.remove()
+
+
+@torch.no_grad()
+def test_appended_tokens_are_not_asked(one_large_picture: tuple) -> None:
+    """HiPrune averages over all queries: as many of them as stock's eager attention has."""
+    stock, ours, picture = one_large_picture
+    stock.set_attn_implementation({"vision_config": "eager"})
+    ours.set_vispruner_config(method="hiprune")
+    _, tokens = ours.model.encode(picture, None)
+    layers = SELECTORS["hiprune"].saliency_layers(3, 1)
+    maps = stock.model.vision_tower(picture, output_attentions=True).attentions
+    expected = torch.stack([maps[layer].float().mean((1, 2))[:, 1:] for layer in layers], dim=1)
+    torch.testing.assert_close(tokens.layer_saliency, expected, rtol=0.02, atol=0)
+    ours.set_vispruner_config(method="vispruner")
 
 
 def test_layers_compiled_one_by_one_are_told_apart(model: Any, stock: Any) -> None:
