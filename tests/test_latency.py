@@ -240,6 +240,16 @@ def test_first_logits_are_of_a_compact_row_unless_left_as_they_are(
         assert seen == [strides, (64, 64, 1)]
 
 
+@pytest.mark.parametrize(("arguments", "appending"), [([], 0), (["--as-is"], 1)])
+def test_ours_appends_tokens_only_when_left_as_it_is(
+    latency: ModuleType, arguments: list[str], appending: int
+) -> None:
+    plan = latency.plan_of(latency.parse_arguments(["--quick", "--dtype", "bfloat16", *arguments]))
+    models = latency.Models(plan, plan.config, latency.RandomWeights(plan.dtype, plan.device)).models
+    hooks = latency.embeddings_of(models["ours"].model.vision_tower)._forward_hooks.values()
+    assert [hook.__name__ for hook in hooks] == ["pad_slow_rows"] * appending
+
+
 @pytest.mark.parametrize("kept", [33, 16, 7, 1])
 def test_the_peer_selects_by_the_specification(latency: ModuleType, weights: Any, kept: int) -> None:
     peer = weights.model(latency.MODEL_CLASSES["peer"], latency.load_geometry("tiny"))
