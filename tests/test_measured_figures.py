@@ -179,11 +179,17 @@ def latency_table(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def test_the_speed_table_is_the_recorded_result() -> None:
-    (path,) = (ROOT / "benchmarks" / "results").glob("latency-cpu-*llava-1.5-7b-bfloat16.json")
-    lines = latency_table(json.loads(path.read_text()))
+def speed_record(name: str) -> dict[str, Any]:
+    (path,) = (ROOT / "benchmarks" / "results").glob(f"{name}-cpu-*llava-1.5-7b-bfloat16.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(("name", "settings"), [("latency", 2), ("latency-as-is", 1)])
+def test_the_speed_tables_are_the_recorded_results(name: str, settings: int) -> None:
+    """As users get the three, eight images at an eighth of the depth would flatter ours: see benchmarks/README.md."""
+    lines = latency_table({"settings": speed_record(name)["settings"][:settings]})
     readme = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) >= 10
+    assert len(lines) == 5 * settings
     assert [line for line in lines if line not in readme] == []
 
 
@@ -215,10 +221,9 @@ def test_the_table_of_speed_by_method_is_the_recorded_result() -> None:
 
 
 def test_recorded_speed_is_near_the_ideal_but_where_the_readme_says_so_and_no_slower_than_the_peer() -> None:
-    (path,) = (ROOT / "benchmarks" / "results").glob("latency-cpu-*llava-1.5-7b-bfloat16.json")
     missed: set[tuple[int, int]] = set()
     ahead: dict[int, dict[int, float]] = {}
-    for setting in json.loads(path.read_text())["settings"]:
+    for setting in speed_record("latency")["settings"]:
         rows = {(row["row"], row["visual_token_num"]): row for row in setting["rows"]}
         for (name, budget), row in rows.items():
             if name == "ours" and budget in (192, 128, 64) and row["share_of_flop_ideal"] < 0.9:
@@ -230,10 +235,22 @@ def test_recorded_speed_is_near_the_ideal_but_where_the_readme_says_so_and_no_sl
                 ahead.setdefault(setting["batch"], {})[budget] = peer["median"] / ours["median"]
     assert missed == {(1, 64)}
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "one image at 64 misses it" in readme
+    assert "by pruning alone one image at 64 misses it" in readme
     assert f"({min(ahead[1].values()):.3f} to {max(ahead[1].values()):.2f} times as fast)" in readme
     pruned = [ratio for budget, ratio in ahead[8].items() if budget < 576]
     assert f"with eight, ours is {min(pruned):.2f} to {max(pruned):.2f} times as fast" in readme
+
+
+def test_recorded_speed_as_users_get_it_is_near_the_ideal_and_above_the_peers() -> None:
+    record = speed_record("latency-as-is")
+    assert record["first_logits"] == "as they are"
+    rows = {(row["row"], row["visual_token_num"]): row for row in record["settings"][0]["rows"]}
+    for budget in (192, 128, 64):
+        assert rows["ours", budget]["share_of_flop_ideal"] >= 0.9
+    seconds = {key: row["seconds"]["ttft"]["median"] for key, row in rows.items()}
+    ahead = [seconds["peer", budget] / seconds["ours", budget] for budget in (192, 128, 64, 32, 16)]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"As users get them, ours is {min(ahead):.2f} to {max(ahead):.2f} times as fast with one image" in readme
 
 
 def test_the_serving_table_is_the_recorded_result() -> None:
