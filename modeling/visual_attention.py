@@ -133,10 +133,11 @@ def make_tappable(attention_modules: Sequence[Any]) -> None:
 def pad_slow_rows(embeddings: nn.Module, arguments: tuple, embedded: torch.Tensor) -> torch.Tensor:
     """Forward hook of a tower's embeddings (B, N, C): append tokens in `run_tower`, where that saves time.
 
-    No token attends to them, so the others come out as without them.
+    No token attends to them, so the others come out as without them. Not where gradients are recorded: checkpointing
+    computes layers again when the tap, which keeps those tokens apart, has been closed.
     """
     slow = embedded.shape[:2] == (1, SLOW_ROWS) and embedded.dtype == torch.bfloat16 and embedded.device.type == "cpu"
-    if not slow or _open.tap is None or not _open.tap.may_pad:
+    if not slow or torch.is_grad_enabled() or _open.tap is None or not _open.tap.may_pad:
         return embedded
     _open.tap.tokens = SLOW_ROWS
     return F.pad(embedded, (0, 0, 0, FAST_ROWS - SLOW_ROWS))

@@ -467,6 +467,8 @@ def test_tokens_are_appended_only_where_it_pays(one_large_picture: tuple) -> Non
     with rows_in(ours) as rows:
         ours.model.encode(picture.expand(2, -1, -1, -1), None)
         ours.model.vision_tower(picture)
+        with torch.enable_grad():
+            ours.model.encode(picture, None)
         ours.float().model.encode(picture, None)
     ours.bfloat16()
     assert rows == {SLOW_ROWS}
