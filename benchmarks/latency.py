@@ -23,9 +23,9 @@ images at a cap    how many images' prompts and answers fit beside the weights o
 
 Pruning alone. In bfloat16 on the CPU two costs of PyTorch (2.13, too) are no part of pruning, and ours avoids them. It
 copies the whole of lm_head's weights, once for every prompt of the batch, when it multiplies a slice, the last row of
-a longer tensor (0.6 s each for a 7B model). And it multiplies the 577 rows of one picture slowly, so that ours
-appends a few. So here all rows hand lm_head a row of its own, and ours appends nothing. --as-is leaves all as it is,
-which is what users of each of them get.
+a longer tensor (0.3 to 0.4 s each for a 7B model here). And it multiplies the 577 rows of one picture slowly, so that
+ours appends a few. So here all rows hand lm_head a row of its own, and ours appends nothing. --as-is leaves all as it
+is, which is what users of each of them get.
 
 With --methods the rows are stock and ours with each of the methods instead, and `select` is all that a method costs
 behind the encoder: the choice, and for those that compare projected features the projection of all tokens. A
@@ -75,6 +75,7 @@ from stages import Observation, observe
 
 from vispruner import __version__
 from vispruner.conversion.prefill_cost import kv_cache_bytes
+from vispruner.llava_encoder import transformer_of
 from vispruner.pruned_encoder import VisualTokens
 from vispruner.token_selection import SELECTORS
 
@@ -118,8 +119,12 @@ class Plan:
     at_cap: bool
     max_batch: int
     as_is: bool
-    pruning_alone: bool
     seed: int
+
+    @property
+    def pruning_alone(self) -> bool:
+        """Whether what is not pruning's is left out, see above: nothing of it happens elsewhere."""
+        return self.dtype == torch.bfloat16 and self.device.type == "cpu" and not self.as_is
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,9 @@ class Models:
             if plan.pruning_alone:
                 model.lm_head.register_forward_pre_hook(compact)
         if plan.pruning_alone:
-            embeddings_of(self.models[OURS].model.vision_tower)._forward_hooks.clear()  # what appends tokens
+            transformer_of(
+                self.models[OURS].model.vision_tower
+            ).embeddings._forward_hooks.clear()  # what appends tokens
         for name in (STOCK, OURS):
             self.models[name].model.vision_tower.set_attn_implementation(plan.attention)
         self.models[STOCK].model.vision_tower.register_forward_pre_hook(take_any_size, with_kwargs=True)
@@ -211,10 +218,6 @@ class Models:
 def compact(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
     """A forward pre-hook: hand over a tensor of its own instead of a slice of a longer one."""
     return (arguments[0].clone(memory_format=torch.contiguous_format),)
-
-
-def embeddings_of(tower: Any) -> torch.nn.Module:
-    return getattr(tower, "vision_model", tower).embeddings
 
 
 def take_any_size(module: torch.nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -790,7 +793,6 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
         at_cap=cuda if parsed.at_cap is None else parsed.at_cap,
         max_batch=parsed.max_batch,
         as_is=parsed.as_is,
-        pruning_alone=dtype == torch.bfloat16 and not (parsed.as_is or cuda),
         seed=parsed.seed,
     )
 

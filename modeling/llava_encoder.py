@@ -98,7 +98,7 @@ class LlavaEncoderMixin(TowerEncoderMixin):
     def prepare_pruning(self) -> None:
         super().prepare_pruning()
         if self._has_known_tower:
-            _transformer_of(self.vision_tower).embeddings.register_forward_hook(pad_slow_rows)
+            transformer_of(self.vision_tower).embeddings.register_forward_hook(pad_slow_rows)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
@@ -123,8 +123,9 @@ class LlavaEncoderMixin(TowerEncoderMixin):
 
 def layers_of(tower: Any) -> Sequence[Any]:
     """Return the transformer layers of a CLIP or SigLIP tower."""
-    return _transformer_of(tower).encoder.layers
+    return transformer_of(tower).encoder.layers
 
 
-def _transformer_of(tower: Any) -> Any:
+def transformer_of(tower: Any) -> Any:
+    """Return what holds the embeddings and layers of a CLIP or SigLIP tower: itself, or a module within it."""
     return getattr(tower, "vision_model", tower)

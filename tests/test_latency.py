@@ -246,7 +246,7 @@ def test_ours_appends_tokens_only_when_left_as_it_is(
 ) -> None:
     plan = latency.plan_of(latency.parse_arguments(["--quick", "--dtype", "bfloat16", *arguments]))
     models = latency.Models(plan, plan.config, latency.RandomWeights(plan.dtype, plan.device)).models
-    hooks = latency.embeddings_of(models["ours"].model.vision_tower)._forward_hooks.values()
+    hooks = latency.transformer_of(models["ours"].model.vision_tower).embeddings._forward_hooks.values()
     assert [hook.__name__ for hook in hooks] == ["pad_slow_rows"] * appending
 
 

@@ -222,6 +222,7 @@ def test_the_table_of_speed_by_method_is_the_recorded_result() -> None:
 
 def test_recorded_speed_is_near_the_ideal_but_where_the_readme_says_so_and_no_slower_than_the_peer() -> None:
     missed: set[tuple[int, int]] = set()
+    behind: set[tuple[int, int]] = set()
     ahead: dict[int, dict[int, float]] = {}
     for setting in speed_record("latency")["settings"]:
         rows = {(row["row"], row["visual_token_num"]): row for row in setting["rows"]}
@@ -230,10 +231,12 @@ def test_recorded_speed_is_near_the_ideal_but_where_the_readme_says_so_and_no_sl
                 missed.add((setting["batch"], budget))
             if name == "ours":
                 ours, peer = row["seconds"]["ttft"], rows["peer", budget]["seconds"]["ttft"]
-                alike = ours["low"] <= peer["median"] and (setting["batch"] == 1 or budget == 576)
-                assert ours["median"] < peer["median"] or alike
+                if ours["median"] >= peer["median"]:
+                    behind.add((setting["batch"], budget))
+                    assert ours["low"] <= peer["median"] <= 1.002 * ours["median"]
                 ahead.setdefault(setting["batch"], {})[budget] = peer["median"] / ours["median"]
     assert missed == {(1, 64)}
+    assert behind == {(1, 576), (1, 16)}
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert "by pruning alone one image at 64 misses it" in readme
     assert f"({min(ahead[1].values()):.3f} to {max(ahead[1].values()):.2f} times as fast)" in readme
@@ -247,8 +250,13 @@ def test_recorded_speed_as_users_get_it_is_near_the_ideal_and_above_the_peers() 
     rows = {(row["row"], row["visual_token_num"]): row for row in record["settings"][0]["rows"]}
     for budget in (192, 128, 64):
         assert rows["ours", budget]["share_of_flop_ideal"] >= 0.9
-    seconds = {key: row["seconds"]["ttft"]["median"] for key, row in rows.items()}
-    ahead = [seconds["peer", budget] / seconds["ours", budget] for budget in (192, 128, 64, 32, 16)]
+    ahead = []
+    for setting in record["settings"]:
+        seconds = {(row["row"], row["visual_token_num"]): row["seconds"]["ttft"]["median"] for row in setting["rows"]}
+        for budget in (576, 192, 128, 64, 32, 16):
+            assert seconds["ours", budget] < seconds["peer", budget]
+            if setting["batch"] == 1 and budget < 576:
+                ahead.append(seconds["peer", budget] / seconds["ours", budget])
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"As users get them, ours is {min(ahead):.2f} to {max(ahead):.2f} times as fast with one image" in readme
 

@@ -15,16 +15,10 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from rows.llava import ROW
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, LlavaForConditionalGeneration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.clip.modeling_clip import CLIPAttention, eager_attention_forward
@@ -407,23 +401,8 @@ def test_get_image_features_compiles_in_one_graph(model: Any, backend: str) -> N
 @pytest.fixture(scope="module")
 def one_large_picture() -> tuple[LlavaForConditionalGeneration, Any, torch.Tensor]:
     """A stock model and ours with its weights, and a picture whose 577 tokens get a few more in ours."""
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        pad_token_id=0,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=299, vision_feature_layer=-2)
+    config = ROW.config()
+    config.vision_config.image_size = 336
     torch.manual_seed(0)
     stock = LlavaForConditionalGeneration(config).to(torch.bfloat16).eval()
     ours = vispruner.VisPrunerLlavaForConditionalGeneration(
@@ -487,7 +466,7 @@ def rows_in(model: Any) -> Iterator[set[int]]:
 @torch.no_grad()
 def test_appended_tokens_are_not_asked(one_large_picture: tuple) -> None:
     """HiPrune averages over all queries: as many of them as stock's eager attention has."""
-    stock, ours, picture = one_large_picture
+    stock, ours, picture = (copy.deepcopy(each) for each in one_large_picture)
     stock.set_attn_implementation({"vision_config": "eager"})
     ours.set_vispruner_config(method="hiprune")
     _, tokens = ours.model.encode(picture, None)
@@ -495,7 +474,6 @@ def test_appended_tokens_are_not_asked(one_large_picture: tuple) -> None:
     maps = stock.model.vision_tower(picture, output_attentions=True).attentions
     expected = torch.stack([maps[layer].float().mean((1, 2))[:, 1:] for layer in layers], dim=1)
     torch.testing.assert_close(tokens.layer_saliency, expected, rtol=0.02, atol=0)
-    ours.set_vispruner_config(method="vispruner")
 
 
 def test_layers_compiled_one_by_one_are_told_apart(model: Any, stock: Any) -> None:
