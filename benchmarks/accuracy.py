@@ -58,6 +58,7 @@ from vispruner.conversion.build import build_repo
 from vispruner.conversion.questions import is_right
 from vispruner.conversion.repo_config import ASSETS
 from vispruner.pruned_encoder import VisualTokens
+from vispruner.stock_versions import CACHE
 
 CONFIG = "tiny-llava-vispruner"
 CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpoint
@@ -259,7 +260,7 @@ class PublishedModel:
         new = result.sequences.shape[1] - prompt
         # The last new token is never fed back, so the cache holds the prompt's text, its visual tokens and new - 1.
         text = prompt - int(placeholders[0]) + new - 1
-        cached = result.past_key_values.get_seq_length() - text
+        cached = result[CACHE].get_seq_length() - text
         if not bool((placeholders == placeholders[0]).all()) or cached != visual_token_num:
             raise BenchmarkError(
                 f"the KV cache holds {cached} visual tokens under {options}, where {visual_token_num} are right"

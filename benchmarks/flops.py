@@ -37,6 +37,7 @@ from peer import IMPORTANT_RATIO, ROUND, PeerLlavaForConditionalGeneration
 from vispruner import VisPrunerLlavaForConditionalGeneration
 from vispruner.conversion.prefill_cost import kv_cache_bytes, language_model_flops, logits_flops, projector_flops
 from vispruner.pruned_encoder import VisualTokens
+from vispruner.stock_versions import CACHE
 
 STOCK, PEER, OURS = "stock", "peer", "ours"
 MODEL_CLASSES: dict[str, Any] = {
@@ -152,12 +153,12 @@ def counted_stage_flops(
         prefilled.update(base.language_model(inputs_embeds=embeds, use_cache=True))
 
     def decode() -> None:
-        cache = prefilled["past_key_values"]
+        cache = prefilled[CACHE]
         for layer in cache.layers:  # as if the answer's first half had been decoded
             heads, width = layer.keys.shape[1], layer.keys.shape[3]
             layer.keys = torch.empty(batch, heads, text_tokens + kept + new // 2 - 1, width, device="meta")
             layer.values = layer.keys.clone()
-        model.lm_head(base.language_model(inputs_embeds=embeds[:, -1:], past_key_values=cache).last_hidden_state)
+        model.lm_head(base.language_model(inputs_embeds=embeds[:, -1:], **{CACHE: cache}).last_hidden_state)
 
     ranked = (features, saliency) if row == PEER else (VisualTokens(features, saliency),)
     runs = {

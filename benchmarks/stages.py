@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vispruner.stock_versions import CACHE
+
 
 @dataclass
 class Observation:
@@ -232,7 +234,7 @@ def observe(model: Any, inputs: dict[str, Any], new_tokens: int, memory: bool = 
         _synchronize(model.device)
         end = time.perf_counter()
     stages, ttft = watch.first_token_stages(), watch.puts[1] - begin
-    cache = result.past_key_values
+    cache = result[CACHE]
     operations = {"all": meter.operations, **watch.operations} if meter is not None else {}
     return Observation(
         stages={**stages, "other": ttft - sum(stages.values())},

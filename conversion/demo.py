@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 import vispruner
 from vispruner import merge_vispruner_config
+from vispruner.stock_versions import CACHE
 
 from .base_checkpoint import resolve_base
 from .build import build_repo
@@ -226,7 +227,7 @@ def measure(pipe: Any, photo: Image.Image, question: str) -> tuple[Measured, Mea
 
 def _count(model: Any, inputs: Any, seconds: dict[str, float]) -> Measured:
     _, kept = model.visual_token_counts(inputs["pixel_values"], inputs.get("image_sizes"))
-    cache = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    cache = model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)[CACHE]
     kv_tokens = cache.get_seq_length()
     value_size = torch.empty((), dtype=model.dtype).element_size()
     return Measured(

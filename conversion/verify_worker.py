@@ -139,7 +139,9 @@ class Worker:
         result = self.generate(inputs)
         prompt = inputs["input_ids"].shape[1]
         new = result.sequences.shape[1] - prompt
-        length, expected_length = result.past_key_values.get_seq_length(), prompt - sum(full) + sum(kept) + new - 1
+        # By what it can do, since transformers renamed it.
+        cache = next(value for value in result.values() if hasattr(value, "get_seq_length"))
+        length, expected_length = cache.get_seq_length(), prompt - sum(full) + sum(kept) + new - 1
         if length != expected_length:
             raise Refused(f"the KV cache holds {length} tokens, {expected_length} are right")
         if not torch.equal(result.sequences[:, :prompt], inputs["input_ids"]):

@@ -15,8 +15,8 @@ from transformers.utils import can_return_tuple
 from .configuration_vispruner import VisPrunerConfigMixin
 from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
 from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .stock_versions import KEEPS_NAMED_HIDDEN_STATES
 from .tile_encoder import TileEncoderMixin
-from .visual_attention import KEEPS_NAMED_HIDDEN_STATES
 
 
 class VisPrunerInternVLConfig(VisPrunerConfigMixin, InternVLConfig):

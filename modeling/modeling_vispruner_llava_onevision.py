@@ -24,7 +24,8 @@ from transformers.utils import can_return_tuple
 from .configuration_vispruner import VisPrunerConfigMixin
 from .llava_encoder import TowerEncoderMixin
 from .pruned_encoder import PrunedImageFeatures, TokenView, VisualTokens, inherit_checkpoint_conversion
-from .pruning_mixin import STOCK_TAKES_FEATURES, Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .stock_versions import TAKES_FEATURES
 
 NEWLINE = -1
 FEATURE_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -254,7 +255,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 **kwargs,
             )
-            if not STOCK_TAKES_FEATURES:
+            if not TAKES_FEATURES:
                 outputs.pooler_output = torch.cat([outputs.pooler_output, newline.to(outputs.pooler_output)], dim=1)
             order = torch.arange(frames * self.frame_tokens, device=pixel_values_videos.device)
             return self.keep_everything(outputs, [nn.functional.pad(order, (0, 1), value=NEWLINE)] * videos)
@@ -317,7 +318,7 @@ class VisPrunerLlavaOnevisionForConditionalGeneration(
 
     def _run_stock(self, stock_forward: Any, inputs: dict[str, Any]) -> Any:
         """Where stock takes no features, it adds the newline behind a video itself, which ours have already."""
-        if not STOCK_TAKES_FEATURES and "pixel_values_videos" in inputs:
+        if not TAKES_FEATURES and "pixel_values_videos" in inputs:
             self._encode_here(inputs)
         return super()._run_stock(stock_forward, inputs)
 

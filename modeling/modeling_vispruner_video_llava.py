@@ -5,7 +5,6 @@ a video (never with an image), stays on top of T. The paper's budgets are for 8 
 of 2048 are 56.9, 28.4 and 14.3 a frame, so T = 57, 28 and 14: they keep 456, 224 and 112 patches, and 8 [CLS].
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,11 +22,8 @@ from .configuration_vispruner import VisPrunerConfigMixin
 from .llava_encoder import TowerEncoderMixin, layers_of
 from .pruned_encoder import PrunedImageFeatures, TokenView, inherit_checkpoint_conversion
 from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .stock_versions import VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES, by_stock_name
 from .visual_attention import make_tappable
-
-# Stock of 5.17 knows images by the second name alone; the processor of 5.23 still uses it, its models only the first.
-NAMES_OF_IMAGES = ("pixel_values", "pixel_values_images")
-IMAGES = next(name for name in NAMES_OF_IMAGES if name in inspect.signature(VideoLlavaModel.forward).parameters)
 
 
 class VisPrunerVideoLlavaConfig(VisPrunerConfigMixin, VideoLlavaConfig):
@@ -77,7 +73,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
     ) -> PrunedImageFeatures:
         """Encode (B, 3, height, width), select, project; `pooler_output` is (B, T, D)."""
         names = {"pixel_values": pixel_values, "pixel_values_images": pixel_values_images}
-        pixels = images_by_one_name(names)[IMAGES]
+        pixels = images_by_stock_name(names)[VIDEO_LLAVA_IMAGES]
         if self.keeps_all(self._patches(pixels)):
             outputs = super().get_image_features(
                 pixels,
@@ -149,11 +145,13 @@ class VisPrunerVideoLlavaForConditionalGeneration(VisPrunerMixin, VideoLlavaForC
 
     config_class = VisPrunerVideoLlavaConfig
     modalities = (
-        Modality("image", IMAGES, ("vision_feature_layer", "vision_feature_select_strategy"), "image_token_id"),
+        Modality(
+            "image", VIDEO_LLAVA_IMAGES, ("vision_feature_layer", "vision_feature_select_strategy"), "image_token_id"
+        ),
         Modality("video", "pixel_values_videos", ("vision_feature_layer",), "video_token_id"),
     )
 
-    renamed_inputs = {name: IMAGES for name in NAMES_OF_IMAGES if name != IMAGES}
+    renamed_inputs = {name: VIDEO_LLAVA_IMAGES for name in VIDEO_LLAVA_IMAGE_NAMES if name != VIDEO_LLAVA_IMAGES}
 
     def __init__(self, config: VisPrunerVideoLlavaConfig) -> None:
         super(VideoLlavaForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
@@ -164,21 +162,17 @@ class VisPrunerVideoLlavaForConditionalGeneration(VisPrunerMixin, VideoLlavaForC
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As ever; images go by either of the names that stock has had for them."""
-        return super().generate(*args, **images_by_one_name(kwargs))
+        return super().generate(*args, **images_by_stock_name(kwargs))
 
-    forward = forward_of(VideoLlavaForConditionalGeneration, *NAMES_OF_IMAGES)
+    forward = forward_of(VideoLlavaForConditionalGeneration, *VIDEO_LLAVA_IMAGE_NAMES)
 
     def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
-        return super().pruned_forward(stock_forward, images_by_one_name(inputs))
+        return super().pruned_forward(stock_forward, images_by_stock_name(inputs))
 
 
-def images_by_one_name(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Name the images as this version of stock does."""
-    given = [inputs[name] for name in NAMES_OF_IMAGES if inputs.get(name) is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(NAMES_OF_IMAGES)} are two names of the same thing: pass one of them")
-    others = {name: value for name, value in inputs.items() if name not in NAMES_OF_IMAGES}
-    return {**others, IMAGES: given[0]} if given else others
+def images_by_stock_name(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Name the images as the installed transformers does."""
+    return by_stock_name(inputs, VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES)
 
 
 inherit_checkpoint_conversion(VisPrunerVideoLlavaForConditionalGeneration, "video_llava")

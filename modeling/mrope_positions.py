@@ -11,7 +11,8 @@ import torch
 
 from .prompt_shortening import ShortenedPrompt
 from .pruned_encoder import PrunedImageFeatures
-from .pruning_mixin import STOCK_TAKES_FEATURES, Modality, VisPrunerMixin
+from .pruning_mixin import Modality, VisPrunerMixin
+from .stock_versions import CACHE, TAKES_FEATURES
 
 GRID_IMAGES = Modality("image", "pixel_values", ("image_grid_thw",), "image_token_id")
 GRID_VIDEOS = Modality("video", "pixel_values_videos", ("video_grid_thw",), "video_token_id")
@@ -25,10 +26,10 @@ class MRoPEMixin(VisPrunerMixin):
     default_position_policy = "original"
 
     def _positions_in_forward(self, inputs: dict[str, Any]) -> torch.Tensor:
-        if (cache := inputs.get("past_key_values")) is not None and cache.get_seq_length():
+        if (cache := inputs.get(CACHE)) is not None and cache.get_seq_length():
             raise ValueError(
                 "position_ids are missing: forward cannot number new images behind a cache; pass position_ids, or "
-                "the whole conversation without past_key_values"
+                f"the whole conversation without {CACHE}"
             )
         return self._number_full_prompt(inputs)
 
@@ -65,18 +66,18 @@ class MRoPEMixin(VisPrunerMixin):
         return prompt
 
     def _run_stock(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
-        """Stock takes pixels or features, not both; that of 5.17, which takes none, is given them as pixels.
+        """Stock takes pixels or features, not both; one that takes no features is given them as pixels.
 
         So it can still number the prompt by its ids, and Qwen3-VL gets what goes past the embedded prompt.
         """
         encoded = dict(inputs.pop("mm_encoder_outputs", None) or {})
-        if encoded or not STOCK_TAKES_FEATURES:
+        if encoded or not TAKES_FEATURES:
             for modality in self.modalities:
                 if (pixels := inputs.pop(modality.pixels, None)) is not None:
                     described = {name: inputs[name] for name in modality.described_by if name in inputs}
                     encode = getattr(self.model, f"get_{modality.name}_features")
                     encoded[modality.name] = encode(pixels, **described, return_dict=True)
-        if encoded and STOCK_TAKES_FEATURES:
+        if encoded and TAKES_FEATURES:
             inputs["mm_encoder_outputs"] = encoded
         elif encoded:
             pixels = {modality.name: modality.pixels for modality in self.modalities}

@@ -8,6 +8,7 @@ from typing import Any
 
 from .base_weights import HUB_OPTIONS, find_thin_repo
 from .configuration_vispruner import merge_vispruner_config
+from .stock_versions import warn_if_untested
 
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
@@ -31,6 +32,7 @@ class PretrainedMixin:
         vispruner_config  a dict of fields; a partial one is merged over the stored one
         The weights of a thin repo are loaded from the base that its config.json names.
         """
+        warn_if_untested()
         wants_info = kwargs.pop("output_loading_info", False)
         where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         thin = find_thin_repo(cls.config_class, pretrained_model_name_or_path, kwargs)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationMixin, LlavaForConditionalGeneration
+from transformers import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput, logging
 from transformers.utils.import_utils import torch_compilable_check
@@ -37,6 +37,7 @@ from .prompt_shortening import (
     with_full_prompt,
 )
 from .pruned_encoder import PrunedImageFeatures
+from .stock_versions import CACHE, CACHE_NAMES, SLICES_FEATURES, TAKES_FEATURES, by_stock_name, versions
 
 # Under the logger of transformers, so that `transformers serve --log-level` counts.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -48,15 +49,13 @@ MODEL_INPUTS = (
     "inputs_embeds",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    *CACHE_NAMES,
     "mm_encoder_outputs",
     "encoded_images",
     "streamer",
 )
 # What has an entry per token of the prompt, and the entry that padding gets.
 PER_TOKEN = {"labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0}
-# Without it (transformers 5.17) stock takes no features, so they are put into the embedded prompt here.
-STOCK_TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
 
 
 class Modality(NamedTuple):
@@ -168,6 +167,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
     def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
         """Call `stock_forward(**inputs)` on a prompt as short as its image features; `inputs` are forward's own."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        inputs = by_stock_name(inputs, CACHE_NAMES, CACHE)
         self._use_encoded_images(inputs)
         encoded = bool(inputs.get("mm_encoder_outputs"))
         if self._is_stock(inputs):
@@ -192,8 +192,10 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
                 prompt = self._shorten_for_forward(inputs, layout, full, kept)
         if self._keeps_original_positions and "position_ids" in inputs and "attention_mask" not in inputs:
             self._mask_everything_seen(inputs)
+        expected = _cached_length(inputs) + inputs["input_ids"].shape[1]
         outputs = self._run_stock(stock_forward, inputs)
-        if (cache := getattr(outputs, "past_key_values", None)) is not None:
+        if (cache := getattr(outputs, CACHE, None)) is not None:
+            _require_length(cache, expected)
             cache.vispruner_prompt = self._remember(full, kept, prompt).after(earlier)
         return outputs
 
@@ -223,7 +225,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
     def _run_stock(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
         if inputs.get("mm_encoder_outputs") and self._has_pixels(inputs):  # stock takes one or the other
             self._encode_here(inputs)
-        if not STOCK_TAKES_FEATURES and (encoded := inputs.pop("mm_encoder_outputs", None)):
+        if not TAKES_FEATURES and (encoded := inputs.pop("mm_encoder_outputs", None)):
             self._merge_features(inputs, encoded)
         return stock_forward(**inputs)
 
@@ -310,7 +312,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
 
     def _check_text_only(self, inputs: dict[str, Any]) -> None:
         """Refuse what stock would get wrong: placeholders without an image, full-length masks on a shortened cache."""
-        cache, input_ids = inputs.get("past_key_values"), inputs["input_ids"]
+        cache, input_ids = inputs.get(CACHE), inputs["input_ids"]
         if cache is None:  # generate, which always brings a cache, has checked its whole prompt
             nothing: Counts = {token: [] for token in self._placeholder_ids}
             self._is_full_prompt(input_ids, read_layout(input_ids, self._placeholder_ids), nothing, nothing)
@@ -442,6 +444,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         visual = [name for modality in self.modalities for name in (modality.pixels, *modality.described_by)]
         optional = {*MODEL_INPUTS, *PER_TOKEN, *visual}
         kwargs = {name: kwargs[name] for name in kwargs if kwargs[name] is not None or name not in optional}
+        kwargs = by_stock_name(kwargs, CACHE_NAMES, CACHE)
         hooks = {
             "logits_processor": logits_processor,
             "stopping_criteria": stopping_criteria,
@@ -472,7 +475,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         result = super().generate(arguments.pop("input_ids"), generation_config, **hooks, **arguments)
         if prompt is not None:
             result = with_full_prompt(result, input_ids, prompt.length)
-        cache = getattr(result, "past_key_values", arguments.get("past_key_values"))
+        cache = getattr(result, CACHE, arguments.get(CACHE))
         if cache is not None and any(full.values()):
             cache.vispruner_prompt = self._remember(full, kept, prompt)
         return result
@@ -496,14 +499,14 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             placeholders = sum(map(sum, layout.placeholders.values()))
             raise ValueError(
                 f"cannot continue from this cache of {past} tokens and a prompt of {placeholders} image placeholders: "
-                "pass the whole conversation so far, with the same images and no new one, and the past_key_values "
-                "that generate returned for it (not possible when rows lost different numbers of visual tokens); or "
-                "start again without past_key_values"
+                f"pass the whole conversation so far, with the same images and no new one, and the {CACHE} that "
+                "generate returned for it (not possible when rows lost different numbers of visual tokens); or "
+                f"start again without {CACHE}"
             )
         if prompt.position_policy != self._position_policy:
             raise ValueError(
                 f'this cache was filled with vispruner_config.position_policy "{prompt.position_policy}": set that '
-                "policy again, or start again without past_key_values"
+                f"policy again, or start again without {CACHE}"
             )
         for name in ("mm_encoder_outputs", *(modality.pixels for modality in self.modalities)):
             arguments.pop(name, None)  # their tokens are in the cache already
@@ -543,7 +546,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
     def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> Any:
         """Stock, with the features of each row repeated for its copies where stock does not know of features."""
         encoded = inputs.get("mm_encoder_outputs")
-        if encoded and expand_size > 1 and not STOCK_TAKES_FEATURES:
+        if encoded and expand_size > 1 and not TAKES_FEATURES:
             layout = read_layout(inputs["input_ids"], self._placeholder_ids)
             for modality, token in zip(self.modalities, self._placeholder_ids, strict=True):
                 if modality.name in encoded:
@@ -561,9 +564,9 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         return super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Stock, without the features once they are in the cache (stock of 5.17 would hand them to every step)."""
+        """Stock, without the features once they are in the cache: a stock that knows none hands them to every step."""
         model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
-        if not STOCK_TAKES_FEATURES and model_kwargs.get("use_cache", True):
+        if not TAKES_FEATURES and model_kwargs.get("use_cache", True):
             model_kwargs.pop("mm_encoder_outputs", None)
         return model_kwargs
 
@@ -577,7 +580,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             raise ValueError(
                 f"the cache of {past} tokens does not fit this prompt, which has {prompt.length} tokens after pruning "
                 f"and its last visual token at {last}: pass the cache that generate returned for this "
-                "conversation, or start again without past_key_values"
+                f"conversation, or start again without {CACHE}"
             )
 
     def _infer_mask(self, arguments: dict[str, Any], config: Any) -> None:
@@ -594,12 +597,10 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         return getattr(self.generation_config, name, None) if value is None else value
 
     def _refuse_what_stock_gets_wrong(self, arguments: dict[str, Any], config: Any) -> None:
-        if STOCK_TAKES_FEATURES:
-            return
-        if self._generation_option("prefill_chunk_size", arguments, config) is not None:
+        if not SLICES_FEATURES and self._generation_option("prefill_chunk_size", arguments, config) is not None:
             raise ValueError(
-                "this version of transformers cannot chunk the prefill of a prompt with images: upgrade transformers "
-                "(5.23 can), or leave out prefill_chunk_size"
+                "this version of transformers cannot chunk the prefill of a prompt with images: upgrade transformers, "
+                "or leave out prefill_chunk_size"
             )
 
     def _never_look_up_placeholders(self, arguments: dict[str, Any], config: Any) -> None:
@@ -624,7 +625,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
 
 def _cached_prompt(inputs: dict[str, Any]) -> CachedPrompt | None:
     """Return what the given cache was built from; forget it when the cache was emptied since."""
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE)
     prompt: CachedPrompt | None = getattr(cache, "vispruner_prompt", None)
     if cache is not None and prompt is not None and _cached_length(inputs) == 0:
         cache.vispruner_prompt = prompt = None
@@ -632,8 +633,18 @@ def _cached_prompt(inputs: dict[str, Any]) -> CachedPrompt | None:
 
 
 def _cached_length(inputs: dict[str, Any]) -> int:
-    cache = inputs.get("past_key_values")
+    cache = inputs.get(CACHE)
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _require_length(cache: Any, expected: int) -> None:
+    """Raise RuntimeError unless the cache holds the shortened prompt: pruning must never do nothing in silence."""
+    length = cache.get_seq_length()
+    if isinstance(length, int) and length != expected:  # a static cache has it on the device, which nothing waits for
+        raise RuntimeError(
+            f"after this prompt the KV cache must hold {expected} tokens, but it holds {length}: pruning did not work "
+            f"with {versions()}. Install a tested version, and please report this"
+        )
 
 
 def _only_tokens(features: Any, images: list[int] | None = None) -> Any:
@@ -653,8 +664,8 @@ def _only_tokens(features: Any, images: list[int] | None = None) -> Any:
 
 
 def _may_encode_here(arguments: dict[str, Any]) -> bool:
-    """Stock of 5.17 hands an assistant the pixels, of which it makes features of its own size."""
-    return STOCK_TAKES_FEATURES or "assistant_model" not in arguments
+    """A stock that takes no features hands an assistant the pixels, of which it makes features of its own size."""
+    return TAKES_FEATURES or "assistant_model" not in arguments
 
 
 def _leading_placeholders(full: Counts, kept: Counts, device: torch.device) -> dict[int, list[torch.Tensor]]:

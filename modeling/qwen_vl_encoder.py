@@ -95,7 +95,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         self, encode: Any, pixels: torch.Tensor, grid_thw: torch.Tensor | None, **kwargs: Any
     ) -> PrunedImageFeatures:
         """Run stock `encode(pixels, grid_thw)` and keep of each image or frame what its budget leaves."""
-        # Stock forward of 5.17 takes features that were made before in the place of pixels only.
+        # A stock that takes no features is given them in the place of pixels.
         if isinstance(pixels, PrunedImageFeatures):
             return pixels
         if grid_thw is None:
@@ -148,7 +148,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
 
 
 def _split_levels(outputs: Any, counts: list[int]) -> list[list[torch.Tensor]] | None:
-    """Return the deepstack features per level and image or frame; 5.17 has one tensor per level."""
+    """Return the deepstack features per level and image or frame; older stock has one tensor per level."""
     levels = getattr(outputs, "deepstack_features", None)
     if levels is None:
         return None

@@ -16,12 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import output_capturing
 
+from .stock_versions import KEEPS_NAMED_HIDDEN_STATES
 from .token_selection import without_autocast
-
-# Where transformers can, only the hidden states that are features are kept; 5.17 keeps all, as its own models do.
-KEEPS_NAMED_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")
 
 ATTENTION_AT_ONCE = 2**25  # entries of attention that received_attention holds at a time: 128 MiB
 

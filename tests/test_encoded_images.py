@@ -9,7 +9,7 @@ import torch
 from cases import NEW, NONE, ONE, TWO, answers, generate, packed_as_stock
 from transformers import StaticCache
 
-from vispruner.pruning_mixin import STOCK_TAKES_FEATURES
+from vispruner.stock_versions import TAKES_FEATURES
 from vispruner.token_selection import SELECTORS
 
 WHY = "USER: <image>\nWhy is it so? ASSISTANT:"
@@ -102,7 +102,7 @@ class TestQuestions:
             {"cache_implementation": "static", "disable_compile": True},
             {"prompt_lookup_num_tokens": 3},
         ]
-        if STOCK_TAKES_FEATURES:
+        if TAKES_FEATURES:
             ways.append({"prefill_chunk_size": 6})
         for options in ways:
             results = []
@@ -138,7 +138,7 @@ class TestQuestions:
         text, images, inputs = split(case, [TWO, ONE], case.pictures)
         assert images.kept_counts == images.full_counts
         for options in ({}, {"num_beams": 2}):
-            if not STOCK_TAKES_FEATURES and options:  # stock of 5.17 mixes up images when there are several and beams
+            if not TAKES_FEATURES and options:  # such a stock mixes up images when there are several and beams
                 continue
             expected = answers(case.stock, inputs, eos_token_id=None, **options)
             assert torch.equal(

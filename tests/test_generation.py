@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import vispruner
-from vispruner.pruning_mixin import STOCK_TAKES_FEATURES
+from vispruner.stock_versions import SLICES_FEATURES, TAKES_FEATURES
 
 
 class TestGenerationModes:
@@ -153,7 +153,7 @@ class TestGenerationModes:
         assistant = AutoModelForCausalLM.from_config(case.model.config.text_config).eval()
         assistant.generation_config.pad_token_id = case.model.generation_config.pad_token_id
         inputs = case.inputs(ONE, case.pictures[:1])
-        if not STOCK_TAKES_FEATURES:  # stock hands the pixels to the assistant, and refuses them
+        if not TAKES_FEATURES:  # stock hands the pixels to the assistant, and refuses them
             with pytest.raises(ValueError, match="pixel_values"):
                 answers(case.model, inputs, assistant_model=assistant)
             return
@@ -172,7 +172,7 @@ class TestGenerationModes:
 
     def test_chunked_prefill(self, case):
         inputs = case.inputs(ONE, case.pictures[:1])
-        if not STOCK_TAKES_FEATURES:
+        if not SLICES_FEATURES:
             with pytest.raises(ValueError, match="prefill_chunk_size"):
                 answers(case.model, inputs, prefill_chunk_size=6)
             return

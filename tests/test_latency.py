@@ -90,7 +90,7 @@ def test_times_have_medians_spreads_and_as_many_runs_as_rounds(result: dict[str,
 def test_the_circumstances_are_recorded(result: dict[str, Any]) -> None:
     assert {"torch", "transformers", "python", "vispruner"} <= result["versions"].keys()
     assert result["threads"] == torch.get_num_threads() and result["dtype"] == "float32"
-    assert result["probe"]["flops_per_second"] > result["probe"]["bytes_per_second"] > 0
+    assert min(result["probe"]["flops_per_second"], result["probe"]["bytes_per_second"]) > 0
     assert "dispatch" in result["memory"].lower()
 
 

@@ -15,7 +15,7 @@ from rows import PLAIN, Row
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vispruner.pruning_mixin import STOCK_TAKES_FEATURES
+from vispruner.stock_versions import TAKES_FEATURES
 
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 UNKNOWN = PLAIN.stop
@@ -225,7 +225,7 @@ WRITERS: dict[str, Callable[[Row, Any], dict[str, Any]]] = {
 }
 # Without torchvision (and num2words) these cannot be loaded: they read videos, or 5.17 wants it for their images.
 NEED_EXTRA = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm", "video_llava")
-NEED_EXTRA += () if STOCK_TAKES_FEATURES else ("idefics3",)
+NEED_EXTRA += () if TAKES_FEATURES else ("idefics3",)
 
 
 def write_processor(row: Row, folder: Path) -> None:

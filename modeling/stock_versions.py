@@ -1,0 +1,81 @@
+"""What differs between versions of transformers. No other file names a version or asks which one is installed.
+
+Each entry says which versions it is about, and what may be deleted when the oldest of them is no longer supported.
+What a version has is asked of the installed code, never concluded from its number: patch releases and forks differ.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import transformers
+from transformers import LlavaForConditionalGeneration, VideoLlavaModel
+from transformers.generation import utils as generation_utils
+from transformers.utils import logging, output_capturing
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+OLDEST_SUPPORTED = "5.17"
+NEWEST_TESTED = "5.24"
+
+_forward = inspect.signature(LlavaForConditionalGeneration.forward).parameters
+
+# The name that `forward`, `generate` and their outputs have for the KV cache: until 5.23 "past_key_values". 5.24 renamed
+# it and warns of the old name, which goes in 5.40. Callers may use either. When 5.23 is dropped, CACHE is "cache".
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(name for name in CACHE_NAMES if name in _forward)
+
+# From 5.18 on, `forward` takes images that were encoded before, as `mm_encoder_outputs`. When 5.17 is dropped, this is
+# true, and whatever asks for its opposite goes.
+TAKES_FEATURES = "mm_encoder_outputs" in _forward
+
+# From 5.23 on, a prefill in chunks hands each chunk the features of its own images; before, every chunk got all of
+# them, and answers were wrong without a word. When 5.22 is dropped, this is true.
+SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
+
+# From 5.23 on, an encoder can be asked for some of its hidden states; before, it keeps all. When 5.22 is dropped, this
+# is true.
+KEEPS_NAMED_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")
+
+# Video-LLaVA's images: until 5.20 the second name, since 5.21 the first; its processor has used both. When 5.20 is
+# dropped, VIDEO_LLAVA_IMAGES is "pixel_values".
+VIDEO_LLAVA_IMAGE_NAMES = ("pixel_values", "pixel_values_images")
+VIDEO_LLAVA_IMAGES = next(
+    name for name in VIDEO_LLAVA_IMAGE_NAMES if name in inspect.signature(VideoLlavaModel.forward).parameters
+)
+
+
+def by_stock_name(inputs: Mapping[str, Any], names: Sequence[str], stock_name: str) -> dict[str, Any]:
+    """Return `inputs` with what goes by one of several `names` under the one that the installed version has for it.
+
+    Raises ValueError when more than one of them is given.
+    """
+    given = [name for name in names if inputs.get(name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are names of the same thing: pass one of them")
+    others = {name: value for name, value in inputs.items() if name not in names}
+    return {**others, stock_name: inputs[given[0]]} if given else others
+
+
+def versions() -> str:
+    """Name what an error report needs: the installed transformers, and the newest that this code was tested with."""
+    return f"transformers {transformers.__version__}, tested up to {NEWEST_TESTED}"
+
+
+def warn_if_untested() -> None:
+    """Say once when the installed transformers is newer than any that this code was tested with."""
+    if _release(transformers.__version__) > _release(NEWEST_TESTED):
+        logger.warning_once(
+            f"This VisPruner code was tested with transformers up to {NEWEST_TESTED}; {transformers.__version__} is "
+            f"installed. If answers look wrong, install transformers {NEWEST_TESTED}, or update what this code came "
+            "from: `pip install -U vispruner`, or a newer revision of the repo"
+        )
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Return major and minor number: "5.24.1" and "5.24.0.dev0" -> (5, 24)."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        raise ValueError(f"transformers has a version that is none: {version!r}")
+    return int(found[1]), int(found[2])
