@@ -21,7 +21,7 @@ NEWEST_TESTED = "5.24"
 
 _forward = inspect.signature(LlavaForConditionalGeneration.forward).parameters
 
-# The name that `forward`, `generate` and their outputs have for the KV cache: until 5.23 "past_key_values". 5.24 renamed
+# What `forward`, `generate` and their outputs call the KV cache: until 5.23 "past_key_values". 5.24 renamed
 # it and warns of the old name, which goes in 5.40. Callers may use either. When 5.23 is dropped, CACHE is "cache".
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(name for name in CACHE_NAMES if name in _forward)
