@@ -57,8 +57,8 @@ from vispruner import SELECTORS, __version__
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.questions import is_right
 from vispruner.conversion.repo_config import ASSETS
-from vispruner.pruned_encoder import VisualTokens
 from vispruner.stock_versions import CACHE
+from vispruner.visual_features import VisualTokens
 
 CONFIG = "tiny-llava-vispruner"
 CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpoint

@@ -36,8 +36,8 @@ from peer import IMPORTANT_RATIO, ROUND, PeerLlavaForConditionalGeneration
 
 from vispruner import VisPrunerLlavaForConditionalGeneration
 from vispruner.conversion.prefill_cost import kv_cache_bytes, language_model_flops, logits_flops, projector_flops
-from vispruner.pruned_encoder import VisualTokens
 from vispruner.stock_versions import CACHE
+from vispruner.visual_features import VisualTokens
 
 STOCK, PEER, OURS = "stock", "peer", "ours"
 MODEL_CLASSES: dict[str, Any] = {

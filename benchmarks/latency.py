@@ -76,8 +76,8 @@ from stages import Observation, observe
 from vispruner import __version__
 from vispruner.conversion.prefill_cost import kv_cache_bytes
 from vispruner.llava_encoder import transformer_of
-from vispruner.pruned_encoder import VisualTokens
 from vispruner.token_selection import SELECTORS
+from vispruner.visual_features import VisualTokens
 
 RESULTS = Path(__file__).parent / "results"
 DISTINCT_ON_CPU = 4

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from transformers import PreTrainedModel
 
 import vispruner
-from vispruner.pruned_encoder import TokenView
 from vispruner.token_selection import SELECTORS, kinds_of_kept
+from vispruner.visual_features import TokenView
 
 from .base_checkpoint import resolve_base
 from .questions import SCENE, WRONG, Picture, Question, ask, judged, load_processor, model_inputs, questions_about

@@ -3,25 +3,25 @@
 This file is the installed package's front door and is never published; the files beside it are, verbatim.
 """
 
+import difflib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .configuration_vispruner import (
-        VisPrunerLlavaConfig,
-        VisPrunerLlavaNextConfig,
-        VisPrunerOptions,
-        merge_vispruner_config,
-    )
-    from .modeling_vispruner_llava import VisPrunerLlavaForConditionalGeneration
-    from .modeling_vispruner_llava_next import VisPrunerLlavaNextForConditionalGeneration
+    from .call_options import Pruning
+    from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
+    from .encoded_images import EncodedImages
+    from .modeling_vispruner_llava import VisPrunerLlavaConfig, VisPrunerLlavaForConditionalGeneration
+    from .modeling_vispruner_llava_next import VisPrunerLlavaNextConfig, VisPrunerLlavaNextForConditionalGeneration
     from .token_selection import SELECTORS, register_selector, select_tokens, select_vispruner
 
     ARCHITECTURES: dict[str, "Architecture"]
@@ -35,6 +35,8 @@ __all__ = [
     "ARCHITECTURES",
     "SELECTORS",
     "Architecture",
+    "EncodedImages",
+    "Pruning",
     "VisPrunerLlavaConfig",
     "VisPrunerLlavaForConditionalGeneration",
     "VisPrunerLlavaNextConfig",
@@ -49,33 +51,38 @@ __all__ = [
     "select_vispruner",
 ]
 
+FOLDER = Path(__file__).parent
+PREFIX = "modeling_vispruner_"
 
 # Importing torch and transformers takes seconds, which `vispruner --help` need not: names are fetched when asked for.
 _HOMES = {
-    "configuration_vispruner": (
-        "VisPrunerLlavaConfig",
-        "VisPrunerLlavaNextConfig",
-        "VisPrunerOptions",
-        "merge_vispruner_config",
-    ),
-    "modeling_vispruner_llava": ("VisPrunerLlavaForConditionalGeneration",),
-    "modeling_vispruner_llava_next": ("VisPrunerLlavaNextForConditionalGeneration",),
+    "call_options": ("Pruning",),
+    "configuration_vispruner": ("VisPrunerOptions", "merge_vispruner_config"),
+    "encoded_images": ("EncodedImages",),
     "token_selection": ("SELECTORS", "register_selector", "select_tokens", "select_vispruner"),
 }
+
+
+@cache
+def _homes() -> dict[str, str]:
+    """Return the file of each name that can be imported from here; the classes are read from the files."""
+    homes = {name: home for home, names in _HOMES.items() for name in names}
+    for file in FOLDER.glob(f"{PREFIX}*.py"):
+        classes = re.findall(r"^class (VisPruner\w+)\(", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        homes |= dict.fromkeys(classes, file.stem)
+    return homes
 
 
 def __getattr__(name: str) -> Any:
     if name == "ARCHITECTURES":
         return {model_type: _architecture(model_type) for model_type in _model_types()}
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f".{home}", __name__), name)
-    if name.startswith("VisPruner"):
-        for architecture in map(_architecture, _model_types()):
-            for known in (architecture.model_class, architecture.config_class):
-                if known.__name__ == name:
-                    return known
+    if (home := _homes().get(name)) is not None:
+        return getattr(import_module(f".{home}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_homes(), "__version__"})
 
 
 @dataclass(frozen=True)
@@ -88,22 +95,18 @@ class Architecture:
 
 
 def _model_types() -> list[str]:
-    prefix = "modeling_vispruner_"
-    return sorted(file.stem.removeprefix(prefix) for file in Path(__file__).parent.glob(f"{prefix}*.py"))
+    return sorted(file.stem.removeprefix(PREFIX) for file in FOLDER.glob(f"{PREFIX}*.py"))
 
 
 @cache
 def _architecture(model_type: str) -> Architecture:
-    module = import_module(f".modeling_vispruner_{model_type}", __name__)
-    model_class, base_class = (
-        next(
-            value
-            for name, value in vars(module).items()
-            if name.startswith("VisPruner") and name.endswith(kind) and value.__module__ == module.__name__
-        )
-        for kind in ("ForConditionalGeneration", "Model")
+    module = import_module(f".{PREFIX}{model_type}", __name__)
+    (model_class,) = (
+        value
+        for name, value in vars(module).items()
+        if name.endswith("ForConditionalGeneration") and getattr(value, "__module__", None) == module.__name__
     )
-    return Architecture(model_class.config_class, model_class, base_class)
+    return Architecture(model_class.config_class, model_class, model_class.base_class)
 
 
 def architecture_of(model_type: str) -> Architecture:
@@ -118,7 +121,7 @@ def code_files(architecture: str) -> list[Path]:
     from transformers.dynamic_module_utils import get_relative_import_files
 
     architecture_of(architecture)
-    entry = Path(__file__).parent / f"modeling_vispruner_{architecture}.py"
+    entry = FOLDER / f"{PREFIX}{architecture}.py"
     return sorted({entry, *(Path(file) for file in get_relative_import_files(entry))})
 
 
@@ -127,30 +130,58 @@ def auto_map(architecture: str) -> dict[str, str]:
     return architecture_of(architecture).model_class.vispruner_auto_map()
 
 
-def load(base: str | PathLike[str], *, drop_unused_vision_layers: bool = False, **options: Any) -> "PreTrainedModel":
+def load(
+    base: str | PathLike[str],
+    *,
+    visual_token_num: int | None = None,
+    keep_ratio: float | None = None,
+    method: str | None = None,
+    important_ratio: float | None = None,
+    position_policy: Literal["renumber", "original"] | None = None,
+    vispruner_config: Mapping[str, Any] | None = None,
+    drop_unused_vision_layers: bool = False,
+    **options: Any,
+) -> "PreTrainedModel":
     """Load a stock (or pruned) checkpoint as a pruned model, without building a repo first.
 
-    Keywords that are fields of `vispruner_config` (visual_token_num=64, keep_ratio=0.1, ...) go there; all others
-    (dtype, device_map, revision, token ...) go to `from_pretrained`. Raises ValueError for an unsupported model_type.
-
+    base              a Hub id or a folder
+    visual_token_num  visual tokens kept per image, tile or frame; give this or
+    keep_ratio        the fraction kept
+    method            name of a selector, "vispruner" if the base says nothing; "none" for the dense model
+    important_ratio   method "vispruner": share of the budget for the most attended tokens
+    position_policy   "renumber" or "original"
+    vispruner_config  any further fields of `vispruner_config`; they may also be given as keywords
     drop_unused_vision_layers  neither load nor run the vision layers above the last one in use; the answers stay the
                                same (of LLaVA's 24 layers it saves the last one)
+    options           whatever else `from_pretrained` takes: dtype, device_map, revision, token ...
+
+    Raises ValueError for a model_type that is not supported and for a wrong field, by its name.
     """
     from transformers import AutoConfig
 
     from . import configuration_vispruner as configuration
 
-    vispruner_config = {name: options.pop(name) for name in configuration.FIELD_NAMES if name in options}
-    if "vispruner_config" in options:
-        vispruner_config = {**(options.pop("vispruner_config") or {}), **vispruner_config}
-    if isinstance(vispruner_config.get("codebook"), PathLike):
-        vispruner_config["codebook"] = fspath(vispruner_config["codebook"])
+    named = {
+        "visual_token_num": visual_token_num,
+        "keep_ratio": keep_ratio,
+        "method": method,
+        "important_ratio": important_ratio,
+        "position_policy": position_policy,
+    }
+    fields = dict(vispruner_config or {})
+    fields |= {name: options.pop(name) for name in configuration.FIELD_NAMES if name in options}
+    fields |= {name: value for name, value in named.items() if value is not None}
+    if isinstance(fields.get("codebook"), PathLike):
+        fields["codebook"] = fspath(fields["codebook"])
+    for name in options:
+        if close := difflib.get_close_matches(name, configuration.FIELD_NAMES, n=1, cutoff=0.8):
+            raise ValueError(f"load has no keyword {name!r}: did you mean {close[0]}?")
     where = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
     hub_options = {name: options[name] for name in where if name in options}
     base_config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options)
     architecture = architecture_of(base_config.model_type)
     if not drop_unused_vision_layers:
-        return architecture.model_class.from_pretrained(base, vispruner_config=vispruner_config, **options)
-    config = architecture.config_class.from_pretrained(base, vispruner_config=vispruner_config, **hub_options)
+        return architecture.model_class.from_pretrained(base, vispruner_config=fields, **options)
+    config = architecture.config_class.from_pretrained(base, vispruner_config=fields, **hub_options)
     configuration.drop_unused_vision_layers(config)
     return architecture.model_class.from_pretrained(base, config=config, **options)

@@ -3,12 +3,11 @@
 A config subclass keeps the base model's `model_type`, so every table of `transformers` keyed by it still works.
 """
 
+import difflib
 import math
 import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any
-
-from transformers import LlavaConfig, LlavaNextConfig
 
 POSITION_POLICIES = (None, "renumber", "original")
 TILE_MODES = ("paper", "native")
@@ -146,7 +145,9 @@ def _require_known_keys(config: dict[str, Any]) -> None:
         raise ValueError(f"vispruner_config must be a dict of fields, got {config!r}")
     unknown = sorted(set(config) - set(FIELD_NAMES), key=str)
     if unknown:
-        raise ValueError(f"vispruner_config has unknown fields {unknown}; the fields are {list(FIELD_NAMES)}")
+        close = difflib.get_close_matches(str(unknown[0]), FIELD_NAMES, n=1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise ValueError(f"vispruner_config has unknown fields {unknown}; the fields are {list(FIELD_NAMES)}{meant}")
 
 
 def _is_int(value: Any) -> bool:
@@ -209,15 +210,3 @@ class VisPrunerConfigMixin:
             merged = merge_vispruner_config(config_dict.get("vispruner_config"), changes)
             config_dict = {**config_dict, "vispruner_config": merged}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-
-
-class VisPrunerLlavaConfig(VisPrunerConfigMixin, LlavaConfig):
-    """`LlavaConfig` with a `vispruner_config` block."""
-
-    vispruner_config: dict | None = None
-
-
-class VisPrunerLlavaNextConfig(VisPrunerConfigMixin, LlavaNextConfig):
-    """`LlavaNextConfig` with a `vispruner_config` block."""
-
-    vispruner_config: dict | None = None

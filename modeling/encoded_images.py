@@ -6,13 +6,13 @@ model.generate(**inputs, encoded_images=images)
 model.generate(**other_inputs, encoded_images=images)  # neither encodes nor selects
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .pruned_encoder import PrunedImageFeatures
+from .visual_features import PrunedImageFeatures, tokens_of
 
 # Fields of vispruner_config that say nothing about which tokens an image has.
 NOT_ABOUT_TOKENS = (
@@ -53,7 +53,7 @@ class EncodedImages:
     def from_features(cls, features: PrunedImageFeatures, vispruner_config: dict[str, Any]) -> "EncodedImages":
         """Keep of a vision output what questions need, and nothing of the encoder's own size."""
         made = features.pooler_output
-        tokens = () if made is None else tuple(made)
+        tokens = () if made is None else tuple(tokens_of(features))
         levels = features.deepstack_features
         return cls(
             tokens,
@@ -85,9 +85,9 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, chosen: int | slice | Sequence[int]) -> "EncodedImages":
-        numbers = range(len(self))[chosen] if isinstance(chosen, (int, slice)) else chosen
-        numbers = [numbers] if isinstance(numbers, int) else list(numbers)
+    def __getitem__(self, chosen: Any) -> "EncodedImages":
+        """Return some of the images: by a number, a slice, a sequence of numbers, or a mask of one bool per image."""
+        numbers = self._numbers(chosen)
 
         def take(values: Sequence[Any]) -> tuple[Any, ...]:
             return tuple(values[number] for number in numbers)
@@ -100,6 +100,23 @@ class EncodedImages:
             full_counts=take(self.full_counts),
             deepstack=None if self.deepstack is None else take(self.deepstack),
         )
+
+    def _numbers(self, chosen: Any) -> list[int]:
+        if isinstance(chosen, slice):
+            return list(range(len(self))[chosen])
+        if hasattr(chosen, "tolist"):  # of torch or numpy
+            chosen = chosen.tolist()
+        one = not isinstance(chosen, (list, tuple, range))
+        wanted = [chosen] if one else [each.item() if hasattr(each, "item") else each for each in chosen]
+        if wanted and not one and all(isinstance(each, bool) for each in wanted):
+            if len(wanted) != len(self):
+                raise IndexError(f"a mask must have one entry for each of the {len(self)} images, got {len(wanted)}")
+            return [number for number, each in enumerate(wanted) if each]
+        if any(isinstance(each, bool) or not isinstance(each, int) for each in wanted):
+            raise TypeError(f"images are chosen by numbers, a slice or a mask of bools, got {chosen!r}")
+        if any(not -len(self) <= each < len(self) for each in wanted):
+            raise IndexError(f"there are {len(self)} images, numbered from 0, got {chosen!r}")
+        return wanted
 
     def __add__(self, other: "EncodedImages") -> "EncodedImages":
         self.require_made_with(other.vispruner_config)
@@ -141,3 +158,26 @@ class EncodedImages:
                 f"encoded_images were made with vispruner_config {made}, which is now {now}: encode the images again "
                 "with encode_images, or set that configuration again"
             )
+
+
+def features_of(images: Any, modality: str, vispruner_config: dict[str, Any]) -> dict[str, Any]:
+    """Return images that were encoded before as stock takes them, by modality, in a dict of its own.
+
+    images    what `encode_images` returned, or what stock calls `mm_encoder_outputs`: {modality: vision output}
+    modality  the name of what `encode_images` encodes
+    Raises TypeError for anything else, and ValueError for images made under another `vispruner_config`.
+    """
+    given = images if isinstance(images, Mapping) and not hasattr(images, "pooler_output") else {modality: images}
+    features = {}
+    for name, value in given.items():
+        if hasattr(value, "to_features"):
+            value.require_made_with(vispruner_config)
+            value = value.to_features() if len(value) else None
+        elif value is not None and getattr(value, "pooler_output", None) is None:
+            raise TypeError(
+                "encoded_images and mm_encoder_outputs must be what encode_images returns, or a dict of what "
+                f"get_image_features and get_video_features return, got {type(value).__name__}"
+            )
+        if value is not None and len(value.pooler_output):  # else a prompt of text alone
+            features[name] = value
+    return features

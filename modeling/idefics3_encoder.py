@@ -8,22 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
-from .pruned_encoder import PrunedImageFeatures
-from .pruning_mixin import Modality
+from .prompt_reading import Modality
+from .stock_versions import JOINS_TILES
 from .tile_encoder import TileEncoderMixin
+from .visual_features import PrunedImageFeatures
 
 # A frame of a video is an image to these models too.
 IDEFICS3_IMAGES = Modality("image", "pixel_values", ("pixel_attention_mask",), "image_token_id")
 
 
 class Idefics3EncoderMixin(TileEncoderMixin):
-    """For `Idefics3Model` and its like. What is called an image elsewhere is a tile here.
-
-    Modification against stock, beside pruning: `pooler_output` is one tensor (tiles, T, D) on every transformers.
-    """
+    """For `Idefics3Model` and its like. What is called an image elsewhere is a tile here."""
 
     vision_model: Any
     connector: Any
@@ -42,8 +39,8 @@ class Idefics3EncoderMixin(TileEncoderMixin):
     def merge_patches(self, patches: torch.Tensor) -> torch.Tensor:
         return self.connector.pixel_shuffle(patches, self.connector.scale_factor)
 
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        return self.connector.modality_projection(features)
+    def project_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.connector(patches)
 
     def real_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return which of (tiles, 3, height, width) are no padding: those with a pixel that is not 0."""
@@ -71,14 +68,8 @@ class Idefics3EncoderMixin(TileEncoderMixin):
         """Encode (batch, tiles, 3, height, width) without padding, merge, select, project."""
         full = self._tokens(pixel_values)
         if self.keeps_all(full):
-            outputs = super().get_image_features(pixel_values, pixel_attention_mask, **kwargs)  # type: ignore[misc]
-            stock = BaseModelOutputWithPooling(
-                last_hidden_state=outputs.last_hidden_state,
-                pooler_output=torch.cat(list(outputs.pooler_output)).unflatten(0, (-1, full)),
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-            )
-            return self.keep_everything(stock)
+            outputs = super().get_image_features(pixel_values, pixel_attention_mask, return_dict=True, **kwargs)  # type: ignore[misc]
+            return self.keep_everything(outputs, counts=[full] * len(outputs.last_hidden_state))
         tiles = pixel_values.to(self.dtype).flatten(0, 1)
         real = self.real_tiles(tiles)
         tiles = tiles[real]
@@ -89,4 +80,8 @@ class Idefics3EncoderMixin(TileEncoderMixin):
         seen = mask.unfold(1, patch, patch).unfold(2, patch, patch).sum(dim=(-1, -2)) > 0
         with self.open_tap(None if pixel_attention_mask is None else seen.flatten(1)) as tap:
             outputs = self.vision_model(tiles, patch_attention_mask=seen, return_dict=True, **kwargs)
-        return self.prune_tiles(outputs, outputs.last_hidden_state, tap, **kwargs)
+        pruned = self.prune_tiles(outputs, outputs.last_hidden_state, tap, **kwargs)
+        if JOINS_TILES:
+            of_row = real.view(pixel_values.shape[:2]).sum(1).tolist()
+            pruned.pooler_output = [row.flatten(0, 1) for row in pruned.pooler_output.split(of_row)]
+        return pruned

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from transformers.utils.import_utils import torch_compilable_check
 
-from .pruned_encoder import VisPrunerModelMixin, VisualTokens
-from .visual_attention import pad_slow_rows, run_tower
+from .cpu_workarounds import pad_slow_rows
+from .pruned_encoder import VisPrunerModelMixin
+from .visual_attention import run_tower
+from .visual_features import VisualTokens
 
 
 class TowerEncoderMixin(VisPrunerModelMixin):
@@ -56,10 +58,9 @@ class TowerEncoderMixin(VisPrunerModelMixin):
     def _has_known_tower(self) -> bool:
         return self.config.vision_config.model_type == self.tower_type
 
-    def prepare_pruning(self) -> None:
-        if not self._has_known_tower and self.vispruner_options.method == "none":
-            return
-        super().prepare_pruning()
+    def make_prunable(self) -> None:
+        if self._has_known_tower:
+            super().make_prunable()
 
     def require_patches(self, strategy: str | None) -> None:
         """Raise ValueError unless features are patches without [CLS], the only ones that can be ranked."""
@@ -81,6 +82,7 @@ class TowerEncoderMixin(VisPrunerModelMixin):
     ) -> tuple[Any, torch.Tensor, VisualTokens]:
         """As `encode`, with a tower of choice; the features of all its tokens, [CLS] among them, come in between."""
         layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
+        kwargs["output_hidden_states"] = self.wants_hidden_states(kwargs)
         with self.open_tap(feature_layer=self._producer_of(layer)) as tap:
             outputs, states = run_tower(tower, pixel_values, layer, tap, **kwargs)
         patch = self.config.vision_config.patch_size
@@ -95,8 +97,8 @@ class TowerEncoderMixin(VisPrunerModelMixin):
 class LlavaEncoderMixin(TowerEncoderMixin):
     """For `LlavaModel` and its like, whose prompts hold images alone."""
 
-    def prepare_pruning(self) -> None:
-        super().prepare_pruning()
+    def make_prunable(self) -> None:
+        super().make_prunable()
         if self._has_known_tower:
             transformer_of(self.vision_tower).embeddings.register_forward_hook(pad_slow_rows)
 

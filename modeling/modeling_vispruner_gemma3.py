@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Model, GenerationMixin
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
 from .llava_encoder import layers_of
-from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
-from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .prompt_reading import Modality
+from .pruned_encoder import inherit_checkpoint_conversion
+from .pruned_forward import forward_of
+from .pruning_mixin import VisPrunerMixin
 from .tile_encoder import TileEncoderMixin
+from .visual_features import PrunedImageFeatures
 
 
 class VisPrunerGemma3Config(VisPrunerConfigMixin, Gemma3Config):
@@ -29,12 +31,11 @@ class VisPrunerGemma3Model(TileEncoderMixin, Gemma3Model):
     """`Gemma3Model` whose `get_image_features` returns only the kept visual tokens."""
 
     config_class = VisPrunerGemma3Config
+    modalities = (Modality("image", "pixel_values", (), "image_token_id"),)
     has_cls_token = False
     budget_unit = "image or crop of an image"
 
-    def __init__(self, config: VisPrunerGemma3Config) -> None:
-        super().__init__(config)
-        self.prepare_pruning()
+    forward = forward_of(Gemma3Model)
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -53,15 +54,14 @@ class VisPrunerGemma3Model(TileEncoderMixin, Gemma3Model):
         grid = patches.transpose(1, 2).unflatten(2, (projector.patches_per_image, -1))
         return projector.avg_pool(grid).flatten(2).transpose(1, 2)
 
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        projector = self.multi_modal_projector
-        return torch.matmul(projector.mm_soft_emb_norm(features), projector.mm_input_projection_weight).to(features)
+    def project_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        return self.multi_modal_projector(patches)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> PrunedImageFeatures:
         """Encode (B, 3, height, width), merge, select, project; `pooler_output` is (B, T, D)."""
         if self.keeps_all(self.config.mm_tokens_per_image):
-            return self.keep_everything(super().get_image_features(pixel_values, **kwargs))
+            return self.keep_everything(super().get_image_features(pixel_values, return_dict=True, **kwargs))
         with self.open_tap() as tap:
             outputs = self.vision_tower(pixel_values=pixel_values, return_dict=True, **kwargs)
         return self.prune_tiles(outputs, outputs.last_hidden_state, tap, **kwargs)
@@ -71,14 +71,7 @@ class VisPrunerGemma3ForConditionalGeneration(VisPrunerMixin, Gemma3ForCondition
     """`Gemma3ForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
 
     config_class = VisPrunerGemma3Config
-    modalities = (Modality("image", "pixel_values", (), "image_token_id"),)
-
-    def __init__(self, config: VisPrunerGemma3Config) -> None:
-        super(Gemma3ForConditionalGeneration, self).__init__(config)  # the stock one would build a stock Gemma3Model
-        self.model = VisPrunerGemma3Model(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
-        self.post_init()
+    base_class = VisPrunerGemma3Model
 
     forward = forward_of(Gemma3ForConditionalGeneration)
 

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationMixin, InternVLConfig, InternVLForConditionalGeneration, InternVLModel
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
-from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
-from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .prompt_reading import Modality
+from .pruned_encoder import inherit_checkpoint_conversion
+from .pruned_forward import forward_of
+from .pruning_mixin import VisPrunerMixin
 from .stock_versions import KEEPS_NAMED_HIDDEN_STATES
 from .tile_encoder import TileEncoderMixin
+from .visual_features import PrunedImageFeatures
 
 
 class VisPrunerInternVLConfig(VisPrunerConfigMixin, InternVLConfig):
@@ -29,11 +31,17 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
     """`InternVLModel` whose `get_image_features` returns only the kept visual tokens of each tile."""
 
     config_class = VisPrunerInternVLConfig
+    modalities = (
+        Modality(
+            "image",
+            "pixel_values",
+            ("vision_feature_layer", "vision_feature_select_strategy"),
+            "image_token_id",
+        ),
+    )
     budget_unit = "tile of an image or frame of a video"
 
-    def __init__(self, config: VisPrunerInternVLConfig) -> None:
-        super().__init__(config)
-        self.prepare_pruning()
+    forward = forward_of(InternVLModel)
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -92,6 +100,7 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
                 **kwargs,
             )
             return self.keep_everything(outputs)
@@ -113,21 +122,7 @@ class VisPrunerInternVLForConditionalGeneration(VisPrunerMixin, InternVLForCondi
     """`InternVLForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
 
     config_class = VisPrunerInternVLConfig
-    modalities = (
-        Modality(
-            "image",
-            "pixel_values",
-            ("vision_feature_layer", "vision_feature_select_strategy"),
-            "image_token_id",
-        ),
-    )
-
-    def __init__(self, config: VisPrunerInternVLConfig) -> None:
-        super(InternVLForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
-        self.model = VisPrunerInternVLModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
-        self.post_init()
+    base_class = VisPrunerInternVLModel
 
     forward = forward_of(InternVLForConditionalGeneration)
 

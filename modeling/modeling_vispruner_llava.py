@@ -3,14 +3,21 @@
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationMixin, LlavaForConditionalGeneration, LlavaModel
+from transformers import GenerationMixin, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.utils import can_return_tuple
 
-from .configuration_vispruner import VisPrunerLlavaConfig
+from .configuration_vispruner import VisPrunerConfigMixin
 from .llava_encoder import LlavaEncoderMixin
-from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
-from .pruning_mixin import VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .pruned_encoder import inherit_checkpoint_conversion
+from .pruned_forward import forward_of
+from .pruning_mixin import VisPrunerMixin
+from .visual_features import PrunedImageFeatures
+
+
+class VisPrunerLlavaConfig(VisPrunerConfigMixin, LlavaConfig):
+    """`LlavaConfig` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None
 
 
 class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
@@ -18,9 +25,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
 
     config_class = VisPrunerLlavaConfig
 
-    def __init__(self, config: VisPrunerLlavaConfig) -> None:
-        super().__init__(config)
-        self.prepare_pruning()
+    forward = forward_of(LlavaModel)
 
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
@@ -48,6 +53,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 image_sizes=image_sizes,
+                return_dict=True,
                 **kwargs,
             )
             return self.keep_everything(outputs)
@@ -55,9 +61,9 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
         images, patches = tokens.saliency.shape
         indices = self.select(tokens, self.vispruner_options.budget(patches))
-        return PrunedImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+        return self.pruned_output(
+            outputs,
+            kwargs,
             pooler_output=list(self.project(self.take_tokens(tokens.features, indices))),
             kept_indices=list(indices),
             placeholders=list(indices),
@@ -71,13 +77,7 @@ class VisPrunerLlavaForConditionalGeneration(VisPrunerMixin, LlavaForConditional
     """`LlavaForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
 
     config_class = VisPrunerLlavaConfig
-
-    def __init__(self, config: VisPrunerLlavaConfig) -> None:
-        super(LlavaForConditionalGeneration, self).__init__(config)  # the stock one would build a stock LlavaModel
-        self.model = VisPrunerLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
-        self.post_init()
+    base_class = VisPrunerLlavaModel
 
     forward = forward_of(LlavaForConditionalGeneration)
 

@@ -8,17 +8,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationMixin, LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers import GenerationMixin, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from transformers.utils import can_return_tuple
 
-from .configuration_vispruner import VisPrunerLlavaNextConfig
+from .configuration_vispruner import VisPrunerConfigMixin
 from .llava_encoder import LlavaEncoderMixin
-from .pruned_encoder import PrunedImageFeatures, TokenView, VisualTokens, inherit_checkpoint_conversion
-from .pruning_mixin import VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .pruned_encoder import inherit_checkpoint_conversion
+from .pruned_forward import forward_of
+from .pruning_mixin import VisPrunerMixin
+from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
 NEWLINE = -1
+
+
+class VisPrunerLlavaNextConfig(VisPrunerConfigMixin, LlavaNextConfig):
+    """`LlavaNextConfig` with a `vispruner_config` block."""
+
+    vispruner_config: dict | None = None
 
 
 class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
@@ -27,14 +34,12 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
     config_class = VisPrunerLlavaNextConfig
     budget_unit = "tile of an image"
 
-    def __init__(self, config: VisPrunerLlavaNextConfig) -> None:
-        super().__init__(config)
-        self.prepare_pruning()
+    forward = forward_of(LlavaNextModel)
 
-    def prepare_pruning(self) -> None:
-        super().prepare_pruning()
+    def check_prunable(self) -> None:
+        super().check_prunable()
         options = self.vispruner_options
-        if options.method != "none" and options.position_policy == "original" and options.tile_mode == "paper":
+        if options.position_policy == "original" and options.tile_mode == "paper":
             raise ValueError(
                 'vispruner_config.position_policy "original" needs tile_mode "native": in "paper" mode tokens of the '
                 "padding may be kept, which have no position in the full prompt"
@@ -123,6 +128,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
                 image_sizes,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
                 **kwargs,
             )
             return self.keep_everything(outputs, packings)
@@ -139,9 +145,9 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         else:
             placeholders, orders = self._select_native(tokens, packings, tiles)
             newlines = [int((packing == NEWLINE).sum()) for packing in packings]
-        return PrunedImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+        return self.pruned_output(
+            outputs,
+            kwargs,
             pooler_output=self._project(tokens.features, orders, tiles, newlines),
             kept_indices=orders,
             placeholders=placeholders,
@@ -232,13 +238,7 @@ class VisPrunerLlavaNextForConditionalGeneration(VisPrunerMixin, LlavaNextForCon
     """`LlavaNextForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
 
     config_class = VisPrunerLlavaNextConfig
-
-    def __init__(self, config: VisPrunerLlavaNextConfig) -> None:
-        super(LlavaNextForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
-        self.model = VisPrunerLlavaNextModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
-        self.post_init()
+    base_class = VisPrunerLlavaNextModel
 
     forward = forward_of(LlavaNextForConditionalGeneration)
 

@@ -7,6 +7,7 @@ anyres_max_N scales down), the features and the attention that they are chosen b
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,12 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
 from .llava_encoder import TowerEncoderMixin
-from .pruned_encoder import PrunedImageFeatures, TokenView, VisualTokens, inherit_checkpoint_conversion
-from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .prompt_reading import Modality, Prompt
+from .pruned_encoder import inherit_checkpoint_conversion
+from .pruned_forward import forward_of
+from .pruning_mixin import VisPrunerMixin
 from .stock_versions import TAKES_FEATURES
+from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
 NEWLINE = -1
 FEATURE_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -66,14 +70,30 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
     """`LlavaOnevisionModel` whose `get_image_features` and `get_video_features` return only the kept visual tokens."""
 
     config_class = VisPrunerLlavaOnevisionConfig
+    modalities = (
+        Modality("image", "pixel_values", ("image_sizes", "batch_num_images", *FEATURE_CHOICE), "image_token_id"),
+        Modality("video", "pixel_values_videos", FEATURE_CHOICE, "video_token_id"),
+    )
     has_cls_token = False
     tower_type = "siglip_vision_model"
     select_strategy = "full"
     budget_unit = "tile of an image or frame of a video"
 
-    def __init__(self, config: VisPrunerLlavaOnevisionConfig) -> None:
-        super().__init__(config)
-        self.prepare_pruning()
+    forward = forward_of(LlavaOnevisionModel)
+
+    def read_prompt(self, inputs: Mapping[str, Any], **known: Any) -> Prompt:
+        """As ever; an image is packed as the config says, which the number of its placeholders depends on."""
+        configured, method = self.config.vision_aspect_ratio, self.vispruner_options.method
+        if (given := inputs.get("vision_aspect_ratio")) not in (None, configured) and method != "none":
+            raise ValueError(
+                f"vision_aspect_ratio is {given!r}, but prompts are shortened for config.vision_aspect_ratio "
+                f"{configured!r}: change it there"
+            )
+        return super().read_prompt(inputs, **known)
+
+    def must_encode(self, inputs: Mapping[str, Any]) -> bool:
+        """As ever; and where stock takes no features, it adds the newline behind a video itself, as ours have it."""
+        return super().must_encode(inputs) or (not TAKES_FEATURES and "pixel_values_videos" in inputs)
 
     @property
     def side(self) -> int:
@@ -182,6 +202,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
                 batch_num_images=batch_num_images,
+                return_dict=True,
                 **kwargs,
             )
             return self.keep_everything(outputs, [packing.order.to(pixel_values.device) for packing in packings])
@@ -193,9 +214,9 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         placeholders = self._choose(tokens, packings)
         images = zip(tokens.features.split(tiles), packings, placeholders, strict=True)
         orders = [packing.order.to(pixel_values.device, non_blocking=True) for packing in packings]
-        return PrunedImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+        return self.pruned_output(
+            outputs,
+            kwargs,
             pooler_output=[self._tokens_at(*image) for image in images],
             kept_indices=[order[places] for order, places in zip(orders, placeholders, strict=True)],
             placeholders=placeholders,
@@ -253,6 +274,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
                 pixel_values_videos,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
                 **kwargs,
             )
             if not TAKES_FEATURES:
@@ -269,9 +291,9 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         start = torch.arange(frames, device=kept.device)[:, None] * self.frame_tokens
         places = (kept.unflatten(0, (videos, frames)) + start).flatten(1)
         full = frames * self.frame_tokens
-        return PrunedImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+        return self.pruned_output(
+            outputs,
+            kwargs,
             pooler_output=torch.cat([visual, newline.to(visual)], dim=1),
             kept_indices=list(nn.functional.pad(places, (0, 1), value=NEWLINE)),
             placeholders=list(nn.functional.pad(places, (0, 1), value=full)),
@@ -304,35 +326,9 @@ class VisPrunerLlavaOnevisionForConditionalGeneration(
     """`LlavaOnevisionForConditionalGeneration` that prunes visual tokens by `vispruner_config` (arXiv 2412.01818)."""
 
     config_class = VisPrunerLlavaOnevisionConfig
-    modalities = (
-        Modality("image", "pixel_values", ("image_sizes", "batch_num_images", *FEATURE_CHOICE), "image_token_id"),
-        Modality("video", "pixel_values_videos", FEATURE_CHOICE, "video_token_id"),
-    )
-
-    def __init__(self, config: VisPrunerLlavaOnevisionConfig) -> None:
-        super(LlavaOnevisionForConditionalGeneration, self).__init__(config)  # stock would build a stock model
-        self.model = VisPrunerLlavaOnevisionModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
-        self.post_init()
-
-    def _run_stock(self, stock_forward: Any, inputs: dict[str, Any]) -> Any:
-        """Where stock takes no features, it adds the newline behind a video itself, which ours have already."""
-        if not TAKES_FEATURES and "pixel_values_videos" in inputs:
-            self._encode_here(inputs)
-        return super()._run_stock(stock_forward, inputs)
+    base_class = VisPrunerLlavaOnevisionModel
 
     forward = forward_of(LlavaOnevisionForConditionalGeneration)
-
-    def pruned_forward(self, stock_forward: Any, inputs: dict[str, Any]) -> Any:
-        """As ever; an image is packed as the config says, which the number of its placeholders depends on."""
-        configured, method = self.config.vision_aspect_ratio, self.model.vispruner_options.method
-        if (given := inputs.get("vision_aspect_ratio")) not in (None, configured) and method != "none":
-            raise ValueError(
-                f"vision_aspect_ratio is {given!r}, but prompts are shortened for config.vision_aspect_ratio "
-                f"{configured!r}: change it there"
-            )
-        return super().pruned_forward(stock_forward, inputs)
 
 
 inherit_checkpoint_conversion(VisPrunerLlavaOnevisionForConditionalGeneration, "llava_onevision")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     GenerationMixin,
     PaliGemmaConfig,
@@ -19,9 +18,13 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
 from .llava_encoder import layers_of
-from .pruned_encoder import PrunedImageFeatures, inherit_checkpoint_conversion
-from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .position_policies import Original, Renumbered
+from .prompt_reading import Modality
+from .pruned_encoder import inherit_checkpoint_conversion
+from .pruned_forward import forward_of
+from .pruning_mixin import VisPrunerMixin
 from .tile_encoder import TileEncoderMixin
+from .visual_features import PrunedImageFeatures
 
 
 class VisPrunerPaliGemmaConfig(VisPrunerConfigMixin, PaliGemmaConfig):
@@ -34,11 +37,15 @@ class VisPrunerPaliGemmaModel(TileEncoderMixin, PaliGemmaModel):
     """`PaliGemmaModel` whose `get_image_features` returns only the kept visual tokens."""
 
     config_class = VisPrunerPaliGemmaConfig
+    modalities = (Modality("image", "pixel_values", (), "image_token_id"),)
     has_cls_token = False
 
-    def __init__(self, config: VisPrunerPaliGemmaConfig) -> None:
-        super().__init__(config)
-        self.prepare_pruning()
+    forward = forward_of(PaliGemmaModel)
+
+    def position_policy(self, name: str | None = None) -> Renumbered:
+        policy = super().position_policy(name)
+        # In `generate`, stock adds 1 to the positions that it is given.
+        return Original(first=1) if policy.keeps_original else policy
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -67,7 +74,7 @@ class VisPrunerPaliGemmaModel(TileEncoderMixin, PaliGemmaModel):
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> PrunedImageFeatures:
         """Encode (B, 3, height, width), select, project; `pooler_output` is (B, T, D)."""
         if self.keeps_all(self._patches):
-            return self.keep_everything(super().get_image_features(pixel_values, **kwargs))
+            return self.keep_everything(super().get_image_features(pixel_values, return_dict=True, **kwargs))
         with self.open_tap() as tap:
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         return self.prune_tiles(outputs, outputs.last_hidden_state, tap, **kwargs)
@@ -77,17 +84,7 @@ class VisPrunerPaliGemmaForConditionalGeneration(VisPrunerMixin, PaliGemmaForCon
     """`PaliGemmaForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
 
     config_class = VisPrunerPaliGemmaConfig
-    modalities = (Modality("image", "pixel_values", (), "image_token_id"),)
-
-    def __init__(self, config: VisPrunerPaliGemmaConfig) -> None:
-        super(PaliGemmaForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
-        self.model = VisPrunerPaliGemmaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
-        self.post_init()
-
-    def _positions_in_forward(self, inputs: dict[str, Any]) -> torch.Tensor:
-        return super()._positions_in_forward(inputs) + 1  # in `generate`, stock adds it to the positions it is given
+    base_class = VisPrunerPaliGemmaModel
 
     forward = forward_of(PaliGemmaForConditionalGeneration)
 

@@ -4,14 +4,13 @@ Its other layers attend within windows, for which the encoder sorts the patches.
 """
 
 import torch
-from torch import nn
 from transformers import GenerationMixin, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 from transformers.vision_utils import get_vision_window_index
 
 from .configuration_vispruner import VisPrunerConfigMixin
-from .mrope_positions import MRoPEMixin
 from .pruned_encoder import inherit_checkpoint_conversion
-from .pruning_mixin import forward_of, give_lm_head_its_own_rows
+from .pruned_forward import forward_of
+from .pruning_mixin import VisPrunerMixin
 from .qwen_vl_encoder import QwenVLEncoderMixin
 
 
@@ -26,9 +25,7 @@ class VisPrunerQwen2_5_VLModel(QwenVLEncoderMixin, Qwen2_5_VLModel):
 
     config_class = VisPrunerQwen2_5_VLConfig
 
-    def __init__(self, config: VisPrunerQwen2_5_VLConfig) -> None:
-        super().__init__(config)
-        self.prepare_pruning()
+    forward = forward_of(Qwen2_5_VLModel)
 
     @property
     def feature_layer(self) -> int:
@@ -64,17 +61,11 @@ class VisPrunerQwen2_5_VLModel(QwenVLEncoderMixin, Qwen2_5_VLModel):
         return merged[..., order.argsort().to(merged.device)]
 
 
-class VisPrunerQwen2_5_VLForConditionalGeneration(MRoPEMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
+class VisPrunerQwen2_5_VLForConditionalGeneration(VisPrunerMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
     """`Qwen2_5_VLForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
 
     config_class = VisPrunerQwen2_5_VLConfig
-
-    def __init__(self, config: VisPrunerQwen2_5_VLConfig) -> None:
-        super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
-        self.model = VisPrunerQwen2_5_VLModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
-        self.post_init()
+    base_class = VisPrunerQwen2_5_VLModel
 
     forward = forward_of(Qwen2_5_VLForConditionalGeneration)
 

@@ -6,15 +6,14 @@ Saliency is read in the last layer of its encoder. Each frame of a video stands 
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationMixin, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLModel
 from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
-from .mrope_positions import MRoPEMixin
-from .pruned_encoder import PrunedImageFeatures
-from .pruning_mixin import forward_of, give_lm_head_its_own_rows
+from .pruned_forward import forward_of
+from .pruning_mixin import VisPrunerMixin
 from .qwen_vl_encoder import QwenVLEncoderMixin
+from .visual_features import PrunedImageFeatures
 
 
 class VisPrunerQwen3VLConfig(VisPrunerConfigMixin, Qwen3VLConfig):
@@ -28,9 +27,7 @@ class VisPrunerQwen3VLModel(QwenVLEncoderMixin, Qwen3VLModel):
 
     config_class = VisPrunerQwen3VLConfig
 
-    def __init__(self, config: VisPrunerQwen3VLConfig) -> None:
-        super().__init__(config)
-        self.prepare_pruning()
+    forward = forward_of(Qwen3VLModel)
 
     @can_return_tuple
     def get_video_features(
@@ -40,16 +37,10 @@ class VisPrunerQwen3VLModel(QwenVLEncoderMixin, Qwen3VLModel):
         return self.get_image_features(pixel_values_videos, video_grid_thw, return_dict=True, **kwargs)
 
 
-class VisPrunerQwen3VLForConditionalGeneration(MRoPEMixin, Qwen3VLForConditionalGeneration, GenerationMixin):
+class VisPrunerQwen3VLForConditionalGeneration(VisPrunerMixin, Qwen3VLForConditionalGeneration, GenerationMixin):
     """`Qwen3VLForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
 
     config_class = VisPrunerQwen3VLConfig
-
-    def __init__(self, config: VisPrunerQwen3VLConfig) -> None:
-        super(Qwen3VLForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
-        self.model = VisPrunerQwen3VLModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
-        self.post_init()
+    base_class = VisPrunerQwen3VLModel
 
     forward = forward_of(Qwen3VLForConditionalGeneration)

@@ -5,7 +5,7 @@ a video (never with an image), stays on top of T. The paper's budgets are for 8 
 of 2048 are 56.9, 28.4 and 14.3 a frame, so T = 57, 28 and 14: they keep 456, 224 and 112 patches, and 8 [CLS].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,13 @@ from transformers.utils import can_return_tuple
 
 from .configuration_vispruner import VisPrunerConfigMixin
 from .llava_encoder import TowerEncoderMixin, layers_of
-from .pruned_encoder import PrunedImageFeatures, TokenView, inherit_checkpoint_conversion
-from .pruning_mixin import Modality, VisPrunerMixin, forward_of, give_lm_head_its_own_rows
+from .prompt_reading import Modality
+from .pruned_encoder import inherit_checkpoint_conversion
+from .pruned_forward import forward_of
+from .pruning_mixin import VisPrunerMixin
 from .stock_versions import VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES, by_stock_name
 from .visual_attention import make_tappable
+from .visual_features import PrunedImageFeatures, TokenView
 
 
 class VisPrunerVideoLlavaConfig(VisPrunerConfigMixin, VideoLlavaConfig):
@@ -36,19 +39,24 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
     """`VideoLlavaModel` whose `get_image_features` and `get_video_features` return only the kept visual tokens."""
 
     config_class = VisPrunerVideoLlavaConfig
+    modalities = (
+        Modality(
+            "image", VIDEO_LLAVA_IMAGES, ("vision_feature_layer", "vision_feature_select_strategy"), "image_token_id"
+        ),
+        Modality("video", "pixel_values_videos", ("vision_feature_layer",), "video_token_id"),
+    )
+    image_names = VIDEO_LLAVA_IMAGE_NAMES
     budget_unit = "image or frame of a video"
 
-    def __init__(self, config: VisPrunerVideoLlavaConfig) -> None:
-        super().__init__(config)
-        self.prepare_pruning()
+    forward = forward_of(VideoLlavaModel, *VIDEO_LLAVA_IMAGE_NAMES)
 
     @property
     def vision_layers(self) -> Sequence[Any]:
         return layers_of(self.image_tower)
 
-    def prepare_pruning(self) -> None:
+    def make_prunable(self) -> None:
         """As ever, for the video tower too: the layers of both, made from one config, go by the same numbers."""
-        super().prepare_pruning()
+        super().make_prunable()
         if self._has_known_tower:
             make_tappable([layer.self_attn for layer in layers_of(self.video_tower)])
 
@@ -73,12 +81,13 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
     ) -> PrunedImageFeatures:
         """Encode (B, 3, height, width), select, project; `pooler_output` is (B, T, D)."""
         names = {"pixel_values": pixel_values, "pixel_values_images": pixel_values_images}
-        pixels = images_by_stock_name(names)[VIDEO_LLAVA_IMAGES]
+        pixels = by_stock_name(names, VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES)[VIDEO_LLAVA_IMAGES]
         if self.keeps_all(self._patches(pixels)):
             outputs = super().get_image_features(
                 pixels,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
                 **kwargs,
             )
             return self.keep_everything(outputs)
@@ -86,9 +95,9 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         outputs, _, tokens = self.encode_with(self.image_tower, pixels, vision_feature_layer, **kwargs)
         images, patches = tokens.saliency.shape
         indices = self.select(tokens, self.vispruner_options.budget(patches))
-        return PrunedImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+        return self.pruned_output(
+            outputs,
+            kwargs,
             pooler_output=self.project(self.take_tokens(tokens.features, indices)),
             kept_indices=list(indices),
             placeholders=list(indices),
@@ -119,7 +128,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         """
         if self.keeps_all(self._patches(pixel_values_videos)):
             outputs = super().get_video_features(
-                pixel_values_videos, vision_feature_layer=vision_feature_layer, **kwargs
+                pixel_values_videos, vision_feature_layer=vision_feature_layer, return_dict=True, **kwargs
             )
             frames, tokens = outputs.pooler_output.shape[:2]
             return self.keep_everything(outputs, list(torch.arange(-1, tokens - 1).expand(frames, -1)))
@@ -128,9 +137,9 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         patches = tokens.saliency.shape[1]
         indices = self.select(tokens, self.vispruner_options.budget(patches))
         places = nn.functional.pad(1 + indices, (1, 0))
-        return PrunedImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
+        return self.pruned_output(
+            outputs,
+            kwargs,
             pooler_output=self.project(self.take_tokens(states, places)),
             kept_indices=list(places - 1),
             placeholders=list(places),
@@ -144,35 +153,9 @@ class VisPrunerVideoLlavaForConditionalGeneration(VisPrunerMixin, VideoLlavaForC
     """`VideoLlavaForConditionalGeneration` that prunes visual tokens by its `vispruner_config` (arXiv 2412.01818)."""
 
     config_class = VisPrunerVideoLlavaConfig
-    modalities = (
-        Modality(
-            "image", VIDEO_LLAVA_IMAGES, ("vision_feature_layer", "vision_feature_select_strategy"), "image_token_id"
-        ),
-        Modality("video", "pixel_values_videos", ("vision_feature_layer",), "video_token_id"),
-    )
-
-    renamed_inputs = {name: VIDEO_LLAVA_IMAGES for name in VIDEO_LLAVA_IMAGE_NAMES if name != VIDEO_LLAVA_IMAGES}
-
-    def __init__(self, config: VisPrunerVideoLlavaConfig) -> None:
-        super(VideoLlavaForConditionalGeneration, self).__init__(config)  # the stock one would build a stock model
-        self.model = VisPrunerVideoLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.lm_head.register_forward_pre_hook(give_lm_head_its_own_rows)
-        self.post_init()
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As ever; images go by either of the names that stock has had for them."""
-        return super().generate(*args, **images_by_stock_name(kwargs))
+    base_class = VisPrunerVideoLlavaModel
 
     forward = forward_of(VideoLlavaForConditionalGeneration, *VIDEO_LLAVA_IMAGE_NAMES)
-
-    def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
-        return super().pruned_forward(stock_forward, images_by_stock_name(inputs))
-
-
-def images_by_stock_name(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Name the images as the installed transformers does."""
-    return by_stock_name(inputs, VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES)
 
 
 inherit_checkpoint_conversion(VisPrunerVideoLlavaForConditionalGeneration, "video_llava")

@@ -1,94 +1,81 @@
-"""Prompts of models whose tokens have (time, height, width) positions (M-RoPE): tokens that stay keep their own.
+"""Positions of models whose tokens have (time, height, width) positions (M-RoPE): tokens that stay keep their own.
 
-The stock model numbers the full prompt; the columns that stay are gathered from that. What is generated then goes on
-from the position where the full prompt ended.
+The stock model numbers the full prompt; the columns that stay are taken from that. What is generated then goes on from
+the position where the full prompt ended.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .prompt_shortening import ShortenedPrompt
-from .pruned_encoder import PrunedImageFeatures
-from .pruning_mixin import Modality, VisPrunerMixin
-from .stock_versions import CACHE, TAKES_FEATURES
+from .position_policies import Original
+from .prompt_reading import Modality, Prompt
+from .prompt_shortening import CachedPrompt, KeptColumns
+from .stock_versions import CACHE
 
 GRID_IMAGES = Modality("image", "pixel_values", ("image_grid_thw",), "image_token_id")
 GRID_VIDEOS = Modality("video", "pixel_values_videos", ("video_grid_thw",), "video_token_id")
+DESCRIBING = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 TEXT_ROW = 4  # rows of position ids when the first is the place among the tokens, as `generate` has it
 
 
-class MRoPEMixin(VisPrunerMixin):
-    """`VisPrunerMixin` for the Qwen-VL family; `position_policy` null is "original", and there is no other."""
+class MRoPE(Original):
+    """The one policy of such a model. Stock remembers in `model.rope_deltas` how the next position is to be found.
 
-    modalities = (GRID_IMAGES, GRID_VIDEOS)
-    default_position_policy = "original"
+    model  the base model
+    """
 
-    def _positions_in_forward(self, inputs: dict[str, Any]) -> torch.Tensor:
-        if (cache := inputs.get(CACHE)) is not None and cache.get_seq_length():
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def in_forward(self, prompt: Prompt) -> torch.Tensor | None:
+        """Return (3, B, S): time, height, width."""
+        if prompt.past:
             raise ValueError(
                 "position_ids are missing: forward cannot number new images behind a cache; pass position_ids, or "
                 f"the whole conversation without {CACHE}"
             )
-        return self._number_full_prompt(inputs)
+        return self._number(prompt)
 
-    def _positions_in_generate(self, arguments: dict[str, Any]) -> torch.Tensor:
-        place = super()._positions_in_generate(arguments)
-        return torch.cat([place[None], self._number_full_prompt(arguments)])
+    def in_generate(self, prompt: Prompt) -> torch.Tensor | None:
+        """Return (4, B, S): the place among the tokens, time, height, width."""
+        place = super().in_generate(prompt)
+        return torch.cat([place[None], self._number(prompt)])
 
-    def _number_full_prompt(self, inputs: dict[str, Any]) -> torch.Tensor:
-        ids = inputs["input_ids"]
-        kinds = sum(kind * (ids == token).int() for kind, token in enumerate(self._placeholder_ids, start=1))
-        for modality, token in zip(self.modalities, self._placeholder_ids, strict=True):
-            (grid,) = modality.described_by
-            if inputs.get(grid) is None and (ids == token).any():
-                raise ValueError(f"{grid} is missing: positions in a prompt depend on it; pass it with every prompt")
-        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
-        given = {name: inputs[name] for name in names if inputs.get(name) is not None}
-        positions, self.model.rope_deltas = self.model.get_rope_index(ids, mm_token_type_ids=kinds, **given)
-        return positions
+    def of_kept(self, columns: KeptColumns, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Return (3 or 4, B, W), and tell stock how far the next position is from the length of the shortened prompt.
 
-    def _positions_after(self, prompt: ShortenedPrompt, positions: torch.Tensor) -> torch.Tensor:
-        kept = super()._positions_after(prompt, positions)
+        Places among the tokens are counted anew, since stock tells samples that are packed into one row by them.
+        """
+        if positions.dim() != 3:
+            return super().of_kept(columns, positions, mask)
+        kept = columns.take(positions, 0)
         if len(kept) == TEXT_ROW:
-            kept[0] += prompt.shift.to(kept.device)
+            kept = torch.cat([columns.renumbered(positions[0])[None], kept[1:]])
+        length = columns.length if mask is None else mask.sum(1).to(positions.device)
+        self.model.rope_deltas = (positions[-3:].amax(dim=(0, 2)) + 1 - length)[:, None]
         return kept
 
-    def _shorten(self, inputs: dict[str, Any], *args: Any) -> ShortenedPrompt:
-        """Shorten, and tell stock how far the next position is from the length of the shortened prompt."""
-        positions = inputs.get("position_ids")
-        prompt = super()._shorten(inputs, *args)
-        if positions is not None and positions.dim() == 3:
-            mask = inputs.get("attention_mask")
-            length = prompt.length if mask is None else mask.sum(1).to(positions.device)
-            self.model.rope_deltas = (positions[-3:].amax(dim=(0, 2)) + 1 - length)[:, None]
-        return prompt
+    def after(self, cached: CachedPrompt, past: int, new: int, positions: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the caller's, with places among the tokens that are in the cache; None leaves them to stock."""
+        if positions is None or cached.columns is None or len(positions) != TEXT_ROW:
+            return positions
+        place = positions[0] + cached.columns.grown[:, -1:].to(positions.device)
+        return torch.cat([place[None], positions[1:]])
 
-    def _run_stock(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
-        """Stock takes pixels or features, not both; one that takes no features is given them as pixels.
-
-        So it can still number the prompt by its ids, and Qwen3-VL gets what goes past the embedded prompt.
-        """
-        encoded = dict(inputs.pop("mm_encoder_outputs", None) or {})
-        if encoded or not TAKES_FEATURES:
-            for modality in self.modalities:
-                if (pixels := inputs.pop(modality.pixels, None)) is not None:
-                    described = {name: inputs[name] for name in modality.described_by if name in inputs}
-                    encode = getattr(self.model, f"get_{modality.name}_features")
-                    encoded[modality.name] = encode(pixels, **described, return_dict=True)
-        if encoded and TAKES_FEATURES:
-            inputs["mm_encoder_outputs"] = encoded
-        elif encoded:
-            pixels = {modality.name: modality.pixels for modality in self.modalities}
-            inputs |= {pixels[name]: _in_one_tensor_per_level(features) for name, features in encoded.items()}
-        return stock_forward(**inputs)
-
-    def _require_contiguous_cache(self, inputs: dict[str, Any]) -> None:
-        """The next position is known: stock remembers how far it is from the length of the cache."""
-
-
-def _in_one_tensor_per_level(features: Any) -> PrunedImageFeatures:
-    levels: Any = getattr(features, "deepstack_features", None)
-    joined: Any = None if levels is None else [torch.cat(list(level)) for level in levels]
-    return PrunedImageFeatures(pooler_output=list(features.pooler_output), deepstack_features=joined)
+    def _number(self, prompt: Prompt) -> torch.Tensor:
+        """Return (3, B, S) as stock numbers the full prompt; embeddings, which it cannot read, as text."""
+        if prompt.ids is None or "inputs_embeds" in prompt.inputs:
+            place = super().in_generate(prompt)
+            return place.expand(3, *place.shape)
+        kinds = sum(kind * flags.int() for kind, flags in enumerate(prompt.is_placeholder.values(), start=1))
+        for modality, token in prompt.modalities:
+            (grid,) = modality.described_by
+            if prompt.full[token] and prompt.inputs.get(grid) is None:
+                raise ValueError(f"{grid} is missing: positions in a prompt depend on it; pass it with every prompt")
+        given = {name: prompt.inputs[name] for name in DESCRIBING if prompt.inputs.get(name) is not None}
+        positions, self.model.rope_deltas = self.model.get_rope_index(
+            prompt.ids, mm_token_type_ids=kinds, attention_mask=prompt.mask, **given
+        )
+        return positions

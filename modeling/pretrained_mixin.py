@@ -6,11 +6,18 @@ import os
 import shutil
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from .base_weights import HUB_OPTIONS, find_thin_repo
 from .configuration_vispruner import merge_vispruner_config
 from .stock_versions import warn_if_untested
 
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+
+def stock_class_of(cls: type) -> type:
+    """Return the class of transformers that a pruned one is made from."""
+    return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
 
 
 class PretrainedMixin:
@@ -69,7 +76,10 @@ class PretrainedMixin:
         """Return the `auto_map` with which config.json makes the Auto classes load this class."""
         module = cls.__module__.rsplit(".", 1)[-1]
         config_module = cls.config_class.__module__.rsplit(".", 1)[-1]
-        models = dict.fromkeys(AUTO_MODEL_CLASSES, f"{module}.{cls.__name__}")
+        stock = stock_class_of(cls).__name__
+        answers_as_text_model = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(cls.config_class.model_type) == stock
+        names = (*AUTO_MODEL_CLASSES, "AutoModelForCausalLM") if answers_as_text_model else AUTO_MODEL_CLASSES
+        models = dict.fromkeys(names, f"{module}.{cls.__name__}")
         return {"AutoConfig": f"{config_module}.{cls.config_class.__name__}", **models}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

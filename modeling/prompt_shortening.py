@@ -1,51 +1,128 @@
-"""Shorten a prompt's placeholders, and show the caller the full prompt again: tensors in, tensors out.
+"""Shorten a prompt's placeholders, and spread what was computed over the full prompt again: tensors in, tensors out.
 
 A model has one placeholder id per modality (image, video). Counts are kept per id: `{id: [visual tokens of its first
-image, of its second ...]}`, in reading order over the rows.
+image, of its second ...]}`, in reading order over the rows. "Full" is the prompt as a stock processor writes it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers.utils import ModelOutput
+from torch.nn import functional as F
 
 Counts = dict[int, list[int]]
+Flags = Mapping[int, torch.Tensor]  # per placeholder id (B, S), True where a prompt has it
+
+IGNORED = -100  # a label that does not count
 
 
 @dataclass(frozen=True)
-class ShortenedPrompt:
-    """Where each column of a shortened prompt comes from.
+class KeptColumns:
+    """Which columns of a full prompt (B, S) make the shortened one (B, W).
 
     index  (B, W) column of the full prompt
     valid  (B, W) False where padding had to be added; None when nowhere
-    shift  (B, W) what renumbering adds to the position of each column
-    full_length   columns of the full prompt
+    shift  (B, W) what counting anew adds to the position of each column; negative
+    grown  (B, S) by how many columns the prompt grew up to and including each column; negative where it shrank
     """
 
     index: torch.Tensor
     valid: torch.Tensor | None
     shift: torch.Tensor
-    full_length: int
+    grown: torch.Tensor
 
     @property
     def length(self) -> int:
         return self.index.shape[1]
 
     @property
+    def full_length(self) -> int:
+        return self.grown.shape[1]
+
+    @property
     def dropped(self) -> int:
         return self.full_length - self.length
 
     def take(self, tensor: torch.Tensor, fill: int) -> torch.Tensor:
-        """Bring a (..., B, S) tensor to (..., B, W); added padding gets `fill`."""
+        """Bring (..., B, S) to (..., B, W); added padding gets `fill`."""
         taken = tensor.gather(-1, self.index.to(tensor.device).expand(*tensor.shape[:-2], -1, -1))
         return taken if self.valid is None else taken.masked_fill(~self.valid.to(tensor.device), fill)
 
-    def attention_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+    def take_embedded(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Bring (B, S, D) to (B, W, D)."""
+        return embeds.gather(1, self.index.to(embeds.device)[..., None].expand(-1, -1, embeds.shape[-1]))
+
+    def mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Bring an attention mask (B, S) to (B, W); None stays None unless padding was added."""
         if mask is None:
             return None if self.valid is None else self.valid.long()
         return self.take(mask, 0)
+
+    def renumbered(self, positions: torch.Tensor) -> torch.Tensor:
+        """Bring positions (B, S) to (B, W), counted anew; samples that were packed into one row each for itself."""
+        positions = positions.to(self.index.device)
+        is_start = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
+        columns = torch.arange(self.full_length, device=positions.device)
+        start = torch.where(is_start, columns, 0).cummax(dim=-1).values
+        before = F.pad(self.grown, (1, 0))[:, :-1].gather(1, start)
+        return self.take(positions - before, 0) + self.shift
+
+    def spread(self, tensor: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Bring a tensor with W columns along `dim` to S columns, zeros where a column was dropped.
+
+        dimension 0 is the batch. Of a column that stands in the short prompt repeatedly, the last copy counts.
+        """
+        source = self._source.to(tensor.device)
+        shape = [1] * tensor.dim()
+        shape[0], shape[dim] = source.shape
+        source = source.view(shape)
+        target = [*tensor.shape]
+        target[dim] = self.full_length
+        return tensor.gather(dim, source.clamp(min=0).expand(target)).masked_fill(source < 0, 0)
+
+    def then(self, between: int, more: "KeptColumns") -> "KeptColumns":
+        """Append `between` columns of text that all stay, and then those of another prompt."""
+        grown = self.grown[:, -1:]
+        before = self.full_length + between
+        text = torch.arange(self.full_length, before, device=self.index.device).expand(len(self.index), -1)
+        valid = None
+        if self.valid is not None or more.valid is not None:
+            flags = [c.index >= 0 if c.valid is None else c.valid for c in (self, more)]
+            valid = torch.cat([flags[0], text >= 0, flags[1]], dim=1)
+        return KeptColumns(
+            torch.cat([self.index, text, more.index + before], dim=1),
+            valid,
+            torch.cat([self.shift, grown.expand(-1, between), more.shift + grown], dim=1),
+            torch.cat([self.grown, grown.expand(-1, between), more.grown + grown], dim=1),
+        )
+
+    @property
+    def _source(self) -> torch.Tensor:
+        """Return (B, S) the column of the short prompt that each column of the full one became, -1 if none."""
+        columns = torch.arange(self.length, device=self.index.device).expand_as(self.index)
+        index, nothing = self.index, columns.new_full((len(columns), self.full_length), -1)
+        if self.valid is not None:  # padding that was added lies where the full prompt has padding, if it has some
+            first = self.valid.int().argmax(1, keepdim=True)
+            last = self.length - 1 - self.valid.int().flip(1).argmax(1, keepdim=True)
+            edge = torch.where(self.valid[:, :1], last, first)
+            index = index.where(self.valid, columns + index.gather(1, edge) - edge)
+            columns = columns.masked_fill((index < 0) | (index >= self.full_length), -1)
+        return nothing.scatter_reduce(1, index.clamp(0, self.full_length - 1), columns, "amax")
+
+    def targets(self, targets: torch.Tensor) -> torch.Tensor:
+        """Move each target (B, S) to the column that predicts it in the short prompt.
+
+        A column's target is the label of the column behind it. Where that one was dropped, the next that stays takes
+        its place, and a dropped column predicts nothing: the loss is that of the short prompt.
+        """
+        index = self.index.to(targets.device)
+        following = F.pad(index, (0, 1), value=self.full_length)[:, 1:]
+        if self.valid is not None:
+            valid = self.valid.to(targets.device)
+            following = following.masked_fill(~F.pad(valid, (0, 1), value=True)[:, 1:], self.full_length)
+        short = targets.gather(1, (following - 1).clamp(min=0))
+        source = self._source.to(targets.device)
+        return short.gather(1, source.clamp(min=0)).masked_fill(source < 0, IGNORED)
 
 
 @dataclass(frozen=True)
@@ -64,22 +141,24 @@ class PromptLayout:
     padded_left: bool
 
 
-def read_layout(
-    input_ids: torch.Tensor, placeholder_ids: Sequence[int], attention_mask: torch.Tensor | None = None
-) -> PromptLayout:
-    """Count a prompt's placeholders and padding: the one time that shortening waits for the device."""
-    of_id = [input_ids == token for token in placeholder_ids]
-    counts = [is_placeholder.sum(1) for is_placeholder in of_id]
-    rows = len(input_ids)
+def read_layout(is_placeholder: Flags, attention_mask: torch.Tensor | None = None) -> PromptLayout:
+    """Count a prompt's placeholders and padding: the one time that shortening waits for the device.
+
+    is_placeholder  per id (B, S)
+    attention_mask  (B, S) of this prompt alone; None where all is seen
+    """
+    flags = list(is_placeholder.values())
+    counts = [flag.sum(1) for flag in flags]
+    rows, width = flags[0].shape
     if attention_mask is None:
-        placeholders = dict(zip(placeholder_ids, torch.stack(counts).tolist(), strict=True))
-        return PromptLayout(placeholders, [0] * rows, [input_ids.shape[1]] * rows, padded_left=True)
-    mask = attention_mask.to(input_ids.device)
+        placeholders = dict(zip(is_placeholder, torch.stack(counts).tolist(), strict=True))
+        return PromptLayout(placeholders, [0] * rows, [width] * rows, padded_left=True)
+    mask = attention_mask.to(flags[0].device)
     inside = _without_outer_padding(mask)
-    outside = (any_of(of_id) & ~inside).sum(1)
+    outside = (any_of(flags) & ~inside).sum(1)
     columns = (outside, inside.sum(1), mask[:, -1].bool().long(), *counts)
     outside, seen, last, *found = torch.stack(columns).tolist()
-    return PromptLayout(dict(zip(placeholder_ids, found, strict=True)), outside, seen, padded_left=all(last))
+    return PromptLayout(dict(zip(is_placeholder, found, strict=True)), outside, seen, padded_left=all(last))
 
 
 def any_of(flags: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -90,48 +169,70 @@ def any_of(flags: Sequence[torch.Tensor]) -> torch.Tensor:
     return union
 
 
-def shorten_prompt(
-    input_ids: torch.Tensor,
+def keep_columns(
+    is_placeholder: Flags,
     full_counts: Mapping[int, Sequence[int]],
     kept: Mapping[int, Sequence[torch.Tensor]],
-    attention_mask: torch.Tensor | None = None,
-    layout: PromptLayout | None = None,
-) -> ShortenedPrompt:
+    attention_mask: torch.Tensor | None,
+    layout: PromptLayout,
+) -> KeptColumns:
     """Choose the columns of a full prompt that stay.
 
-    input_ids    (B, S) with full_counts[id][j] placeholders of this id for its image j
-    kept         per id and image the placeholders that stay, as indices into its full_counts[id][j]; one may stay
-                 repeatedly, so that a prompt can be lengthened too
-    layout       of this prompt, where it was read before
+    is_placeholder  per id (B, S); full_counts[id][j] of them are its image j
+    kept            per id and image the placeholders that stay, as indices into its full_counts[id][j]; one may stay
+                    repeatedly, so that a prompt can be lengthened too
+    attention_mask  (B, S), which `layout` was read with
     Rows that lose different numbers of placeholders are padded anew, on the side that was padded before.
     Raises ValueError when the placeholders of one image are spread over two rows.
     """
-    batch, width = input_ids.shape
-    layout = read_layout(input_ids, list(full_counts), attention_mask) if layout is None else layout
+    flags = list(is_placeholder.values())
+    batch, width = flags[0].shape
+    device = flags[0].device
     change = [0] * batch  # by how many columns each row grows; below 0, shrinks
-    copies, of_id = torch.ones_like(input_ids), []
+    copies = torch.ones((batch, width), dtype=torch.long, device=device)
     for token, counts in full_counts.items():
-        of_id.append(input_ids == token)
         if not counts:
             continue
-        for row, full, keep in zip(
-            rows_of_images(layout.placeholders[token], counts), counts, kept[token], strict=True
-        ):
+        rows = rows_of_images(layout.placeholders[token], counts)
+        for row, full, keep in zip(rows, counts, kept[token], strict=True):
             change[row] += len(keep) - full
-        image = of_id[-1].flatten().cumsum(0).sub(1).clamp(min=0).view_as(input_ids)
-        copies = copies.where(~of_id[-1], _copies_of_placeholders(counts, kept[token], input_ids.device)[image])
-    is_placeholder = any_of(of_id)
+        image = is_placeholder[token].flatten().cumsum(0).sub(1).clamp(min=0).view(batch, width)
+        of_image = _copies_of_placeholders(counts, kept[token], device)[image]
+        copies = copies.where(~is_placeholder[token], of_image)
+    grown = (copies - 1).cumsum(1)
     lengths = [width + more for more in change]
     if len(set(change)) > 1 and attention_mask is not None:
         if any(layout.outside):
             raise ValueError("image placeholders must not lie in the padding of attention_mask")
-        copies = copies * _without_outer_padding(attention_mask.to(input_ids.device))
+        copies = copies * _without_outer_padding(attention_mask.to(device))
         lengths = [seen + more for seen, more in zip(layout.seen, change, strict=True)]
     index, valid = _align_rows(copies, lengths, layout.padded_left)
-    taken = is_placeholder.gather(1, index)
+    is_any = any_of(flags)
+    taken = is_any.gather(1, index)
     taken = taken if valid is None else taken & valid
-    shift = taken.cumsum(1) - is_placeholder.cumsum(1).gather(1, index)
-    return ShortenedPrompt(index, valid, shift if valid is None else shift.masked_fill(~valid, 0), width)
+    shift = taken.cumsum(1) - is_any.cumsum(1).gather(1, index)
+    return KeptColumns(index, valid, shift if valid is None else shift.masked_fill(~valid, 0), grown)
+
+
+def every_column(batch: int, width: int, device: torch.device) -> KeptColumns:
+    """Return the columns of a prompt (B, S) that loses none."""
+    index = torch.arange(width, device=device).expand(batch, -1)
+    return KeptColumns(index, None, torch.zeros_like(index), torch.zeros_like(index))
+
+
+def last_placeholders(full: Counts, kept: Counts, device: torch.device) -> dict[int, list[torch.Tensor]]:
+    """Return per image the placeholders that stay where it does not matter which: they are all alike.
+
+    The last ones, because what follows an image is predicted from its last column. The first repeats where there must
+    be more of them (LLaVA-NeXT, tile_mode "paper").
+    """
+    return {
+        token: [
+            torch.arange(whole - count, whole, device=device).clamp(min=0)
+            for whole, count in zip(full[token], kept[token], strict=True)
+        ]
+        for token in full
+    }
 
 
 def rows_of_images(placeholders: Sequence[int], counts: Sequence[int]) -> list[int]:
@@ -163,9 +264,9 @@ def _copies_of_placeholders(
     return torch.zeros(total, dtype=torch.long, device=device).scatter_add(0, place, torch.ones_like(place))
 
 
-def holds_unbroken_images(input_ids: torch.Tensor, image_token_id: int, counts: Sequence[int]) -> bool:
-    """True when the placeholders, cut into `counts` one after the other, make each image one unbroken run."""
-    columns = (input_ids == image_token_id).flatten().nonzero()[:, 0].cpu()
+def holds_unbroken_images(is_placeholder: torch.Tensor, counts: Sequence[int]) -> bool:
+    """True when the placeholders (B, S), cut into `counts` one after the other, make each image one unbroken run."""
+    columns = is_placeholder.flatten().nonzero()[:, 0].cpu()
     return all(int(run[-1] - run[0]) == len(run) - 1 for run in columns.split(list(counts)))
 
 
@@ -195,18 +296,29 @@ def _align_rows(copies: torch.Tensor, lengths: list[int], left: bool) -> tuple[t
 
 @dataclass(frozen=True)
 class CachedPrompt:
-    """What a KV cache was built from; attached to the cache, so that a later turn is shortened the same way.
+    """What a KV cache was built from; attached to the cache, so that a later call goes on in the same way.
 
     full_counts, kept_counts  per placeholder id the visual tokens of each image in a full prompt, and in the cache
-    dropped          columns the prompt lost; uniform says that every row lost as many
     position_policy  the one its tokens were numbered by
+    skipped          how many positions of the full prompt have no token in the cache
+    columns          those of the caller's prompt that are in the cache; None where the caller wrote it so short
     """
 
     full_counts: Counts
     kept_counts: Counts
-    dropped: int
-    uniform: bool
     position_policy: str
+    skipped: int = 0
+    columns: KeptColumns | None = None
+
+    @property
+    def dropped(self) -> int:
+        """By how many columns the cache is shorter than what the caller wrote."""
+        return 0 if self.columns is None else self.columns.dropped
+
+    @property
+    def uniform(self) -> bool:
+        """True when every row lost as many columns."""
+        return self.columns is None or self.columns.valid is None
 
     def may_have(self, placeholders: Mapping[int, Sequence[int]]) -> bool:
         """True for the placeholders per id and row of this prompt, in its full or in its shortened form."""
@@ -215,70 +327,6 @@ class CachedPrompt:
             for token, found in placeholders.items()
         )
 
-    def after(self, earlier: "CachedPrompt | None") -> "CachedPrompt":
-        """Return what the cache holds when this prompt was appended to an earlier one."""
-        if earlier is None:
-            return self
-        return CachedPrompt(
-            _joined(earlier.full_counts, self.full_counts),
-            _joined(earlier.kept_counts, self.kept_counts),
-            earlier.dropped + self.dropped,
-            earlier.uniform and self.uniform,
-            self.position_policy,
-        )
 
-
-def _joined(first: Counts, then: Counts) -> Counts:
+def joined_counts(first: Counts, then: Counts) -> Counts:
     return {token: [*first[token], *then[token]] for token in first}
-
-
-class FullPromptStreamer:
-    """Hands the caller's full prompt to a streamer in place of the shortened one, then every new token."""
-
-    def __init__(self, streamer: Any, prompt: torch.Tensor) -> None:
-        self.streamer = streamer
-        self.prompt: torch.Tensor | None = prompt
-
-    def put(self, value: torch.Tensor) -> None:
-        self.streamer.put(value if self.prompt is None else self.prompt)
-        self.prompt = None
-
-    def end(self) -> None:
-        self.streamer.end()
-
-
-def with_full_prompt(result: Any, prompt: torch.Tensor, shortened_length: int) -> Any:
-    """Put the caller's prompt (B, S) in front of the new tokens of `result`: ids (B * copies, W + new), or an output
-    of `generate`, whose other tensors (scores, attentions, hidden states) stay as short as the prompt that was run."""
-    if isinstance(result, ModelOutput):
-        result.sequences = with_full_prompt(result.sequences, prompt, shortened_length)
-        return result
-    copies = result.shape[0] // prompt.shape[0]
-    full = prompt.to(result.device).repeat_interleave(copies, dim=0)
-    return torch.cat([full, result[:, shortened_length:]], dim=1)
-
-
-class FullPromptHook:
-    """A logits processor or stopping criterion of the caller, which sees the caller's own prompt."""
-
-    def __init__(self, hook: Callable, prompt: torch.Tensor, shortened_length: int) -> None:
-        self.hook, self.prompt, self.shortened_length = hook, prompt, shortened_length
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        ids = with_full_prompt(args[0], self.prompt, self.shortened_length)
-        return self.hook(ids, *args[1:], **kwargs)
-
-
-def see_full_prompt(hooks: dict[str, Any], prompt: torch.Tensor, shortened_length: int) -> dict[str, Any]:
-    """Let the caller's logits processors, stopping criteria and prefix function see the caller's own prompt."""
-
-    def allowed_tokens(row: int, ids: torch.Tensor) -> list[int]:
-        return prefix_function(row, torch.cat([prompt[row].to(ids.device), ids[shortened_length:]]))
-
-    wrapped = dict(hooks)
-    for name in ("logits_processor", "stopping_criteria"):
-        if (given := hooks[name]) is not None:
-            wrapped[name] = type(given)(FullPromptHook(hook, prompt, shortened_length) for hook in given)
-    if (prefix_function := hooks["prefix_allowed_tokens_fn"]) is not None:
-        wrapped["prefix_allowed_tokens_fn"] = allowed_tokens
-    return wrapped

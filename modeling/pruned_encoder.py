@@ -3,85 +3,24 @@
 Knows the registry of selectors; where attention and tokens are in a model is the architecture file's business.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import logging
 
 from .codebook_file import find_codebook, read_codebook
-from .configuration_vispruner import VisPrunerOptions, used_vision_layers
+from .configuration_vispruner import used_vision_layers
+from .pruned_forward import PrunedForwardMixin
 from .token_selection import SELECTORS, select_tokens
 from .visual_attention import Reading, SaliencyTap, make_tappable
+from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, kept_counts_of, stacked
 
 logger = logging.get_logger(__name__)
 
 DROPPED_LAYERS = r"(vision|image|video)_tower\.(vision_model\.)?encoder\.layers?\.\d+\."
-
-
-@dataclass
-class PrunedImageFeatures(BaseModelOutputWithPooling):
-    """Vision output whose `pooler_output` holds only the kept visual tokens, projected.
-
-    What is called an image here is what a prompt has a run of placeholders for: an image, a tile of it, or a video.
-
-    pooler_output  per image (tokens, D), in the type that the stock model has: a list, or one tensor
-    kept_indices   list per image of (tokens,) int64: tile * N + patch in the order of pooler_output, newline = -1
-    placeholders   list per image of (tokens,) int64: the placeholder of a full prompt that each token stands for;
-                   None where there is none (LLaVA-NeXT, tile_mode "paper")
-    saliency       (tiles, N) of all images together, or a list of (N,) where they differ in size
-    layer_saliency (tiles, L, N) or a list of (L, N), likewise: of the further layers that the method asked for
-    full_counts    visual tokens a full prompt has for each image
-    deepstack_features   Qwen3-VL only: per encoder level what pooler_output holds
-    """
-
-    kept_indices: list[torch.Tensor] | None = None
-    placeholders: list[torch.Tensor] | None = None
-    saliency: torch.Tensor | list[torch.Tensor] | None = None
-    layer_saliency: torch.Tensor | list[torch.Tensor] | None = None
-    full_counts: list[int] | None = None
-    deepstack_features: list[list[torch.Tensor]] | None = None
-
-
-@dataclass(frozen=True)
-class VisualTokens:
-    """What a selector may look at: B images, tiles or frames of N tokens each.
-
-    features        (B, N, C)
-    saliency        (B, N)
-    layer_saliency  (B, L, N) of the further encoder layers that the selector asked for
-    grid            (rows, columns) of the tokens; None when they are not a whole grid
-    """
-
-    features: torch.Tensor
-    saliency: torch.Tensor
-    layer_saliency: torch.Tensor | None = None
-    grid: tuple[int, int] | None = None
-
-    def part(self, images: torch.Tensor, tokens: torch.Tensor) -> "VisualTokens":
-        """Return `tokens` (G, K) of `images` (G, 1): G images of K tokens, which are no grid any more."""
-        layers = self.layer_saliency
-        layers = None if layers is None else layers.transpose(1, 2)[images, tokens].transpose(1, 2)
-        return VisualTokens(self.features[images, tokens], self.saliency[images, tokens], layers)
-
-
-class TokenView(NamedTuple):
-    """What the encoder made one grid of tokens of: an image, a tile of it, or a frame (or two) of a video.
-
-    pixels  (3, height, width), normalised as the processor left them
-    grid    (rows, columns) of its tokens; those of an item's views are numbered one after the other, row by row
-    place   (row, column) among the other views of its item
-    pool    views of one item with the same number were chosen from together; None was chosen from alone
-    """
-
-    pixels: torch.Tensor
-    grid: tuple[int, int]
-    place: tuple[int, int] = (0, 0)
-    pool: int | None = None
 
 
 def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str) -> None:
@@ -97,7 +36,12 @@ def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str)
     register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)
 
 
-class VisPrunerModelMixin:
+def projected_tokens(model: Any, tokens: VisualTokens) -> torch.Tensor:
+    """Return all `tokens` as visual tokens (B, N, D); `model` is the base model."""
+    return model.project(tokens.features) if tokens.projected is None else tokens.projected.detach()
+
+
+class VisPrunerModelMixin(PrunedForwardMixin):
     """For the base model (encoder, projector, language model). An architecture says:
 
     has_cls_token        whether token 0 of its encoder is [CLS], whose attention then ranks the others
@@ -119,6 +63,11 @@ class VisPrunerModelMixin:
     budget_unit = "image"
     _keys_to_ignore_on_load_unexpected: Any
     codebook_path: str | None = None  # of the file that the buffer `codebook` was read from
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]  # the stock model comes next in the MRO
+        self.check_options()
+        self.make_prunable()
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -149,16 +98,20 @@ class VisPrunerModelMixin:
     def check_prunable(self) -> None:
         """Raise ValueError with the remedy when this config cannot be pruned."""
 
-    def prepare_pruning(self) -> None:
-        """Check that this config can be pruned and make the encoder tappable. Raises ValueError with the remedy."""
+    def check_options(self) -> None:
+        """Raise ValueError with the remedy when this model cannot be pruned under its options."""
         options = self.vispruner_options
-        if options.method != "none":
-            if options.method not in SELECTORS:
-                allowed = [*sorted(SELECTORS), "none"]
-                raise ValueError(f"vispruner_config.method must be one of {allowed}, got {options.method!r}")
-            self.check_prunable()
-            self._check_selector(options.method)
-            self._attention_layer(self.feature_layer)
+        if options.method == "none":
+            return
+        if options.method not in SELECTORS:
+            allowed = [*sorted(SELECTORS), "none"]
+            raise ValueError(f"vispruner_config.method must be one of {allowed}, got {options.method!r}")
+        self.check_prunable()
+        self._check_selector(options.method)
+        self._attention_layer(self.feature_layer)
+
+    def make_prunable(self) -> None:
+        """Make the encoder tappable, once. What it computes does not change."""
         make_tappable(self.vision_attentions)
         if hasattr(self.config, "vision_feature_layer") and used_vision_layers(self.config) == len(
             self.vision_attentions
@@ -193,15 +146,6 @@ class VisPrunerModelMixin:
             )
         return wanted % layers
 
-    @property
-    def vispruner_options(self) -> VisPrunerOptions:
-        if getattr(self.config, "vispruner_config", None) is None:
-            raise ValueError(
-                "config.vispruner_config is missing: pass vispruner_config={'visual_token_num': 128} to "
-                "from_pretrained, or {'method': 'none'} for the dense model"
-            )
-        return VisPrunerOptions.from_dict(self.config.vispruner_config)
-
     def warn_if_all_are_kept(self, visual_tokens: int) -> None:
         """Say once that a budget prunes nothing of an image or tile of `visual_tokens` tokens."""
         if self.keeps_all(visual_tokens):
@@ -233,7 +177,7 @@ class VisPrunerModelMixin:
         needs = SELECTORS[options.method].needs
         if "projected" in needs:
             with torch.no_grad():
-                inputs["projected"] = self.project(tokens.features)
+                inputs["projected"] = projected_tokens(self, tokens)
         if "codebook" in needs:
             inputs["codebook"] = self._codebook_on(inputs.get("projected", tokens.features).device)
         return select_tokens(
@@ -278,7 +222,7 @@ class VisPrunerModelMixin:
             groups.setdefault((image.features.shape[1], image.grid), []).append(number)
         kept: list[torch.Tensor] = [image.saliency for image in images]
         for (count, _), numbers in groups.items():
-            group = _stacked([images[number] for number in numbers])
+            group = stacked([images[number] for number in numbers])
             chosen = self.select(group, self.vispruner_options.budget(count))
             for number, indices in zip(numbers, chosen, strict=True):
                 kept[number] = indices
@@ -288,25 +232,37 @@ class VisPrunerModelMixin:
         """True when the budget leaves nothing to drop from the `visual_tokens` tokens of an image or tile."""
         return self.vispruner_options.budget(visual_tokens) == visual_tokens
 
-    def keep_everything(self, outputs: Any, kept_indices: list[torch.Tensor] | None = None) -> PrunedImageFeatures:
-        """Describe a stock vision output, of which nothing was dropped, in the terms of a pruned one."""
-        counts = [len(image) for image in outputs.pooler_output]
-        placeholders = [torch.arange(count, device=outputs.pooler_output[0].device) for count in counts]
+    def keep_everything(
+        self, outputs: Any, kept_indices: list[torch.Tensor] | None = None, counts: list[int] | None = None
+    ) -> PrunedImageFeatures:
+        """Describe a stock vision output, of which nothing was dropped, in the terms of a pruned one.
+
+        kept_indices  per image, where they are not 0, 1, 2 ...
+        counts        visual tokens of each image, where `pooler_output` does not have them apart
+        """
+        counts = kept_counts_of(outputs) if counts is None else counts
+        device = outputs.pooler_output[0].device if len(outputs.pooler_output) else None
+        placeholders = [torch.arange(count, device=device) for count in counts]
         kept_indices = list(placeholders) if kept_indices is None else kept_indices
         return PrunedImageFeatures(**outputs, kept_indices=kept_indices, placeholders=placeholders, full_counts=counts)
+
+    def pruned_output(self, outputs: Any, asked: Mapping[str, Any], **pruned: Any) -> PrunedImageFeatures:
+        """Return what `get_image_features` does: of the encoder's output what stock gives, and the fields of `pruned`.
+
+        asked  the further arguments of `get_image_features`
+        """
+        return PrunedImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states if self.wants_hidden_states(asked) else None,
+            attentions=outputs.attentions,
+            **pruned,
+        )
+
+    def wants_hidden_states(self, asked: Mapping[str, Any]) -> bool:
+        """True when a call, or the config, asks for all hidden states of the encoder."""
+        named = asked.get("output_hidden_states")
+        return bool(self.config.vision_config.output_hidden_states if named is None else named)
 
     def take_tokens(self, features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Gather (B, N, C) at (B, T) -> (B, T, C)."""
         return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
-
-
-def _stacked(images: Sequence[VisualTokens]) -> VisualTokens:
-    if len(images) == 1:
-        return images[0]
-    layers = [image.layer_saliency for image in images if image.layer_saliency is not None]
-    return replace(
-        images[0],
-        features=torch.cat([image.features for image in images]),
-        saliency=torch.cat([image.saliency for image in images]),
-        layer_saliency=torch.cat(layers) if layers else None,
-    )

@@ -5,22 +5,39 @@ Merged tokens are selected by merged features. What has placeholders of its own 
 pictures, which the encoder takes together); each frame is pruned on its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.utils import can_return_tuple
 
-from .pruned_encoder import PrunedImageFeatures, TokenView, VisPrunerModelMixin, VisualTokens
+from .mrope_positions import GRID_IMAGES, GRID_VIDEOS, MRoPE
+from .pruned_encoder import VisPrunerModelMixin
+from .stock_versions import TAKES_FEATURES
 from .visual_attention import SaliencyTap
+from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
 
 class QwenVLEncoderMixin(VisPrunerModelMixin):
     """For the base models of the family: count, encode and select images and videos by their (t, h, w) grids."""
 
     visual: Any
+    modalities = (GRID_IMAGES, GRID_VIDEOS)
+    default_position_policy = "original"
     has_cls_token = False
     budget_unit = "image or frame of a video"
+
+    def position_policy(self, name: str | None = None) -> MRoPE:
+        return MRoPE(self)
+
+    def must_encode(self, inputs: Mapping[str, Any]) -> bool:
+        """As ever; a stock that takes no features is given them as pixels, so all must be features."""
+        return super().must_encode(inputs) or (not TAKES_FEATURES and self._has_pixels(inputs))
+
+    def put_features(self, inputs: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
+        """Give stock features in the place of pixels: so it can number the prompt by its ids, and has all levels."""
+        pixels = {modality.name: modality.pixels for modality in self.modalities}
+        return {**inputs, **{pixels[name]: _in_one_tensor_per_level(image) for name, image in features.items()}}
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -113,10 +130,9 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
         images = self._images(outputs, tap, grid_thw, frames)
         kept = self.select_each(images)
-        return PrunedImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        return self.pruned_output(
+            outputs,
+            kwargs,
             pooler_output=[image.features[0, stays] for image, stays in zip(images, kept, strict=True)],
             kept_indices=kept,
             placeholders=kept,
@@ -154,6 +170,12 @@ def _split_levels(outputs: Any, counts: list[int]) -> list[list[torch.Tensor]] |
         return None
     joined = [level if isinstance(level, torch.Tensor) else torch.cat(list(level)) for level in levels]
     return [list(level.split(counts)) for level in joined]
+
+
+def _in_one_tensor_per_level(features: Any) -> PrunedImageFeatures:
+    levels: Any = getattr(features, "deepstack_features", None)
+    joined: Any = None if levels is None else [torch.cat(list(level)) for level in levels]
+    return PrunedImageFeatures(pooler_output=list(features.pooler_output), deepstack_features=joined)
 
 
 def _pruned_levels(

@@ -9,10 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import transformers
-from transformers import LlavaForConditionalGeneration, VideoLlavaModel
+from torch import nn
+from transformers import Idefics3Model, LlavaForConditionalGeneration, VideoLlavaModel
 from transformers.generation import utils as generation_utils
 from transformers.utils import logging, output_capturing
+from transformers.utils.import_utils import torch_compilable_check
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -38,6 +41,10 @@ SLICES_FEATURES = hasattr(generation_utils, "_slice_mm_encoder_output")
 # is true.
 KEEPS_NAMED_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")
 
+# From 5.20 on, Idefics3 and SmolVLM join the tiles of a prompt in `pooler_output`; before, it is one tensor of tiles.
+# Either is taken. When 5.19 is dropped, this is true.
+JOINS_TILES = "num_real_images_per_batch" in inspect.unwrap(Idefics3Model.get_image_features).__code__.co_varnames
+
 # Video-LLaVA's images: until 5.20 the second name, since 5.21 the first; its processor has used both. When 5.20 is
 # dropped, VIDEO_LLAVA_IMAGES is "pixel_values".
 VIDEO_LLAVA_IMAGE_NAMES = ("pixel_values", "pixel_values_images")
@@ -53,9 +60,35 @@ def by_stock_name(inputs: Mapping[str, Any], names: Sequence[str], stock_name: s
     """
     given = [name for name in names if inputs.get(name) is not None]
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} are names of the same thing: pass one of them")
+        raise ValueError(f"{' and '.join(given)} are two names of the same thing: pass one of them")
     others = {name: value for name, value in inputs.items() if name not in names}
     return {**others, stock_name: inputs[given[0]]} if given else others
+
+
+def merge_features(
+    inputs: Mapping[str, Any], tokens: Mapping[int, Sequence[torch.Tensor]], embed: nn.Module
+) -> dict[str, Any]:
+    """Return `inputs` with the embedded prompt (B, S, D) in place of ids, visual tokens in the place of placeholders.
+
+    tokens  per placeholder id the visual tokens (n, D) of each image, in reading order
+    Until 5.17, where `forward` takes no features (`TAKES_FEATURES`).
+    """
+    others = {name: value for name, value in inputs.items() if name != "input_ids"}
+    ids = inputs.get("input_ids")
+    embeds = inputs["inputs_embeds"] if ids is None else embed(ids)
+    for token, images in tokens.items():
+        visual = torch.cat(list(images)).to(embeds.device, embeds.dtype)
+        if ids is None:
+            mask = (embeds == embed(torch.tensor(token, device=embeds.device))).all(-1)
+        else:
+            mask = (ids == token).to(embeds.device)
+        count = mask.sum()
+        torch_compilable_check(
+            count == len(visual),
+            lambda: f"the prompt has {count} placeholders for {len(visual)} visual tokens",  # noqa: B023
+        )
+        embeds = embeds.masked_scatter(mask[..., None], visual)
+    return {**others, "inputs_embeds": embeds}
 
 
 def versions() -> str:

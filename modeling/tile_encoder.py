@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from .pruned_encoder import PrunedImageFeatures, TokenView, VisPrunerModelMixin, VisualTokens
+from .pruned_encoder import VisPrunerModelMixin
 from .visual_attention import SaliencyTap
+from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
 
 class TileEncoderMixin(VisPrunerModelMixin):
@@ -15,6 +16,7 @@ class TileEncoderMixin(VisPrunerModelMixin):
     The saliency of a token is the mean over the patches that are merged into it. An architecture says:
 
     merge_patches    (B, N, C) patches of square tiles to (B, M, C * N / M), as its stock model does
+    project_patches  where the stock projector takes patches and merges them itself
     encoded_tiles    the tiles (B, 3, height, width) that pixel values hold, if these are not they
     """
 
@@ -30,6 +32,13 @@ class TileEncoderMixin(VisPrunerModelMixin):
     def merge_patches(self, patches: torch.Tensor) -> torch.Tensor:
         raise AttributeError(f"{type(self).__name__} must say how its patches are merged")
 
+    def project_patches(self, patches: torch.Tensor) -> torch.Tensor | None:
+        """Return the visual tokens (B, M, D) of patches (B, N, C); None where `project` takes merged tokens.
+
+        Projectors are called as a whole, since offloading and sharding act on such calls: so all tokens are projected.
+        """
+        return None
+
     def merge_saliency(self, saliency: torch.Tensor) -> torch.Tensor:
         """Return the mean of each token's patches, (..., N) -> (..., M)."""
         merged = self.merge_patches(saliency.reshape(-1, saliency.shape[-1], 1)).mean(dim=-1)
@@ -37,19 +46,24 @@ class TileEncoderMixin(VisPrunerModelMixin):
 
     def prune_tiles(self, outputs: Any, patches: torch.Tensor, tap: SaliencyTap, **kwargs: Any) -> PrunedImageFeatures:
         """Merge `patches` (tiles, N, C), select and project; `pooler_output` is one tensor (tiles, T, D)."""
-        features, layers = self.merge_patches(patches), tap.layer_saliency
+        features, layers, projected = self.merge_patches(patches), tap.layer_saliency, self.project_patches(patches)
         tiles, count = features.shape[:2]
         tokens = VisualTokens(
             features,
             self.merge_saliency(tap.saliency),
             None if layers is None else self.merge_saliency(layers),
             (math.isqrt(count), math.isqrt(count)),
+            projected,
         )
         indices = self.select(tokens, self.vispruner_options.budget(count))
-        return PrunedImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states if kwargs.get("output_hidden_states") else None,
-            pooler_output=self.project(self.take_tokens(features, indices)),
+        return self.pruned_output(
+            outputs,
+            kwargs,
+            pooler_output=(
+                self.project(self.take_tokens(features, indices))
+                if projected is None
+                else self.take_tokens(projected, indices)
+            ),
             kept_indices=list(indices),
             placeholders=list(indices),
             saliency=tokens.saliency,

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -21,9 +20,6 @@ from .stock_versions import KEEPS_NAMED_HIDDEN_STATES
 from .token_selection import without_autocast
 
 ATTENTION_AT_ONCE = 2**25  # entries of attention that received_attention holds at a time: 128 MiB
-
-# oneDNN multiplies the 577 rows of one picture in CLIP at 336 pixels, in bfloat16, as slowly as 730; 584 it does not.
-SLOW_ROWS, FAST_ROWS = 577, 584
 
 # The registry is one for the whole process, which may hold this file several times: installed, and once per repo.
 TAPPED_ATTENTION = f"vispruner_tapped_attention:{__name__}"
@@ -127,17 +123,9 @@ def make_tappable(attention_modules: Sequence[Any]) -> None:
             module.config = _TappableConfig(module.config, _eager_attention_of(module), place)
 
 
-def pad_slow_rows(embeddings: nn.Module, arguments: tuple, embedded: torch.Tensor) -> torch.Tensor:
-    """Forward hook of a tower's embeddings (B, N, C): append tokens in `run_tower`, where that saves time.
-
-    No token attends to them, so the others come out as without them. Not where gradients are recorded: checkpointing
-    computes layers again when the tap, which keeps those tokens apart, has been closed.
-    """
-    slow = embedded.shape[:2] == (1, SLOW_ROWS) and embedded.dtype == torch.bfloat16 and embedded.device.type == "cpu"
-    if not slow or torch.is_grad_enabled() or _open.tap is None or not _open.tap.may_pad:
-        return embedded
-    _open.tap.tokens = SLOW_ROWS
-    return F.pad(embedded, (0, 0, 0, FAST_ROWS - SLOW_ROWS))
+def open_tap_that_may_pad() -> SaliencyTap | None:
+    """Return the open tap while `run_tower` runs, which takes away again what is appended to the tokens."""
+    return _open.tap if _open.tap is not None and _open.tap.may_pad else None
 
 
 def _eager_attention_of(module: nn.Module) -> Callable:

@@ -17,8 +17,9 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vispruner.configuration_vispruner import VisPrunerOptions
-from vispruner.pruned_encoder import VisPrunerModelMixin, VisualTokens
+from vispruner.pruned_encoder import VisPrunerModelMixin
 from vispruner.visual_attention import SALIENCY_KINDS
+from vispruner.visual_features import VisualTokens
 
 from .launch_options import merged_options, readings, side_of_tile
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, Case, all_cases
+from matrix import model, models  # noqa: F401  (fixtures)
 from PIL import Image
 from tiny_llava import write_tiny_llava, write_tiny_llava_next
 

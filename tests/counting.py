@@ -1,4 +1,4 @@
-"""Count, without an accelerator, what one would be kept waiting by and what it would have to hold."""
+"""Count, without an accelerator, what one would be kept waiting by and what it would have to hold, and the cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from vispruner.stock_versions import CACHE
+
 # Their results, or the shapes of these, are read on the host.
 READS = {
     "_local_scalar_dense",
@@ -24,6 +26,12 @@ READS = {
     "unique_dim",
 }
 COPIES = ("tolist", "cpu", "numpy", "__array__")
+
+
+@torch.no_grad()
+def cached_tokens(model: Any, inputs: Any) -> int:
+    """Return how many tokens a prompt takes in the KV cache."""
+    return model(**inputs, use_cache=True)[CACHE].get_seq_length()
 
 
 def tensors_of(*values: Any) -> list[torch.Tensor]:

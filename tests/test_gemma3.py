@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from counting import cached_tokens
+from matrix import ASK, HELLO, ONE, answers, logits
 from PIL import Image as Pictures
 from rows import draw_weights
 from rows.gemma3 import IMAGE, POOLED, ROW, SIZE
-from test_architectures import ASK, HELLO, ONE, answers, logits
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 import vispruner
@@ -43,9 +44,10 @@ def test_tokens_that_stay_see_those_behind_them(base: Path) -> None:
     inputs = ROW.inputs([ONE])
     both_ways = logits(model, inputs)
     del inputs["token_type_ids"]
-    first = 1 + len(HELLO) + 2
+    before = 1 + len(HELLO) + 2  # the first of the image that stays
+    first = before + POOLED**2 - 5
     causal = logits(model, inputs)
-    torch.testing.assert_close(both_ways[0, :first], causal[0, :first])
+    torch.testing.assert_close(both_ways[0, :before], causal[0, :before])
     assert not torch.allclose(both_ways[0, first], causal[0, first], atol=1e-3)
 
 
@@ -65,4 +67,4 @@ def test_crops_are_images_of_their_own(base: Path) -> None:
     ids = torch.tensor([[1, *HELLO, *([91, *[IMAGE] * POOLED**2, 92] * len(pixels)), *ASK]])
     inputs = {"input_ids": ids, "token_type_ids": (ids == IMAGE).long(), "pixel_values": pixels}
     assert answers(model, inputs).shape == (1, 6)
-    assert logits(model, inputs).shape[1] == ids.shape[1] - len(pixels) * (POOLED**2 - 5)
+    assert cached_tokens(model, inputs) == ids.shape[1] - len(pixels) * (POOLED**2 - 5)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from counting import cached_tokens
+from matrix import ASK, CLIP, HELLO, Model, answers, logits, require_the_reference
 from PIL import Image as Pictures
 from rows import Image, Video, draw_weights
 from rows.llava_onevision import GRIDS, ROW, SIDE, TILE, LlavaOnevisionRow, grid_of
-from test_architectures import ASK, CLIP, HELLO, Model, answers, logits, require_the_reference
 from transformers import LlavaOnevisionProcessor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -121,7 +122,7 @@ def test_the_stock_image_processor_and_its_batch_num_images(model: Model) -> Non
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), **images}
     assert model.counts(inputs)[0][90] == full
-    assert logits(model.pruned, inputs).shape[1] < width
+    assert cached_tokens(model.pruned, inputs) < width
     model.pruned.set_vispruner_config(method="none")
     assert torch.equal(logits(model.pruned, inputs), logits(model.stock, inputs))
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrix import ONE, TOLERANCE, Model, logits
 from rows import draw_weights
 from rows.paligemma import PATCHES, ROW
-from test_architectures import ONE, TOLERANCE, Model, logits
 
 import vispruner
 

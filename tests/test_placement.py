@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
+from counting import cached_tokens
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
@@ -94,7 +95,7 @@ def assert_same(model: PreTrainedModel, whole: PreTrainedModel, inputs: dict[str
     assert len(images.kept_indices[0]) == KEPT
     text = without_pixels(inputs)
     expected = whole(**inputs).logits
-    assert expected.shape[1] == inputs["input_ids"].shape[1] - FULL + KEPT
+    assert cached_tokens(whole, inputs) == inputs["input_ids"].shape[1] - FULL + KEPT
     for found in (model(**inputs).logits, model(**text, encoded_images=images).logits):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
     for found in (answers(model, inputs), answers(model, {**text, "encoded_images": images})):

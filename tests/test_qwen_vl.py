@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matrix import ASK, HELLO, SEVERAL, TOLERANCE, Model, answers, generate, greedy_reference, logits
 from PIL import Image as Picture
 from rows import Image, Video, draw_weights, rows
 from rows._qwen_vl import IMAGE, MERGE, PATCH, VIDEO
 from safetensors.torch import load_file, save_file
-from test_architectures import ASK, HELLO, SEVERAL, TOLERANCE, Model, answers, generate, greedy_reference, logits
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -193,8 +193,7 @@ def test_right_padding_gives_the_same(model: Model) -> None:
     right = dict(inputs)
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         right[name] = torch.stack([row.roll(count) for row, count in zip(inputs[name], seen, strict=True)])
-    ends = model.row.shortened(inputs, model.counts(inputs)[1])["attention_mask"].sum(1) - 1
-    found = logits(model.pruned, right)[torch.arange(2), ends]
+    found = logits(model.pruned, right)[torch.arange(2), torch.tensor(seen) - 1]
     torch.testing.assert_close(found, logits(model.pruned, inputs)[:, -1], **TOLERANCE)
 
 

@@ -94,7 +94,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, 
 def test_prompts_of_the_stock_processor_have_the_counts_that_the_model_expects(case: tuple) -> None:
     _, pruned, prompt = case
     inputs = prompt(f"see{SHOW_IMAGE}and{SHOW_VIDEO}now")
-    full, kept = pruned._count_visual_tokens(inputs)
+    full, kept = pruned.model.count_visual_tokens(inputs)
     assert full == {IMAGE: [12], VIDEO: [6] * 4} and kept == {IMAGE: [5], VIDEO: [2] * 4}
     for token, counts in full.items():
         assert (inputs["input_ids"] == token).sum() == sum(counts)

@@ -26,10 +26,11 @@ from vispruner.conversion.build import BuildError, build_repo
 from vispruner.conversion.repo_config import RepoConfigError
 from vispruner.conversion.verify import verify_repo
 from vispruner.engine_interface import ENGINE_ATTENTION, ENGINE_PROCESSORS, require_servable
-from vispruner.pruned_encoder import VisPrunerModelMixin, VisualTokens
+from vispruner.pruned_encoder import VisPrunerModelMixin
 from vispruner.serving.launch_options import merged_options, readings, tokens_of_tiles
 from vispruner.serving.vllm_plugin import MODELS, register
 from vispruner.visual_attention import Reading
+from vispruner.visual_features import VisualTokens
 
 ROOT = Path(__file__).parent.parent
 SERVING = Path(serving.__file__).parent

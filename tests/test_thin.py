@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from counting import cached_tokens
 from huggingface_hub import constants
 from local_hub import LocalHub
 from PIL import Image
@@ -273,7 +274,7 @@ def test_every_way_to_load_gives_the_pruned_base(
 ) -> None:
     model = load(thin)
     assert type(model).__name__ == "VisPrunerLlavaForConditionalGeneration"
-    assert logits(model, prompt).shape[1] == prompt["input_ids"].shape[1] - 64 + KEPT
+    assert cached_tokens(model, prompt) == prompt["input_ids"].shape[1] - 64 + KEPT
     assert torch.equal(logits(model, prompt), expected)
 
 
@@ -290,7 +291,7 @@ def test_options_given_at_load_time_hold(
     if "vispruner_config" in settings:
         assert model.config.vision_config._attn_implementation == "eager"
         assert model.config.vispruner_config["visual_token_num"] == 9
-        assert logits(model, prompt).shape[1] == prompt["input_ids"].shape[1] - 64 + 9
+        assert cached_tokens(model, prompt) == prompt["input_ids"].shape[1] - 64 + 9
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
@@ -345,7 +346,7 @@ def test_a_quantized_load_is_quantized_and_pruned(base: Path, thin: Path, prompt
     ]
     for model in models:
         assert "Int8" in type(model.model.language_model.layers[0].mlp.up_proj.weight).__name__
-        assert logits(model, prompt).shape[1] == prompt["input_ids"].shape[1] - 64 + KEPT
+        assert cached_tokens(model, prompt) == prompt["input_ids"].shape[1] - 64 + KEPT
     assert torch.equal(logits(models[0], prompt), logits(models[1], prompt))
 
 
@@ -374,7 +375,7 @@ def test_a_budget_branch_of_a_thin_repo_loads_by_revision(
     for revision, kept in (("main", KEPT), ("v9", 9), (OTHER_COMMIT, 9)):
         model = load("someone/pruned", revision=revision)
         assert model.config.vispruner_config["visual_token_num"] == kept
-        assert logits(model, prompt).shape[1] == prompt["input_ids"].shape[1] - 64 + kept
+        assert cached_tokens(model, prompt) == prompt["input_ids"].shape[1] - 64 + kept
 
 
 @pytest.mark.parametrize("load", [LOADERS["AutoModel"], LOADERS["class"], vispruner.load])

@@ -24,6 +24,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 import vispruner
+from vispruner.visual_features import tokens_of
 
 SIZES = [(56, 84), (84, 112), (112, 56), (32, 32), (33, 32), (20, 200), (200, 20), (96, 95), (31, 64), (150, 149)]
 # Sums run in another order than in the loops of the reference.
@@ -102,9 +103,9 @@ def test_kept_tokens_are_rows_of_the_stock_features(row: Row, budget: int) -> No
     with torch.no_grad():
         whole = by_tile(stock.get_image_features(**given, return_dict=True), 16)
         kept = pruned.get_image_features(**given, return_dict=True)
-    assert kept.pooler_output.shape == (len(whole), budget, whole.shape[-1])
+    assert torch.stack(tokens_of(kept)).shape == (len(whole), budget, whole.shape[-1])
     assert pruned.visual_token_counts(**given) == ([16] * len(whole), [budget] * len(whole))
-    for tile, tokens, placeholders in zip(whole, kept.pooler_output, kept.placeholders, strict=True):
+    for tile, tokens, placeholders in zip(whole, tokens_of(kept), kept.placeholders, strict=True):
         torch.testing.assert_close(tokens, tile[placeholders], **CLOSE)
 
 
@@ -128,7 +129,7 @@ class TestPadding:
             kept = pruned.get_image_features(**given)
         for tile, (tokens, places) in enumerate(expected):
             assert torch.equal(kept.placeholders[tile], places)
-            torch.testing.assert_close(kept.pooler_output[tile], tokens, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(tokens_of(kept)[tile], tokens, rtol=1e-4, atol=1e-5)
         saliency = kept.saliency[1].view(4, 4)
         assert (saliency[3:] == 0).all() and (saliency[:, 2:] == 0).all()
         torch.testing.assert_close(kept.saliency.sum(1), torch.full((len(kept.saliency),), 0.25))
@@ -140,7 +141,7 @@ class TestPadding:
         with torch.no_grad():
             masked = pruned.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"])
             plain = pruned.get_image_features(inputs["pixel_values"])
-        assert torch.equal(masked.pooler_output, plain.pooler_output)
+        assert torch.equal(torch.cat(tokens_of(masked)), torch.cat(tokens_of(plain)))
 
     def test_padding_tiles_are_left_out_wherever_they_stand(self, row: Row) -> None:
         stock, pruned = pair(row)
@@ -149,9 +150,8 @@ class TestPadding:
         gaps = torch.zeros(1, pixels.shape[1] + 2, 3, 32, 32)
         gaps[:, 1:2], gaps[:, 3:] = pixels[:, :1], pixels[:, 1:]
         with torch.no_grad():
-            assert torch.equal(
-                pruned.get_image_features(gaps).pooler_output, pruned.get_image_features(pixels).pooler_output
-            )
+            spread, together = (tokens_of(pruned.get_image_features(tiles)) for tiles in (gaps, pixels))
+            assert torch.equal(torch.cat(spread), torch.cat(together))
             whole = by_tile(stock.get_image_features(gaps, return_dict=True), 16)
         assert pruned.visual_token_counts(gaps)[0] == [16] * len(whole)
 
@@ -178,7 +178,7 @@ def test_internvl_takes_features_and_attention_from_the_same_layer(layer: int, m
         whole = stock.get_image_features(pixels, return_dict=True).pooler_output
         kept = pruned.get_image_features(pixels)
         maps = with_attention_maps(stock.model.vision_tower)(pixels, output_attentions=True).attentions
-    for tile, tokens, placeholders in zip(whole, kept.pooler_output, kept.placeholders, strict=True):
+    for tile, tokens, placeholders in zip(whole, tokens_of(kept), kept.placeholders, strict=True):
         torch.testing.assert_close(tokens, tile[placeholders], **CLOSE)
     used = {-2: 1, 1: 0, 2: 1, 3: 2}[layer]
     of_patches = maps[used][:, :, 0, 1:].mean(1).view(-1, 4, 2, 4, 2).mean(dim=(2, 4)).flatten(1)
@@ -194,7 +194,7 @@ def test_internvl_takes_another_feature_layer_in_a_call() -> None:
         kept = pruned.get_image_features(pixels, vision_feature_layer=-2)
         other = pruned(**inputs, vision_feature_layer=-2).logits
         assert not torch.allclose(other, pruned(**inputs).logits, atol=1e-3)
-    for tile, tokens, placeholders in zip(whole, kept.pooler_output, kept.placeholders, strict=True):
+    for tile, tokens, placeholders in zip(whole, tokens_of(kept), kept.placeholders, strict=True):
         torch.testing.assert_close(tokens, tile[placeholders], **CLOSE)
 
 

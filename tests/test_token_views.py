@@ -16,6 +16,7 @@ from transformers import AutoProcessor
 import vispruner
 from vispruner.conversion.picture import open_picture, show, view_kept_patches
 from vispruner.token_selection import SELECTORS
+from vispruner.visual_features import tokens_of
 
 ROWS = {row.model_type: row for row in rows()}
 SEEN = [(name, kind) for name, row in ROWS.items() for kind in row.modalities]
@@ -140,7 +141,7 @@ def _is_beside(cell: tuple[int, int], tokens: set[tuple[int, int]], views: list)
 
 
 def _changed_tokens(features: Any, other: Any) -> set[tuple[int, int]]:
-    items = zip(features.kept_indices, features.pooler_output, other.pooler_output, strict=True)
+    items = zip(features.kept_indices, tokens_of(features), tokens_of(other), strict=True)
     return {
         (number, int(kept[token]))
         for number, (kept, one, two) in enumerate(items)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from counting import cached_tokens
+from matrix import ASK, CLIP, HELLO, MIXED, ONE, Model, answers, logits
 from rows import Video, draw_weights, noise
 from rows.video_llava import IMAGE, PATCHES, PIXELS, ROW, SIZE, VIDEO
-from test_architectures import ASK, CLIP, HELLO, MIXED, ONE, Model, answers, logits
 from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor
 
 import vispruner
@@ -51,7 +52,7 @@ def test_a_frame_keeps_its_cls_on_top_of_the_budget(model: Model) -> None:
 def test_videos_need_not_have_8_frames(model: Model, frames: int) -> None:
     inputs = model.prompt([HELLO, Video(frames, (SIZE, SIZE), seed=1), ASK])
     assert model.counts(inputs)[1][VIDEO] == [6] * frames
-    assert logits(model.pruned, inputs).shape[1] == inputs["input_ids"].shape[1] - frames * (PATCHES - 5)
+    assert cached_tokens(model.pruned, inputs) == inputs["input_ids"].shape[1] - frames * (PATCHES - 5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,10 +87,11 @@ def test_full_prompts_are_those_of_the_stock_processor(model: Model) -> None:
     videos = {"pixel_values_videos": noise((1, 8, 3, SIZE, SIZE), 1)}
     written = VideoLlavaProcessor.replace_image_token(processor, images, 0)
     filmed = VideoLlavaProcessor.replace_video_token(processor, videos, 0)
-    full, _ = model.pruned._count_visual_tokens({PIXELS: next(iter(images.values())), **videos})
+    full, _ = model.pruned.model.count_visual_tokens({PIXELS: next(iter(images.values())), **videos})
     assert full == {IMAGE: [len(written)], VIDEO: [len(filmed) // 8] * 8}
     ids = torch.tensor([[1, *HELLO, *[IMAGE] * len(written), *[VIDEO] * len(filmed), *ASK]])
-    assert logits(model.pruned, {"input_ids": ids, **images, **videos}).shape[1] == ids.shape[1] - 9 * (PATCHES - 5)
+    prompt = {"input_ids": ids, **images, **videos}
+    assert cached_tokens(model.pruned, prompt) == ids.shape[1] - 9 * (PATCHES - 5)
 
 
 def test_both_towers_end_at_the_layer_that_is_used(model: Model) -> None:

@@ -24,11 +24,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.clip.modeling_clip import CLIPAttention, eager_attention_forward
 
 import vispruner
-from vispruner import visual_attention
+from vispruner import cpu_workarounds, visual_attention
+from vispruner.cpu_workarounds import FAST_ROWS, SLOW_ROWS
 from vispruner.token_selection import SELECTORS
 from vispruner.visual_attention import (
-    FAST_ROWS,
-    SLOW_ROWS,
     Reading,
     SaliencyTap,
     cls_saliency,
@@ -423,7 +422,7 @@ def test_appended_tokens_change_nothing(
     asked = {"output_hidden_states": True, "output_attentions": attention == "eager"}
     expected = stock.model.vision_tower(picture, **asked)
     # Whatever attended to these would be no number either.
-    monkeypatch.setattr(visual_attention.F, "pad", functools.partial(torch.nn.functional.pad, value=torch.nan))
+    monkeypatch.setattr(cpu_workarounds.F, "pad", functools.partial(torch.nn.functional.pad, value=torch.nan))
     with rows_in(ours) as rows:
         found, tokens = ours.model.encode(picture, None, **asked)
     assert rows == {FAST_ROWS}

@@ -1,0 +1,136 @@
+"""The options that one call runs under, and what it pruned: kept per thread, so that no call disturbs another."""
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How many visual tokens each image of a call has in a full prompt, and how many of them were kept.
+
+    What is called an image here is what a prompt has a run of placeholders for: an image, a tile, a frame or a video.
+    """
+
+    full_counts: tuple[int, ...]
+    kept_counts: tuple[int, ...]
+
+    def __str__(self) -> str:
+        pairs = [f"{kept} of {full}" for full, kept in zip(self.full_counts, self.kept_counts, strict=True)]
+        if len(pairs) == 1:
+            return f"{pairs[0]} visual tokens kept"
+        total = f"{sum(self.kept_counts)} of {sum(self.full_counts)} visual tokens kept"
+        return f"{total}, in {len(pairs)} images: {', '.join(pairs)}" if pairs else "no image"
+
+
+@dataclass
+class Call:
+    """One call in progress: its `vispruner_config`, validated, and what has been noted of it.
+
+    is_short  `generate` has shortened the prompt: all that runs within it is about short prompts
+    """
+
+    vispruner_config: dict[str, Any]
+    options: VisPrunerOptions
+    pruning: Pruning | None = None
+    is_short: bool = False
+
+
+class _Calls(threading.local):
+    def __init__(self) -> None:
+        self.open: dict[int, Call] = {}  # by the id of the model
+        self.last: weakref.WeakKeyDictionary[Any, Pruning] = weakref.WeakKeyDictionary()
+
+
+_calls = _Calls()
+
+
+class CallOptionsMixin:
+    """For the base model: options per call. What a call begins with holds to its end, whatever is set meanwhile."""
+
+    config: Any
+
+    @property
+    def vispruner_options(self) -> VisPrunerOptions:
+        """The options of the call in progress in this thread, else those of the config."""
+        call = self.open_call
+        return VisPrunerOptions.from_dict(self._stored_config()) if call is None else call.options
+
+    @property
+    def open_call(self) -> Call | None:
+        """The call in progress in this thread."""
+        return _calls.open.get(id(self))
+
+    @property
+    def is_in_generate(self) -> bool:
+        """True while `generate` runs, which has shortened the prompt."""
+        call = self.open_call
+        return call is not None and call.is_short
+
+    @property
+    def last_pruning(self) -> Pruning | None:
+        """What this thread's last call with images pruned; None before the first."""
+        return _calls.last.get(self)
+
+    @contextmanager
+    def call_with(self, changes: Mapping[str, Any] | None = None) -> Iterator[Call]:
+        """Open a call under the config's options with `changes` laid over them; within another call, that one goes on.
+
+        Raises ValueError naming the field that cannot be changed or is wrong.
+        """
+        outer = self.open_call
+        if outer is not None and not changes:
+            yield outer
+            return
+        stored = self._stored_config() if outer is None else outer.vispruner_config
+        config = self._merged_for_one_call(stored, changes) if changes else stored
+        with self._open(Call(config, VisPrunerOptions.from_dict(config))) as call:
+            if changes:
+                self.check_options()
+            yield call
+        if call.pruning is not None:
+            _calls.last[self] = call.pruning
+
+    @contextmanager
+    def _open(self, call: Call) -> Iterator[Call]:
+        outer = self.open_call
+        _calls.open[id(self)] = call
+        try:
+            yield call
+        finally:
+            if outer is None:
+                del _calls.open[id(self)]
+            else:
+                _calls.open[id(self)] = outer
+
+    @staticmethod
+    def _merged_for_one_call(stored: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        merged = merge_vispruner_config(stored, dict(changes))
+        if merged["codebook"] != stored.get("codebook"):
+            raise ValueError(
+                "vispruner_config.codebook cannot be changed for one call, since it is read from a file: use "
+                "model.set_vispruner_config(codebook=...)"
+            )
+        return merged
+
+    def require_usable(self, vispruner_config: dict[str, Any]) -> None:
+        """Raise ValueError with the remedy when this model cannot be pruned under a complete `vispruner_config`."""
+        with self._open(Call(vispruner_config, VisPrunerOptions.from_dict(vispruner_config))):
+            self.check_options()
+
+    def _stored_config(self) -> dict[str, Any]:
+        stored = getattr(self.config, "vispruner_config", None)
+        if stored is None:
+            raise ValueError(
+                "config.vispruner_config is missing: pass vispruner_config={'visual_token_num': 128} to "
+                "from_pretrained, or {'method': 'none'} for the dense model"
+            )
+        return stored
+
+    def check_options(self) -> None:
+        """Raise ValueError with the remedy when this model cannot be pruned under the options of the call."""
