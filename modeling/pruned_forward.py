@@ -366,14 +366,16 @@ def _require_length(cache: Any, expected: int) -> None:
 def _spread(outputs: Any, columns: KeptColumns, past: int) -> Any:
     """Give what has an entry per column the length of the full prompt, zeros where a token was dropped."""
     outputs.last_hidden_state = columns.spread(outputs.last_hidden_state)
-    if (states := outputs.get("hidden_states")) is not None:
-        outputs.hidden_states = tuple(columns.spread(state) for state in states)
+    if (states := outputs.get("hidden_states")) is not None:  # of some layers only, where a call asks for these
+        outputs.hidden_states = tuple(None if state is None else columns.spread(state) for state in states)
     if (attentions := outputs.get("attentions")) is not None:
         outputs.attentions = tuple(_spread_attention(layer, columns, past) for layer in attentions)
     return outputs
 
 
-def _spread_attention(attention: torch.Tensor, columns: KeptColumns, past: int) -> torch.Tensor:
+def _spread_attention(attention: torch.Tensor | None, columns: KeptColumns, past: int) -> torch.Tensor | None:
     """Bring (B, heads, W, past + W) to (B, heads, S, past + S)."""
+    if attention is None:
+        return None
     rows = columns.spread(attention, dim=2)
     return torch.cat([rows[..., :past], columns.spread(rows[..., past:], dim=3)], dim=-1)
