@@ -445,7 +445,7 @@ def probe(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> dic
 
 def _best_seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
+    while best == float("inf") or time.perf_counter() < until:
         begin = time.perf_counter()
         call()
         if device.type == "cuda":

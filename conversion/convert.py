@@ -270,7 +270,7 @@ def _expected_shapes(kind: str, config: dict[str, Any]) -> dict[str, tuple[int, 
     shapes = {}
     for name, tensor in state.items():
         inner = name.removeprefix(keys.TOWER_PREFIX)
-        if inner != name and not inner.startswith("vision_model."):  # flattened from transformers 5.23 on
+        if inner != name and not inner.startswith("vision_model."):  # newer transformers have it flat
             name = f"{keys.TOWER_PREFIX}vision_model.{inner}"
         shapes[name] = tuple(tensor.shape)
     return shapes

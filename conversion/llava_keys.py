@@ -19,7 +19,7 @@ KEY_MAP = (
 
 TOWER_KEY_MAP = (
     (r"vision_model\.(.+)", r"model.vision_tower.vision_model.\1"),
-    # CLIPVisionModel as transformers 5.23 saves it, without the inner name
+    # CLIPVisionModel as newer transformers save it, without the inner name
     (r"((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)", r"model.vision_tower.vision_model.\1"),
 )
 

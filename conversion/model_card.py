@@ -16,12 +16,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from vispruner import ARCHITECTURES, SELECTORS, VisPrunerOptions, __version__
+from vispruner.stock_versions import OLDEST_SUPPORTED
 
 from .checkpoint_io import read_json
 from .repo_config import EMBEDDED_PREFIX, RESULTS, RepoConfig, as_list
 
 TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
-REQUIRES = "5.17 or a later 5.x"
+REQUIRES = f"{OLDEST_SUPPORTED} or a later {OLDEST_SUPPORTED.partition('.')[0]}.x"
 TAGS = ("vispruner", "visual-token-pruning")
 TASK = "image-text-to-text"
 UNKNOWN_VERSION = "0+unknown"

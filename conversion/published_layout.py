@@ -21,7 +21,7 @@ from vispruner import ARCHITECTURES
 
 # Buffers that old versions of transformers saved and that every model now computes itself.
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
-# CLIP and SigLIP towers lost this level in transformers 5; older versions and vLLM read names only with it.
+# CLIP and SigLIP towers have lost this level; vLLM and older transformers read names only with it.
 TOWER_LEVEL = "vision_model"
 
 VISION_LAYER = re.compile(r"model\.\w+\.(?:vision_model\.)?encoder\.layers?\.(\d+)\.")

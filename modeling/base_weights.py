@@ -21,7 +21,7 @@ LOADING_OPTIONS = ("dtype", "torch_dtype", "quantization_config", "trust_remote_
 
 @dataclass(frozen=True)
 class ThinRepo:
-    """A repo without weights, and where they are; `commit` is its own, where transformers (5.17) has noted it."""
+    """A repo without weights, and where they are; `commit` is its own, where transformers has noted it."""
 
     name: str
     commit: str | None
@@ -45,7 +45,7 @@ class ThinRepo:
             source = self.name if config is None else config
             config, arguments = config_class.from_pretrained(source, return_unused_kwargs=True, **where, **arguments)
             arguments.update(held)
-        config._commit_hash = None  # else transformers 5.17 looks for the thin repo's commit in the base
+        config._commit_hash = None  # else older transformers look for the thin repo's commit in the base
         # The loaded model has its weights: what is saved from it is a full repo.
         stored = getattr(config, "vispruner_config", None)
         config.vispruner_config = merge_vispruner_config(stored, {"weights": "full"})

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
 
 
@@ -134,3 +136,24 @@ class CallOptionsMixin:
 
     def check_options(self) -> None:
         """Raise ValueError with the remedy when this model cannot be pruned under the options of the call."""
+
+
+class TokenCounts:
+    """What `visual_token_counts` is: to be called, and short when printed."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+
+    def __call__(
+        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **arguments: Any
+    ) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full prompt and those that are kept.
+
+        image_sizes, arguments  what the processor returned beside pixel_values to describe the images
+        """
+        sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
+        with self.base.call_with(arguments.pop("vispruner_config", None)):
+            return self.base.image_token_counts(pixel_values, **sizes, **arguments)
+
+    def __repr__(self) -> str:
+        return "visual_token_counts(pixel_values, image_sizes=None, ...); last_pruning tells of the last call"

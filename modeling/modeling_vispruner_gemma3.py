@@ -32,6 +32,7 @@ class VisPrunerGemma3Model(TileEncoderMixin, Gemma3Model):
 
     config_class = VisPrunerGemma3Config
     modalities = (Modality("image", "pixel_values", (), "image_token_id"),)
+    wrong_in_stock = {"prefill_chunk_size": "an image sees itself in both directions, so it cannot be cut"}
     has_cls_token = False
     budget_unit = "image or crop of an image"
 

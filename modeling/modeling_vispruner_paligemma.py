@@ -38,6 +38,10 @@ class VisPrunerPaliGemmaModel(TileEncoderMixin, PaliGemmaModel):
 
     config_class = VisPrunerPaliGemmaConfig
     modalities = (Modality("image", "pixel_values", (), "image_token_id"),)
+    wrong_in_stock = {
+        "prefill_chunk_size": "a prompt sees itself in both directions, so it cannot be cut",
+        "assistant_model": "a prompt sees itself in both directions, and so would the tokens that are proposed",
+    }
     has_cls_token = False
 
     forward = forward_of(PaliGemmaModel)

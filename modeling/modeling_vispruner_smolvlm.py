@@ -11,6 +11,7 @@ from transformers import (
 
 from .configuration_vispruner import VisPrunerConfigMixin
 from .idefics3_encoder import IDEFICS3_IMAGES, Idefics3EncoderMixin
+from .prompt_reading import find_placeholders
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
 
@@ -34,6 +35,18 @@ class VisPrunerSmolVLMModel(Idefics3EncoderMixin, SmolVLMModel):
         real = super().real_tiles(tiles)
         real[0] |= ~real.any()  # as stock does: something must be encoded
         return real
+
+    def inputs_merger(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """Put visual tokens in the place of placeholders; older stock, which alone asks, has blocks of one size."""
+        flags = find_placeholders(
+            {"input_ids": input_ids, "inputs_embeds": None if input_ids is not None else inputs_embeds},
+            self.placeholder_ids,
+            self.get_input_embeddings(),
+        )
+        mask = flags[self.config.image_token_id][..., None]
+        return inputs_embeds.masked_scatter(mask, image_hidden_states.to(inputs_embeds))
 
 
 class VisPrunerSmolVLMForConditionalGeneration(VisPrunerMixin, SmolVLMForConditionalGeneration, GenerationMixin):

@@ -258,9 +258,9 @@ def find_placeholders(
     inputs: Mapping[str, Any], tokens: Sequence[int], embed: torch.nn.Module
 ) -> dict[int, torch.Tensor]:
     """Return per placeholder id where (B, S) the prompt has it; in embeddings, as stock does, by comparing them."""
-    if (ids := inputs.get("input_ids")) is not None and inputs.get("inputs_embeds") is None:
-        return {token: ids == token for token in tokens}
-    embeds = inputs["inputs_embeds"]
+    embeds = inputs.get("inputs_embeds")
+    if embeds is None:
+        return {token: inputs["input_ids"] == token for token in tokens}
     with torch.no_grad():
         made = embed(torch.tensor(list(tokens), device=embeds.device)).to(embeds.device)
     return {token: (embeds == one).all(-1) for token, one in zip(tokens, made, strict=True)}

@@ -244,7 +244,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         device = outputs.pooler_output[0].device if len(outputs.pooler_output) else None
         placeholders = [torch.arange(count, device=device) for count in counts]
         kept_indices = list(placeholders) if kept_indices is None else kept_indices
-        return PrunedImageFeatures(**outputs, kept_indices=kept_indices, placeholders=placeholders, full_counts=counts)
+        fields = {**outputs, "pooler_output": outputs.pooler_output}  # which the mapping may lack, set afterwards
+        return PrunedImageFeatures(**fields, kept_indices=kept_indices, placeholders=placeholders, full_counts=counts)
 
     def pruned_output(self, outputs: Any, asked: Mapping[str, Any], **pruned: Any) -> PrunedImageFeatures:
         """Return what `get_image_features` does: of the encoder's output what stock gives, and the fields of `pruned`.

@@ -84,6 +84,7 @@ class PrunedForwardMixin(CallOptionsMixin):
     modalities: tuple[Modality, ...] = (IMAGES,)
     image_names: tuple[str, ...] = ()  # all that stock has called the pixels of images, where it had several names
     default_position_policy = "renumber"
+    wrong_in_stock: dict[str, str] = {}  # options of generate that it gets wrong where a prompt has images, and why
     get_input_embeddings: Callable[[], Any]
 
     @property
@@ -98,12 +99,13 @@ class PrunedForwardMixin(CallOptionsMixin):
     def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
         """Call `stock_forward` on a prompt as short as its images have tokens; `inputs` are forward's own."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        if torch.compiler.is_compiling():  # how many columns fall cannot be traced: stock checks that none need to
-            return stock_forward(**self._compiled_inputs(inputs))
         head: HeadCall | None = inputs.pop("vispruner_head", None)
         return_dict = inputs.pop("return_dict", None)
-        with self.call_with(inputs.pop("vispruner_config", None)):
-            outputs = self._prune_and_run(stock_forward, self.named_as_stock(inputs), head or HeadCall())
+        if torch.compiler.is_compiling():  # how many columns fall cannot be traced: stock checks that none need to
+            outputs = self._run_stock(stock_forward, self._compiled_inputs(inputs))
+        else:
+            with self.call_with(inputs.pop("vispruner_config", None)):
+                outputs = self._prune_and_run(stock_forward, self.named_as_stock(inputs), head or HeadCall())
         if head is not None:  # which makes a tuple of its own output
             return outputs
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
@@ -148,7 +150,6 @@ class PrunedForwardMixin(CallOptionsMixin):
         return given
 
     def _compiled_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs.pop("vispruner_head", None)
         if inputs.pop("vispruner_config", None):
             raise ValueError("vispruner_config cannot be given per call in compiled code: use set_vispruner_config")
         inputs = self.named_as_stock(inputs)

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .call_options import Pruning
+from .call_options import Pruning, TokenCounts
 from .configuration_vispruner import merge_vispruner_config
 from .cpu_workarounds import give_lm_head_its_own_rows
 from .encoded_images import EncodedImages
@@ -48,6 +48,11 @@ MODEL_INPUTS = (
     "streamer",
 )
 
+# Options of generate that stock gets wrong where a prompt has images, and why.
+WRONG_IN_THIS_VERSION = (
+    {} if SLICES_FEATURES else {"prefill_chunk_size": "older transformers gets it wrong; upgrade it"}
+)
+
 
 class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
     """For the ForConditionalGeneration class. Modifications against stock:
@@ -60,10 +65,10 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
     base_class  the base model's class; it says which modalities there are
     """
 
-    base_class: type
-    modalities: tuple[Modality, ...]
-    default_position_policy: str
-    renamed_inputs: dict[str, str]  # names that processors may use, and what stock calls them
+    base_class: Any = None
+    modalities: tuple[Modality, ...] = ()
+    default_position_policy: str = ""
+    renamed_inputs: dict[str, str] = {}  # names that processors may use, and what stock calls them
     model: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -73,14 +78,13 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
             if stock in names.values():
                 names[cls.__name__] = cls.__name__
-        base: Any = cls.base_class
+        base = cls.base_class
         cls.modalities, cls.default_position_policy = base.modalities, base.default_position_policy
         cls.renamed_inputs = dict.fromkeys(base.image_names, base.modalities[0].pixels)
 
     def __init__(self, config: Any) -> None:
-        super(stock_class_of(type(self)), self).__init__(
-            config
-        )  # that of the stock class itself would build a stock model
+        # That of the stock class itself would build a stock model.
+        super(stock_class_of(type(self)), self).__init__(config)
         self.model = self.base_class(config)
         text = config.get_text_config()
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
@@ -138,8 +142,6 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
 
     def pruned_forward(self, stock_forward: Callable, inputs: dict[str, Any]) -> Any:
         """Call stock `forward`, whose base model shortens the prompt; only labels of tokens that stay count."""
-        if torch.compiler.is_compiling():
-            return stock_forward(**inputs)
         inputs = {name: value for name, value in inputs.items() if value is not None}
         return_dict = inputs.pop("return_dict", None)
         outputs = stock_forward(**self.model.named_as_stock(inputs), vispruner_head=HeadCall(), return_dict=True)
@@ -266,11 +268,9 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         if earlier is not None and columns is not None:
             _require_images_in_cache(prompt, columns, cached_length(arguments))
         option = functools.partial(self._option, arguments=arguments, config=config)
-        if not SLICES_FEATURES and option("prefill_chunk_size") is not None:
-            raise ValueError(
-                "this version of transformers cannot chunk the prefill of a prompt with images: upgrade transformers, "
-                "or leave out prefill_chunk_size"
-            )
+        for name, reason in {**base.wrong_in_stock, **WRONG_IN_THIS_VERSION}.items():
+            if option(name) is not None:
+                raise ValueError(f"{name} is not to be had for a prompt with images: {reason}. Leave it out")
         if option("prompt_lookup_num_tokens"):  # it would propose placeholders, which stand for no image
             arguments["suppress_tokens"] = [*(option("suppress_tokens") or []), *base.placeholder_ids]
         if earlier is None and (TAKES_FEATURES or "assistant_model" not in arguments):
@@ -330,27 +330,6 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             return arguments[name]
         value = getattr(config, name, None)
         return getattr(self.generation_config, name, None) if value is None else value
-
-
-class TokenCounts:
-    """What `visual_token_counts` is: to be called, and short when printed."""
-
-    def __init__(self, base: Any) -> None:
-        self.base = base
-
-    def __call__(
-        self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **arguments: Any
-    ) -> tuple[list[int], list[int]]:
-        """Return per image the visual tokens of a full prompt and those that are kept.
-
-        image_sizes, arguments  what the processor returned beside pixel_values to describe the images
-        """
-        sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
-        with self.base.call_with(arguments.pop("vispruner_config", None)):
-            return self.base.image_token_counts(pixel_values, **sizes, **arguments)
-
-    def __repr__(self) -> str:
-        return "visual_token_counts(pixel_values, image_sizes=None, ...); last_pruning tells of the last call"
 
 
 def labels_that_stay(arguments: dict[str, Any], columns: KeptColumns) -> dict[str, Any]:

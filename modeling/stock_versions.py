@@ -22,16 +22,32 @@ logger = logging.get_logger(f"transformers.{__name__}")
 OLDEST_SUPPORTED = "5.17"
 NEWEST_TESTED = "5.24"
 
-_forward = inspect.signature(LlavaForConditionalGeneration.forward).parameters
+
+def versions() -> str:
+    """Name what an error report needs: the installed transformers, and the newest that this code was tested with."""
+    return f"transformers {transformers.__version__}, tested up to {NEWEST_TESTED}"
+
+
+def _known_name(names: Sequence[str], stock: type) -> str:
+    """Return the first of several names that `forward` of a stock class takes."""
+    taken = inspect.signature(stock.forward).parameters  # type: ignore[attr-defined]
+    found = next((name for name in names if name in taken), None)
+    if found is None:
+        raise ImportError(
+            f"{stock.__name__}.forward takes neither {' nor '.join(names)}: this VisPruner code does not work with "
+            f"{versions()}. Install transformers {NEWEST_TESTED}, or update what this code came from"
+        )
+    return found
+
 
 # What `forward`, `generate` and their outputs call the KV cache: until 5.23 "past_key_values". 5.24 renamed
 # it and warns of the old name, which goes in 5.40. Callers may use either. When 5.23 is dropped, CACHE is "cache".
 CACHE_NAMES = ("cache", "past_key_values")
-CACHE = next(name for name in CACHE_NAMES if name in _forward)
+CACHE = _known_name(CACHE_NAMES, LlavaForConditionalGeneration)
 
 # From 5.18 on, `forward` takes images that were encoded before, as `mm_encoder_outputs`. When 5.17 is dropped, this is
 # true, and whatever asks for its opposite goes.
-TAKES_FEATURES = "mm_encoder_outputs" in _forward
+TAKES_FEATURES = "mm_encoder_outputs" in inspect.signature(LlavaForConditionalGeneration.forward).parameters
 
 # From 5.23 on, a prefill in chunks hands each chunk the features of its own images; before, every chunk got all of
 # them, and answers were wrong without a word. When 5.22 is dropped, this is true.
@@ -48,9 +64,7 @@ JOINS_TILES = "num_real_images_per_batch" in inspect.unwrap(Idefics3Model.get_im
 # Video-LLaVA's images: until 5.20 the second name, since 5.21 the first; its processor has used both. When 5.20 is
 # dropped, VIDEO_LLAVA_IMAGES is "pixel_values".
 VIDEO_LLAVA_IMAGE_NAMES = ("pixel_values", "pixel_values_images")
-VIDEO_LLAVA_IMAGES = next(
-    name for name in VIDEO_LLAVA_IMAGE_NAMES if name in inspect.signature(VideoLlavaModel.forward).parameters
-)
+VIDEO_LLAVA_IMAGES = _known_name(VIDEO_LLAVA_IMAGE_NAMES, VideoLlavaModel)
 
 
 def by_stock_name(inputs: Mapping[str, Any], names: Sequence[str], stock_name: str) -> dict[str, Any]:
@@ -91,14 +105,14 @@ def merge_features(
     return {**others, "inputs_embeds": embeds}
 
 
-def versions() -> str:
-    """Name what an error report needs: the installed transformers, and the newest that this code was tested with."""
-    return f"transformers {transformers.__version__}, tested up to {NEWEST_TESTED}"
+def is_untested() -> bool:
+    """True when a newer minor version of transformers is installed than any that this code was tested with."""
+    return _release(transformers.__version__) > _release(NEWEST_TESTED)
 
 
 def warn_if_untested() -> None:
-    """Say once when the installed transformers is newer than any that this code was tested with."""
-    if _release(transformers.__version__) > _release(NEWEST_TESTED):
+    """Say once that `is_untested`, and what to do."""
+    if is_untested():
         logger.warning_once(
             f"This VisPruner code was tested with transformers up to {NEWEST_TESTED}; {transformers.__version__} is "
             f"installed. If answers look wrong, install transformers {NEWEST_TESTED}, or update what this code came "

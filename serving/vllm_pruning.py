@@ -25,7 +25,7 @@ from .launch_options import merged_options, readings, side_of_tile
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers say
 
-# What transformers 5 saves lacks a level of the tower's names that vLLM's own LLaVA expects.
+# What transformers saves lacks a level of the tower's names that vLLM's own LLaVA expects.
 TOWER_NAMES = WeightsMapper(
     orig_to_new_regex={re.compile(r"^(model\.)?vision_tower\.(?!vision_model\.)"): "vision_tower.vision_model."}
 )

@@ -81,7 +81,7 @@ def test_convert_build_verify_load_answer(converted: tuple[str, Path], tmp_path:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     full, kept = (int(word) for word in done.stdout.split()[-2:])

@@ -213,6 +213,35 @@ def test_a_release_is_what_every_run_has_built_installed_and_tried() -> None:
     assert workflow["jobs"]["publish"]["needs"] == "build"
 
 
+def test_every_week_the_core_tests_run_on_what_comes_next() -> None:
+    workflow = yaml.load((ROOT / ".github" / "workflows" / "weekly.yml").read_text(), yaml.BaseLoader)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert all(len(event["cron"].split()) == 5 for event in workflow["on"]["schedule"])
+    (job,) = workflow["jobs"].values()
+    installs = {entry["name"]: entry["install"] for entry in job["strategy"]["matrix"]["include"]}
+    assert {name for name, install in installs.items() if ".ci/constraints.txt" not in install} == {"newest torch"}
+    assert "git+" in installs["main branch of transformers"]
+    assert "continue-on-error" not in str(job) and job["strategy"]["fail-fast"] == "false"
+    assert 'pytest -m "not slow"' in [step.get("run") for step in job["steps"]]
+
+
+def test_the_pythons_named_are_those_that_were_tried() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    tried = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert f'requires-python = ">={tried[0]}"' in project
+    assert f"Python {tried[0]} or newer (tried up to {tried[-1]})" in README
+
+
+def test_continuous_integration_holds_torch_and_users_do_not() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    assert '"torch>=2.9",' in project and re.search(r'"torchvision>=[\d.]+"', project)
+    held = re.findall(r"^(\w+)==[\d.]+$", (ROOT / ".ci" / "constraints.txt").read_text(), re.MULTILINE)
+    assert held == ["torch", "torchvision"]
+    for script in (".ci/run", ".github/workflows/ci.yml"):
+        text = (ROOT / script).read_text()
+        assert "cp .ci/constraints.txt" in text and "PIP_CONSTRAINT=" in text
+
+
 def test_importing_the_package_needs_no_test_dependency() -> None:
     blocked = ("pytest", "hypothesis", "skimage", "matplotlib", "peft", "scipy", "sklearn", "easy_vqa")
     script = (

@@ -186,7 +186,7 @@ def launch(launcher: str, *options: str, cwd: Path) -> Any:
     def run(*script: object) -> None:
         command = [sys.executable, "-m", launcher, *options, *map(str, script)]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
 
     return run

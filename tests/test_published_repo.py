@@ -87,7 +87,7 @@ class Site:
             env=self.environment(home, **more),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
 

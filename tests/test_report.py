@@ -96,7 +96,7 @@ def test_chromium_renders_pictures_frames_and_marks(page: Path, tmp_path: Path) 
     shot = tmp_path / "shot.png"
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     profile = [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1800", f"--screenshot={shot}"]
-    subprocess.run([*command, *profile, page.as_uri()], check=True, capture_output=True, timeout=120)
+    subprocess.run([*command, *profile, page.as_uri()], check=True, capture_output=True, timeout=600)
     with Image.open(shot) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     for colour in (IMPORTANT, DIVERSE):

@@ -55,7 +55,7 @@ class Server:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             return answer.read().decode()
 
     def ask(self, question: str, images: int = 1) -> dict[str, Any]:
@@ -103,11 +103,11 @@ def serving(repo: Path, log: Path, *options: str) -> Iterator[Server]:
             yield Server(repo, port, log)
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            process.wait(timeout=600)
 
 
 def wait_until_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while True:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
         try:

@@ -98,7 +98,7 @@ def test_vllm_finds_the_plugin_by_an_entry_point_and_tests_do_not_install_vllm()
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     entry_point = '[project.entry-points."vllm.general_plugins"]\nvispruner = "vispruner.serving.vllm_plugin:register"'
     assert entry_point in project
-    assert re.findall(r"^.*vllm[<>=].*$", project, re.MULTILINE) == ['vllm = ["vllm>=0.32,<0.33"]']
+    assert re.findall(r"^.*vllm[<>=].*$", project, re.MULTILINE) == ['vllm = ["vllm>=0.32,<0.34"]']
 
 
 # What a launch means

@@ -67,6 +67,18 @@ def appended(model: Model, inputs: dict[str, Any], new: torch.Tensor, seen: torc
     return longer
 
 
+def stock_returns_tuples(model: Model) -> bool:
+    """Say whether stock runs where its config asks for tuples: some of it reads its own outputs by name."""
+    model.stock.config.return_dict = False
+    try:
+        model.stock(**model.prompt(ONE), use_cache=False)
+    except AttributeError:
+        return False
+    finally:
+        model.stock.config.return_dict = True
+    return True
+
+
 def log_probs(output: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return output.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
@@ -103,6 +115,8 @@ class TestShapes:
             for as_tuple in (which(**copy.copy(inputs), use_cache=False, return_dict=False),):
                 assert isinstance(as_tuple, tuple)
                 assert torch.equal(as_tuple[0], as_dict[0])
+            if not stock_returns_tuples(model):
+                continue
             model.pruned.config.return_dict = False
             try:
                 assert torch.equal(which(**copy.copy(inputs), use_cache=False)[0], as_dict[0])

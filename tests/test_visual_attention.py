@@ -275,7 +275,7 @@ def test_taps_nest(model: Any, stock: Any) -> None:
 
 
 def test_two_threads_encode_different_images_at_once(tiny_llava_repo: Path) -> None:
-    together = threading.Barrier(2, timeout=30)
+    together = threading.Barrier(2, timeout=600)
     names = []
 
     def meet(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
