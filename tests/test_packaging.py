@@ -120,10 +120,14 @@ def run_python_block(
     return namespace
 
 
+def python_block(containing: str) -> str:
+    """Return the first block of Python in the README that has this."""
+    return next(block for block in code_blocks("python") if containing in block)
+
+
 def test_the_readme_s_first_example_runs(tiny_llava_repo: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.jpg")
-    first, _, _ = code_blocks("python")
-    ran = run_python_block(first, tmp_path, {"llava-hf/llava-1.5-7b-hf": str(tiny_llava_repo)})
+    ran = run_python_block(python_block("vispruner.load("), tmp_path, {"llava-hf/llava-1.5-7b-hf": str(tiny_llava_repo)})
     assert ran["model"].config.vispruner_config["visual_token_num"] == 64
     assert bool((ran["output"][:, : ran["inputs"].input_ids.shape[1]] == ran["inputs"].input_ids).all())
 
@@ -136,11 +140,21 @@ def test_the_readme_s_second_question_is_answered_as_if_it_came_with_the_image(
     model.generation_config.max_new_tokens = 8
     questions = [f"USER: <image>\n{text} ASSISTANT:" for text in ("What is this?", "Where is the cat?")]
     given = {"model": model, "processor": processor, "image": photo}
-    _, repeated, _ = code_blocks("python")
-    ran = run_python_block(repeated, tmp_path, {}, {**given, "question": questions[0], "other_question": questions[1]})
+    ran = run_python_block(python_block("encode_images"), tmp_path, {}, {**given, "question": questions[0], "other_question": questions[1]})
     for question, answer in zip(questions, (ran["first"], ran["second"]), strict=True):
         inputs = processor(images=photo, text=question, return_tensors="pt")
         assert answer[0, -8:].tolist() == model.generate(**inputs)[0, -8:].tolist()
+
+
+def test_the_readme_s_budget_of_one_call_holds_for_that_call(
+    tiny_llava_repo: Path, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = vispruner.load(str(tiny_llava_repo), visual_token_num=16)
+    processor = AutoProcessor.from_pretrained(tiny_llava_repo)
+    inputs = processor(images=photo, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+    run_python_block(python_block("last_pruning"), tmp_path, {}, {"model": model, "inputs": inputs})
+    assert capsys.readouterr().out == "32 of 64 visual tokens kept\n"
+    assert model.config.vispruner_config["visual_token_num"] == 32
 
 
 def test_the_readme_s_check_tells_pruned_from_dense(tiny_llava_repo: Path, tmp_path: Path) -> None:
@@ -150,7 +164,7 @@ def test_the_readme_s_check_tells_pruned_from_dense(tiny_llava_repo: Path, tmp_p
         "vispruner_config: {visual_token_num: 16}\n"
     )
     repo = build_repo(config, tmp_path / "repo", show_progress=False)
-    _, _, second = code_blocks("python")
+    second = python_block("pipeline(")
     names = {"someone/llava-1.5-7b-vispruner": str(repo)}
     run_python_block(second, tmp_path, names)
     with pytest.raises(AssertionError, match="this is the dense model"):
