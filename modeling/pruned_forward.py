@@ -135,9 +135,7 @@ class PrunedForwardMixin(CallOptionsMixin):
 
     def named_as_stock(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return inputs under stock's names, images that were encoded as stock takes them."""
-        given = by_stock_name(inputs, CACHE_NAMES, CACHE)
-        if self.image_names:
-            given = by_stock_name(given, self.image_names, self.modalities[0].pixels)
+        given = self.renamed_as_stock(inputs)
         if (images := given.pop("encoded_images", None)) is not None:
             for name in (FEATURES, self.modalities[0].pixels):
                 if given.pop(name, None) is not None:
@@ -148,6 +146,11 @@ class PrunedForwardMixin(CallOptionsMixin):
             stored = self._stored_config() if call is None else call.vispruner_config
             given[FEATURES] = features_of(given[FEATURES], self.modalities[0].name, stored)
         return given
+
+    def renamed_as_stock(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return inputs with what stock has had several names for under the one of this version."""
+        given = by_stock_name(inputs, CACHE_NAMES, CACHE)
+        return by_stock_name(given, self.image_names, self.modalities[0].pixels) if self.image_names else given
 
     def _compiled_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if inputs.pop("vispruner_config", None):

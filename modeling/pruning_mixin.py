@@ -33,6 +33,8 @@ from .visual_features import only_tokens
 # Under the logger of transformers, so that `transformers serve --log-level` counts.
 logger = logging.get_logger(f"transformers.{__name__}")
 
+OURS = ("encoded_images", "vispruner_config")  # arguments that stock does not have
+
 # Arguments of generate for which None says "not given"; for any other, such as top_k, it is a value. Those of the
 # modalities come on top.
 MODEL_INPUTS = (
@@ -43,8 +45,7 @@ MODEL_INPUTS = (
     *CACHE_NAMES,
     *PER_TOKEN,
     FEATURES,
-    "encoded_images",
-    "vispruner_config",
+    *OURS,
     "streamer",
 )
 
@@ -144,7 +145,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         """Call stock `forward`, whose base model shortens the prompt; only labels of tokens that stay count."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
         return_dict = inputs.pop("return_dict", None)
-        outputs = stock_forward(**self.model.named_as_stock(inputs), vispruner_head=HeadCall(), return_dict=True)
+        outputs = stock_forward(**self.model.renamed_as_stock(inputs), vispruner_head=HeadCall(), return_dict=True)
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     @property
@@ -152,9 +153,8 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         """The loss of stock, or the one that was set, over the labels of the tokens that stay."""
         stock = super().loss_function
 
-        def loss(
-            *args: Any, vispruner_head: HeadCall | None = None, vispruner_config: Any = None, **kwargs: Any
-        ) -> Any:
+        def loss(*args: Any, vispruner_head: HeadCall | None = None, **kwargs: Any) -> Any:
+            kwargs = {name: value for name, value in kwargs.items() if name not in OURS}
             if vispruner_head is not None and vispruner_head.columns is not None:
                 kwargs = labels_that_stay(kwargs, vispruner_head.columns)
             return stock(*args, **kwargs)

@@ -127,7 +127,9 @@ def python_block(containing: str) -> str:
 
 def test_the_readme_s_first_example_runs(tiny_llava_repo: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.jpg")
-    ran = run_python_block(python_block("vispruner.load("), tmp_path, {"llava-hf/llava-1.5-7b-hf": str(tiny_llava_repo)})
+    ran = run_python_block(
+        python_block("vispruner.load("), tmp_path, {"llava-hf/llava-1.5-7b-hf": str(tiny_llava_repo)}
+    )
     assert ran["model"].config.vispruner_config["visual_token_num"] == 64
     assert bool((ran["output"][:, : ran["inputs"].input_ids.shape[1]] == ran["inputs"].input_ids).all())
 
@@ -140,7 +142,12 @@ def test_the_readme_s_second_question_is_answered_as_if_it_came_with_the_image(
     model.generation_config.max_new_tokens = 8
     questions = [f"USER: <image>\n{text} ASSISTANT:" for text in ("What is this?", "Where is the cat?")]
     given = {"model": model, "processor": processor, "image": photo}
-    ran = run_python_block(python_block("encode_images"), tmp_path, {}, {**given, "question": questions[0], "other_question": questions[1]})
+    ran = run_python_block(
+        python_block("encode_images"),
+        tmp_path,
+        {},
+        {**given, "question": questions[0], "other_question": questions[1]},
+    )
     for question, answer in zip(questions, (ran["first"], ran["second"]), strict=True):
         inputs = processor(images=photo, text=question, return_tensors="pt")
         assert answer[0, -8:].tolist() == model.generate(**inputs)[0, -8:].tolist()

@@ -440,10 +440,11 @@ class TestPerCall:
         small = {"vispruner_config": {"keep_ratio": 0.2}}
         images = model.pruned.encode_images(inputs[image.pixels], **described, **small)
         rest = {name: value for name, value in inputs.items() if name != image.pixels}
-        found = answers(model.pruned, {**rest, "encoded_images": images, **small})
-        assert torch.equal(found, answers(model.pruned, {**inputs, **small}))
-        with pytest.raises(ValueError, match="encoded_images were made with"):
-            answers(model.pruned, {**rest, "encoded_images": images})
+        for call in (answers, logits):
+            found = call(model.pruned, {**rest, "encoded_images": images, **small})
+            torch.testing.assert_close(found, call(model.pruned, {**inputs, **small}))
+            with pytest.raises(ValueError, match="encoded_images were made with"):
+                call(model.pruned, {**rest, "encoded_images": images})
 
     def test_what_is_wrong_is_named_and_nothing_changes(self, model: Model) -> None:
         inputs = model.prompt(ONE)
