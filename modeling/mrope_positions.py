@@ -38,7 +38,7 @@ class MRoPE(Original):
             )
         return self._number(prompt)
 
-    def in_generate(self, prompt: Prompt) -> torch.Tensor | None:
+    def in_generate(self, prompt: Prompt) -> torch.Tensor:
         """Return (4, B, S): the place among the tokens, time, height, width."""
         place = super().in_generate(prompt)
         return torch.cat([place[None], self._number(prompt)])

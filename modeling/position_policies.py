@@ -51,7 +51,7 @@ class Original(Renumbered):
         start = self.first + prompt.positions_before
         return (start + torch.arange(prompt.width, device=prompt.device)).expand(prompt.rows, -1)
 
-    def in_generate(self, prompt: Prompt) -> torch.Tensor | None:
+    def in_generate(self, prompt: Prompt) -> torch.Tensor:
         """Return (B, S): the tokens, counted without padding."""
         if prompt.mask is None:
             return torch.arange(prompt.width, device=prompt.device).expand(prompt.rows, -1)

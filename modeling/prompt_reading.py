@@ -188,7 +188,7 @@ class Prompt:
                         f"{name} must have an entry for each of the {self.width} tokens of the prompt, "
                         f"got {tuple(values.shape)}"
                     )
-                inputs[name] = columns.take(values, padding)
+                inputs[name] = columns.take(values.reshape(self.rows, -1), padding)
         if (mask := columns.mask(self.mask)) is not None:
             inputs["attention_mask"] = self._behind_cache(mask)
         return inputs
@@ -198,11 +198,12 @@ class Prompt:
         if self.past == 0:
             return mask
         given = self.inputs.get("attention_mask")
-        before = mask.new_ones(len(mask), self.columns_before)
+        before: torch.Tensor | None = mask.new_ones(len(mask), self.columns_before)
         if given is not None and given.shape[1] > self.width:
             before = given[:, : -self.width]
         if self.earlier is not None:
             before = mask_in_cache(self.earlier, self.past, before)
+        assert before is not None  # of a mask, mask_in_cache makes a mask
         return torch.cat([before.to(mask), mask], dim=1)
 
 

@@ -85,7 +85,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
 
     def __init__(self, config: Any) -> None:
         # That of the stock class itself would build a stock model.
-        super(stock_class_of(type(self)), self).__init__(config)
+        super(stock_class_of(type(self)), self).__init__(config)  # type: ignore[arg-type]
         self.model = self.base_class(config)
         text = config.get_text_config()
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
@@ -165,6 +165,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
     def loss_function(self, value: Callable) -> None:
         self._loss_function = value
 
+    @torch.compiler.disable  # how many columns fall cannot be traced; what is compiled within it stays so
     @torch.no_grad()
     def generate(
         self,
@@ -228,7 +229,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             return None
         if ids is not None:
             arguments = {**arguments, "input_ids": ids}
-        if "attention_mask" not in arguments and "inputs_embeds" not in arguments:
+        if ids is not None and "attention_mask" not in arguments and "inputs_embeds" not in arguments:
             arguments |= self._inferred_mask(ids, arguments, config)
         if earlier is not None:
             return self._continued(arguments, earlier)
@@ -340,6 +341,7 @@ def labels_that_stay(arguments: dict[str, Any], columns: KeptColumns) -> dict[st
     """
     shifted = arguments.get("shift_labels")
     given = nn.functional.pad(arguments["labels"], (0, 1), value=IGNORED)[..., 1:] if shifted is None else shifted
+    given = given.reshape(len(columns.index), -1)  # stock takes one row's labels without a batch, too
     targets = columns.targets(given)
     changed: dict[str, Any] = {"labels": nn.functional.pad(targets, (1, 0), value=IGNORED)[..., :-1]}
     if shifted is not None:

@@ -30,6 +30,13 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
     def position_policy(self, name: str | None = None) -> MRoPE:
         return MRoPE(self)
 
+    def named_as_stock(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """As ever, without what tells images from text in ids: embeddings are numbered as text, as stock does."""
+        given = super().named_as_stock(inputs)
+        if given.get("inputs_embeds") is not None and given.get("input_ids") is None:
+            given.pop("mm_token_type_ids", None)  # soft prompts make it too short
+        return given
+
     def must_encode(self, inputs: Mapping[str, Any]) -> bool:
         """As ever; a stock that takes no features is given them as pixels, so all must be features."""
         return super().must_encode(inputs) or (not TAKES_FEATURES and self._has_pixels(inputs))

@@ -269,11 +269,12 @@ def _drop_duplicates(
     """
     norms = _norms(features)
     residual = order[:, important_num:]  # (B, R), stays in attention order
-    compiling = torch.compiler.is_compiling()
-    if kernel_can_run(features.device) and not compiling:
+    # Within torch.func no tensor has its numbers at hand, be it one that is differentiated or not.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if kernel_can_run(features.device) and not traced:
         return keep_in_one_kernel(_cosine_matrix(features, norms, residual), order, important_num, budget, step)
     drops = _drops(residual.shape[1], budget - important_num, step)
-    if features.device.type == "cpu" and not compiling:
+    if features.device.type == "cpu" and not traced:
         diverse = _diverse_image_by_image(features, norms, residual, drops)
     else:
         diverse = residual.gather(1, _surviving_slots(_cosine_matrix(features, norms, residual), drops))

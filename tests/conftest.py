@@ -37,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing["gpu"] = "no accelerator on this machine"
     if find_spec("torchvision") is None or find_spec("num2words") is None:
         missing["video"] = "needs the extra vispruner[video]"
+    if find_spec("trl") is None or find_spec("datasets") is None:
+        missing["trl"] = "needs the extra vispruner[trl]"
     for item in items:
         for marker in missing.keys() & {marker.name for marker in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))

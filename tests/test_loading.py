@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from counting import cached_tokens
+from matrix import ROWS, Model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -331,3 +333,41 @@ def test_without_trust_remote_code_a_pruned_repo_is_the_dense_stock_model(
     pruned = vispruner.load(tmp_path)
     assert type(pruned).__name__.startswith("VisPruner")
     assert cached_tokens(pruned, prompt) < prompt["input_ids"].shape[1]
+
+
+def write_line(repo: Path, line: str) -> None:
+    """Change code that every model of a repo runs, in a file that none of its entries is in."""
+    with (repo / "pruning_mixin.py").open("a") as file:
+        file.write(f"\n{line}\n")
+
+
+def running(loaded: PreTrainedModel, name: str) -> Any:
+    """Look a name up in the file `pruning_mixin.py` that a model runs."""
+    code = next(cls for cls in type(loaded).__mro__ if cls.__name__ == "VisPrunerMixin")
+    return getattr(sys.modules[code.__module__], name, None)
+
+
+@pytest.mark.parametrize("model", ROWS, indirect=True)
+def test_local_repos_of_one_folder_name_run_their_own_code(model: Model, tmp_path: Path) -> None:
+    """Of the same architecture, another one's, and after the code was edited; and each saves what it ran."""
+    other = "llava" if model.row.model_type != "llava" else "internvl"
+    first, second, third = (tmp_path / owner / "pruned" for owner in ("one", "two", "three"))
+    model.pruned.save_pretrained(first)
+    shutil.copytree(first, second)
+    write_line(first, "EDITION = 1")
+    write_line(second, "EDITION = 2")
+    ROWS[other].stock_class(ROWS[other].config()).save_pretrained(tmp_path / "base")
+    vispruner.load(tmp_path / "base", **ROWS[other].options).save_pretrained(third)
+
+    def loaded(repo: Path) -> PreTrainedModel:
+        return AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
+
+    models = [loaded(repo) for repo in (first, second, third)]
+    assert [running(each, "EDITION") for each in models] == [1, 2, None]
+    assert [each.config.model_type for each in models] == [model.row.model_type, model.row.model_type, other]
+    write_line(first, "EDITION = 3")
+    edited = loaded(first)
+    assert [running(each, "EDITION") for each in (edited, models[0], models[1], loaded(second))] == [3, 1, 2, 2]
+    for number, each in ((2, models[1]), (3, edited)):
+        each.save_pretrained(tmp_path / f"saved-{number}")
+        assert (tmp_path / f"saved-{number}" / "pruning_mixin.py").read_text().endswith(f"EDITION = {number}\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from transformers import AutoProcessor
@@ -162,6 +163,26 @@ def test_the_readme_s_budget_of_one_call_holds_for_that_call(
     run_python_block(python_block("last_pruning"), tmp_path, {}, {"model": model, "inputs": inputs})
     assert capsys.readouterr().out == "32 of 64 visual tokens kept\n"
     assert model.config.vispruner_config["visual_token_num"] == 32
+
+
+def test_the_readme_s_log_probs_are_those_of_the_short_prompt(
+    tiny_llava_repo: Path, photo: Image.Image, tmp_path: Path
+) -> None:
+    """Column by column, as generate would score the answer."""
+    model = vispruner.load(str(tiny_llava_repo), visual_token_num=16).eval()
+    processor = AutoProcessor.from_pretrained(tiny_llava_repo)
+    given = {"model": model, "processor": processor, "image": photo, "answer": " It is a cat."}
+    given["question"] = "USER: <image>\nWhat is this? ASSISTANT:"
+    ran = run_python_block(python_block("logits_to_keep"), tmp_path, {}, given)
+    answer = ran["new"][0].tolist()
+    prompt, expected = dict(ran["prompt"]), []
+    for token in answer:
+        step = model.generate(**prompt, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+        expected.append(float(step.logits[0][0].log_softmax(-1)[token]))
+        prompt["input_ids"] = torch.cat([prompt["input_ids"], torch.tensor([[token]])], dim=1)
+        prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    assert len(answer) > 3 and model.last_pruning.kept_counts == (16,)
+    assert ran["log_probs"][0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_readme_s_check_tells_pruned_from_dense(tiny_llava_repo: Path, tmp_path: Path) -> None:

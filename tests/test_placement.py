@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import disk_offload, dispatch_model
 from counting import cached_tokens
+from matrix import ONE, ROWS, SEVERAL, Model, generate, logits
 from PIL import Image
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+import vispruner
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.questions import SCENE, model_inputs
 
@@ -156,6 +163,67 @@ def test_tensor_parallel_ranks_keep_the_tokens_of_one_process(
                 assert found["numbers"][name] == parameter.numel() // 2, name
             if "vision_tower" in name:  # were its heads split, each rank would rank patches by its own
                 assert found["numbers"][name] == parameter.numel(), name
+
+
+def projector_of(model: Any) -> str:
+    """Return the name of what turns features into visual tokens."""
+    names = {name for name, _ in model.named_modules()}
+    (found,) = names & {"model.multi_modal_projector", "model.connector", "model.visual.merger"}
+    return found
+
+
+def device_map_with_on_disk(model: torch.nn.Module, name: str) -> dict[str, str]:
+    """Return what puts one module on disk, and all that is beside it or its parents on the CPU."""
+    device_map, place = {name: "disk"}, ""
+    for step in name.split("."):
+        module = model.get_submodule(place)
+        beside = [*module._modules, *module._parameters, *module._buffers]
+        device_map |= {f"{place}.{part}".strip("."): "cpu" for part in beside if part != step}
+        place = f"{place}.{step}".strip(".")
+    return device_map
+
+
+@pytest.mark.parametrize("way", ["disk_offload", "device_map"])
+@pytest.mark.parametrize("model", ROWS, indirect=True)
+def test_a_projector_on_disk(model: Model, way: str, tmp_path: Path) -> None:
+    """Whatever is used of it outside its own forward would be missing."""
+    inputs, name = model.prompt(ONE, SEVERAL), projector_of(model.pruned)
+    if way == "disk_offload":
+        split = copy.deepcopy(model.pruned)
+        disk_offload(split.get_submodule(name), tmp_path, execution_device=torch.device("cpu"))
+    else:
+        device_map = device_map_with_on_disk(model.pruned, name)
+        settings = {"device_map": device_map, "offload_folder": tmp_path, "attn_implementation": "eager"}
+        split = vispruner.load(model.folder, **model.row.options, **settings).eval()
+    assert {parameter.device.type for parameter in split.get_submodule(name).parameters()} == {"meta"}
+    assert torch.equal(logits(split, inputs), logits(model.pruned, inputs))
+    assert torch.equal(generate(split, inputs), generate(model.pruned, inputs))
+    assert cached_tokens(split, inputs) < inputs["input_ids"].shape[1]
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[Any]:
+    """A group of this process alone, and its mesh."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("model", ROWS, indirect=True)
+def test_fully_sharded_with_the_projector_as_a_unit_of_its_own(model: Model, one_process: Any) -> None:
+    inputs = model.prompt(ONE, SEVERAL)
+    sharded, whole = copy.deepcopy(model.pruned), copy.deepcopy(model.pruned)
+    for unit in (sharded.get_submodule(projector_of(sharded)), *sharded.model.get_decoder().layers, sharded):
+        fully_shard(unit, mesh=one_process)
+    assert torch.equal(logits(sharded, inputs), logits(whole, inputs))
+    assert torch.equal(generate(sharded, inputs), generate(whole, inputs))
+    for each in (sharded, whole):
+        each(**copy.copy(inputs), labels=inputs["input_ids"]).loss.backward()
+    expected = dict(whole.named_parameters())
+    for name, parameter in sharded.named_parameters():
+        assert (parameter.grad is None) == (expected[name].grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad.full_tensor(), expected[name].grad)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from counting import PeakBytes, cached_tokens
 from matrix import (
     ASK,
     HELLO,
+    NEW,
     ONE,
     ROWS,
     SEVERAL,
@@ -34,6 +35,7 @@ from matrix import (
     type_of_new_tokens,
 )
 from rows import Image
+from torch.func import functional_call, grad
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
@@ -251,6 +253,24 @@ class TestLosses:
         twice = model.pruned(**copy.copy(inputs), labels=labels, num_items_in_batch=2 * counted).loss
         torch.testing.assert_close(twice, total / count / 2, **TOLERANCE)
 
+    def test_labels_of_one_row_need_no_batch(self, model: Model) -> None:
+        inputs = model.prompt(ONE)
+        labels = inputs["input_ids"].masked_fill(is_placeholder(model, inputs["input_ids"]), IGNORED)
+        found = [model.pruned(**copy.copy(inputs), labels=each).loss for each in (labels, labels[0])]
+        assert torch.equal(*found)
+
+    @pytest.mark.gradients
+    def test_functional_gradients_are_those_of_backward(self, model: Model) -> None:
+        inputs, labels = self.labelled(model)
+
+        def loss_of(head: dict[str, torch.Tensor]) -> torch.Tensor:
+            return functional_call(model.pruned, head, (), {**inputs, "labels": labels}).loss
+
+        weight = model.pruned.lm_head.weight
+        expected = torch.autograd.grad(model.pruned(**copy.copy(inputs), labels=labels).loss, weight)[0]
+        found = grad(loss_of)({"lm_head.weight": weight.detach()})["lm_head.weight"]
+        torch.testing.assert_close(found, expected)
+
     def test_labels_of_nothing_but_dropped_tokens_give_no_loss(self, model: Model) -> None:
         inputs = model.prompt(ONE)
         states = model.pruned.model(**copy.copy(inputs)).last_hidden_state
@@ -259,12 +279,13 @@ class TestLosses:
         found = model.pruned(**copy.copy(inputs), labels=labels, num_items_in_batch=int(gone.sum()))
         assert float(found.loss) == 0
 
-    def trained(self, model: Any, batch: dict[str, Any], smoothing: float, folder: Path) -> float:
-        """The loss of one step of a trainer."""
+    def trained(self, model: Any, batches: list[dict[str, Any]], smoothing: float, folder: Path) -> float:
+        """The loss of one step of a trainer, which accumulates its batches."""
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=1,
             per_device_train_batch_size=1,
+            gradient_accumulation_steps=len(batches),
             report_to=[],
             use_cpu=True,
             save_strategy="no",
@@ -272,8 +293,9 @@ class TestLosses:
             remove_unused_columns=False,
             disable_tqdm=True,
         )
-        collate = lambda _: dict(batch)  # noqa: E731
-        trainer = Trainer(model=copy.deepcopy(model), args=arguments, train_dataset=[0], data_collator=collate)
+        numbers = list(range(len(batches)))
+        collate = lambda chosen: dict(batches[chosen[0]])  # noqa: E731
+        trainer = Trainer(model=copy.deepcopy(model), args=arguments, train_dataset=numbers, data_collator=collate)
         return trainer.train().training_loss
 
     @pytest.mark.gradients
@@ -284,10 +306,58 @@ class TestLosses:
         ids = inputs["input_ids"]
         batch = {**inputs, "labels": ids if cover else ids.masked_fill(is_placeholder(model, ids), IGNORED)}
         stock, pruned = (
-            (self.trained(which, batch, 0.0, tmp_path), float(which(**copy.copy(batch)).loss.detach()))
+            (self.trained(which, [batch], 0.0, tmp_path), float(which(**copy.copy(batch)).loss.detach()))
             for which in (model.stock, model.pruned)
         )
         assert pruned[0] / pruned[1] == pytest.approx(stock[0] / stock[1], rel=1e-4)
+
+    @pytest.mark.gradients
+    @pytest.mark.parametrize("cover", [False, True], ids=["text", "all"])
+    def test_accumulated_batches_count_by_their_labels(self, model: Model, cover: bool, tmp_path: Path) -> None:
+        """The mean of each batch by the labels given with it: as if those of dropped tokens had that mean, too."""
+        batches = []
+        for prompt in (ONE, SEVERAL):
+            inputs = model.prompt(prompt)
+            ids = inputs["input_ids"]
+            batches.append(
+                {**inputs, "labels": ids if cover else ids.masked_fill(is_placeholder(model, ids), IGNORED)}
+            )
+
+        def by_hand(which: Any, weights: list[int]) -> float:
+            means = [float(which(**copy.copy(batch)).loss.detach()) for batch in batches]
+            return sum(mean * weight for mean, weight in zip(means, weights, strict=True))
+
+        counts = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
+        labels = sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)
+        by_version = (  # by labels, by those that something predicts, and for models that take no number of items
+            [count / sum(counts) for count in counts],
+            [count / labels for count in counts],
+            [1 / len(counts)] * len(counts),
+        )
+        stock, pruned = (self.trained(which, batches, 0.0, tmp_path) for which in (model.stock, model.pruned))
+        (weights,) = (w for w in by_version if stock == pytest.approx(by_hand(model.stock, w), rel=1e-5))
+        assert pruned == pytest.approx(by_hand(model.pruned, weights), rel=1e-4)
+
+    @pytest.mark.gradients
+    def test_checkpointing_changes_no_gradient(self, model: Model) -> None:
+        """Of the encoder neither: what runs again in the backward pass chooses the same tokens."""
+        inputs, labels = self.labelled(model)
+        found = []
+        for checkpointed in (False, True):
+            pruned = copy.deepcopy(model.pruned).train()
+            runs = [0]
+            if checkpointed:
+                pruned.gradient_checkpointing_enable({"use_reentrant": False})
+            language_model = pruned.model.get_decoder()
+            language_model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(runs.pop() + 1))
+            loss = pruned(**copy.copy(inputs), labels=labels, use_cache=False).loss
+            loss.backward()
+            assert runs == [1 + checkpointed]
+            found.append({name: parameter.grad for name, parameter in pruned.named_parameters()})
+        for name, gradient in found[0].items():
+            assert (gradient is None) == (found[1][name] is None), name
+            if gradient is not None:
+                torch.testing.assert_close(found[1][name], gradient)
 
     @pytest.mark.gradients
     def test_label_smoothing_equals_a_computation_by_hand(self, model: Model, tmp_path: Path) -> None:
@@ -303,7 +373,7 @@ class TestLosses:
             right = scores[counts].gather(-1, wanted[counts][:, None]).mean()
             return -float((1 - smoothing) * right + smoothing * scores[counts].mean())
 
-        stock, pruned = (self.trained(which, batch, smoothing, tmp_path) for which in (model.stock, model.pruned))
+        stock, pruned = (self.trained(which, [batch], smoothing, tmp_path) for which in (model.stock, model.pruned))
         # Some versions of the trainer forget to shift the labels of models that read images.
         (shift,) = (shift for shift in (0, 1) if stock == pytest.approx(by_hand(model.stock, shift), rel=1e-4))
         assert pruned == pytest.approx(by_hand(model.pruned, shift), rel=1e-4)
@@ -531,6 +601,22 @@ class TestGenerate:
         with pytest.raises(ValueError, match=f"max_length is {width}, but the prompt alone has {width} tokens"):
             model.pruned.generate(**copy.copy(inputs), max_length=width)
         assert model.pruned.generate(**copy.copy(inputs), max_length=width + 2).shape[1] <= width + 2
+
+    def test_compiled_answers_the_same_and_prunes(self, model: Model) -> None:
+        inputs = model.prompt(ONE)
+        result = generate(model.pruned, inputs, return_dict_in_generate=True)
+        torch.compiler.reset()
+        compiled = torch.compile(model.pruned.generate, backend="eager")
+        found = compiled(
+            **copy.copy(inputs),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+        )
+        assert torch.equal(found.sequences, result.sequences)
+        assert found[CACHE].get_seq_length() == result[CACHE].get_seq_length()
+        assert found[CACHE].get_seq_length() < inputs["input_ids"].shape[1] + NEW - 1
 
     def test_nothing_the_caller_gave_is_changed(self, model: Model) -> None:
         inputs = model.prompt(ONE, SEVERAL)
