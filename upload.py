@@ -28,7 +28,7 @@ command again: it goes on where it stopped, and does nothing where nothing is ne
 
 exit status:
    0  done, or nothing to do            9  the repo holds files that no build made: --force
-   1  verify refuses what was built    10  somebody else committed meanwhile, twice
+   1  refused by verify, or changed    10  somebody else committed meanwhile, twice
    2  bad input: YAML, base, options   11  the rate limit lasts too long
    3  not logged in                    12  the Hub answers with server errors
    4  the token is not accepted        13  the connection broke
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from safetensors import SafetensorError
 
     from vispruner.conversion.hub_access import ExitCode, PublishError
+    from vispruner.conversion.plain_text import printable
     from vispruner.conversion.publish import publish
 
     try:
@@ -61,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PublishError, ValueError, OSError, SafetensorError) as error:
         text = traceback.format_exc() if show_traceback else ""
         text += f"upload: error: {str(error).strip() or type(error).__name__}"
-        print(text.replace(get_token() or "\0", "[token]"), file=sys.stderr)
+        print(printable(text.replace(get_token() or "\0", "[token]")), file=sys.stderr)
         return error.exit_code if isinstance(error, PublishError) else ExitCode.BAD_INPUT
     except Exception:
-        print(traceback.format_exc().replace(get_token() or "\0", "[token]"), file=sys.stderr)
+        print(printable(traceback.format_exc().replace(get_token() or "\0", "[token]")), file=sys.stderr)
         print("upload: error: this is a fault of upload.py, please report the lines above", file=sys.stderr)
         return ExitCode.FAULT
 

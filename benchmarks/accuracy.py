@@ -55,6 +55,7 @@ from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate
 
 from vispruner import SELECTORS, __version__
 from vispruner.conversion.build import build_repo
+from vispruner.conversion.checkpoint_io import replacing
 from vispruner.conversion.questions import is_right
 from vispruner.conversion.repo_config import ASSETS
 from vispruner.stock_versions import CACHE
@@ -740,12 +741,8 @@ def _draw_ratios(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that appears only when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        write(unfinished)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

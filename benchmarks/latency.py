@@ -74,6 +74,7 @@ from geometry import GEOMETRIES, RandomWeights, budgets_of, load_geometry, patch
 from stages import Observation, observe
 
 from vispruner import __version__
+from vispruner.conversion.checkpoint_io import replacing
 from vispruner.conversion.prefill_cost import kv_cache_bytes
 from vispruner.llava_encoder import transformer_of
 from vispruner.token_selection import SELECTORS
@@ -657,12 +658,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that appears only when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as unfinished:
+        write(unfinished)
 
 
 def _batch(text: str) -> tuple[int, int]:

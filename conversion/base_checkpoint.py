@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -32,7 +33,7 @@ from .checkpoint_io import (
     has_weights,
     read_tensor_headers,
 )
-from .repo_config import EMBEDDED_PREFIX
+from .repo_config import EMBEDDED_PREFIX, is_hub_id
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = ("tiny-llava",)
@@ -58,6 +59,7 @@ IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 CONFIG_FILES = ("config.json", "generation_config.json", *PROCESSOR_FILES)
 SAFETENSORS_FILES = ("*.safetensors", "*.safetensors.index.json")
+UNPRINTABLE = "*[!!-~]*"  # names with a blank or with what a terminal might obey, which no weights have
 BIN_FILES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 # The library behind huggingface_hub 1.x is httpx, behind 2.x httpx2; what cannot be connected to raises its HTTPError.
@@ -129,14 +131,33 @@ def find_base(name: str, revision: str | None = None) -> BaseCheckpoint:
             raise BuildError(f"{name} is not embedded in this package; {EMBEDDED_PREFIX}{EMBEDDED[0]} is")
         return BaseCheckpoint(ASSETS / embedded)
     folder = Path(name).expanduser()
+    refuse_ambiguous(name)
     if folder.is_dir():
         return BaseCheckpoint(folder)
     if folder.exists():
         raise BuildError(f"base {name} is a file: give the folder of the checkpoint")
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise BuildError(f"base {name} does not exist: give a checkpoint folder or a Hub id (owner/name)")
-    folder = _hub_snapshot(name, revision, CONFIG_FILES)
-    return BaseCheckpoint(folder, name, snapshot_commit(folder) or revision)
+    return find_hub_base(name, revision)
+
+
+def refuse_ambiguous(name: str) -> None:
+    """Raise BuildError for a Hub id that is also a folder here, of which nobody can say who put it there."""
+    if is_hub_id(name) and Path(name).is_dir():
+        raise BuildError(f"{name} is a Hub id, and there is a folder of that name here: write ./{name} for the folder")
+
+
+def refuse_unsafe(name: str) -> None:
+    """Raise BuildError for a repo that is to be loaded, where a folder or an eavesdropper could come between."""
+    refuse_ambiguous(name)
+    if is_hub_id(name):
+        require_private_line(constants.ENDPOINT, get_token())
+
+
+def find_hub_base(repo_id: str, revision: str | None = None) -> BaseCheckpoint:
+    """Find a base on the Hub and nowhere else: a folder of that name, wherever it lies, is never taken for it."""
+    folder = _hub_snapshot(repo_id, revision, CONFIG_FILES)
+    return BaseCheckpoint(folder, repo_id, snapshot_commit(folder) or revision)
 
 
 def resolve_base(name: str, revision: str | None = None) -> Path:
@@ -168,7 +189,13 @@ def _hub_snapshot(repo_id: str, revision: str | None, patterns: tuple[str, ...])
     with hub_errors_explained(repo_id, revision):
         # Said outright: huggingface_hub 1.x asks the Hub for the file list of a commit even when it is offline.
         offline = constants.HF_HUB_OFFLINE
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns), local_files_only=offline)
+        folder = snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=list(patterns),
+            ignore_patterns=UNPRINTABLE,
+            local_files_only=offline,
+        )
         return Path(folder)
 
 
@@ -189,9 +216,20 @@ def _hub_headers(repo_id: str, commit: str | None) -> dict[str, TensorHeader]:
     return headers
 
 
+def require_private_line(endpoint: str, token: str | None) -> None:
+    """Raise BuildError where a token would be sent in the clear to another machine."""
+    address = urlsplit(endpoint)
+    if token and address.scheme != "https" and address.hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise BuildError(
+            f"{endpoint} is not https, and your token would be sent to it for everybody on the way to read: give an "
+            "endpoint with https, or log out (`hf auth logout`, and unset HF_TOKEN) where no account is needed"
+        )
+
+
 @contextmanager
 def hub_errors_explained(repo_id: str, revision: str | None) -> Iterator[None]:
     """Turn what can go wrong while a base is read from the Hub into a BuildError that names it."""
+    require_private_line(constants.ENDPOINT, get_token())
     base = f"base {repo_id}" + (f" at revision {revision}" if revision else "")
     try:
         yield

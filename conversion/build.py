@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +31,8 @@ from .base_checkpoint import (
     BaseCheckpoint,
     BuildError,
     find_base,
+    find_hub_base,
+    refuse_ambiguous,
     resolve_commit,
 )
 from .checkpoint_io import (
@@ -40,13 +42,17 @@ from .checkpoint_io import (
     iter_checkpoint_tensors,
     read_json,
     read_tensor_headers,
+    require_readable,
     write_checkpoint,
 )
+from .foreign_code import foreign_code, own_code_only, published_settings, without_foreign_code
 from .model_card import card_files, model_card
-from .published_layout import ModelLayout, layout_problems, model_layout, without_dropped_layers
+from .plain_text import one_line
+from .published_layout import ModelLayout, layout_problems, model_layout, refuse_endless, without_dropped_layers
 from .repo_config import RepoConfig, load_repo_config
 from .verify_worker import VIDEO_EXTRA, needs_video_packages
 
+OWN_FIELDS = ("architectures", "auto_map", "vispruner_config")  # what config.json gains or gets anew
 COPY_BLOCK = 16 * 2**20
 THIN_ABOVE = 2 * 10**9  # bytes of weights
 
@@ -73,14 +79,15 @@ def build_repo(
     """
     repo = config if isinstance(config, RepoConfig) else load_repo_config(config)
     destination = Path(out).expanduser()
-    with atomic_directory(destination, overwrite=overwrite) as staging:
+    with own_code_only(), atomic_directory(destination, overwrite=overwrite) as staging:
         # --base only says where the bytes are; the YAML's revision is one of the YAML's base.
-        source = find_base(repo.base_model, repo.base_revision) if base is None else find_base(os.fspath(base))
+        source = find_repo_base(repo) if base is None else find_base(os.fspath(base))
         _refuse_overlap(source.folder, destination)
         thin = _is_thin(repo, thin, source)
         if not thin:
             source = source.with_weights()
         folder = source.folder
+        require_readable(folder)
         base_config = _read_base_config(folder, repo.architecture)
         tokenizer = _load_tokenizer(folder, repo.architecture, base_config)
         revision = _base_revision(repo, source if base is None else None, thin)
@@ -93,9 +100,9 @@ def build_repo(
         _write_json(staging / "config.json", config_json)
         _write_json(staging / "generation_config.json", _generation_config(folder, base_config, tokenizer))
         (staging / "README.md").write_text(model_card(repo, revision, thin), encoding="utf-8")
-        processor_files = [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
-        for path in (*code_files(repo.architecture), *processor_files, *card_files(repo), *codebooks):
+        for path in (*code_files(repo.architecture), *card_files(repo), *codebooks):
             shutil.copyfile(path, staging / path.name)
+        _write_processor(folder, staging)
         if engine_processor or repo.engine_processor:
             _name_engine_processor(staging / "processor_config.json", repo.architecture)
         if not thin:
@@ -109,6 +116,12 @@ def build_repo(
 def budget_config(config_json: Mapping[str, Any], budget: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config.json of a budget branch: main's, with another visual_token_num or keep_ratio."""
     return {**config_json, "vispruner_config": merge_vispruner_config(config_json["vispruner_config"], dict(budget))}
+
+
+def find_repo_base(repo: RepoConfig) -> BaseCheckpoint:
+    """Find the base that a YAML names: a Hub id is one of the Hub, whatever folders lie around here."""
+    refuse_ambiguous(repo.base_model)
+    return (find_hub_base if repo.base_on_hub else find_base)(repo.base_model, repo.base_revision)
 
 
 def _is_thin(repo: RepoConfig, asked: bool | None, source: BaseCheckpoint) -> bool:
@@ -148,6 +161,11 @@ def _refuse_overlap(base: Path, out: Path) -> None:
 
 def _read_base_config(folder: Path, architecture: str) -> dict[str, Any]:
     config = read_json(folder / "config.json")
+    if config.get("quantization_config") is not None:
+        raise BuildError(f"the base {folder} is quantized (quantization_config): build from the original weights")
+    if left_out := foreign_code({name: value for name, value in config.items() if name not in OWN_FIELDS}):
+        _say_left_out("config.json", left_out)
+        config = without_foreign_code(config)
     model_type = config.get("model_type")
     if model_type != architecture:
         hint = f"set architecture: {model_type} in the YAML" if model_type in ARCHITECTURES else "give another base"
@@ -209,8 +227,9 @@ def _check_weights(
 ) -> tuple[dict[str, str], ModelLayout]:
     """Return base name -> published name and what the model needs, once both fit each other."""
     try:
+        refuse_endless(config_json, len(headers))
         expected = model_layout(repo.architecture, config_json)
-    except ValueError as error:
+    except Exception as error:  # whatever the classes of transformers make of it
         raise BuildError(f"{repo.path} with the config.json of {folder} describes no model: {error}") from error
     names = expected.published_names(headers)
     found = {published: headers[name].shape for name, published in names.items()}
@@ -248,17 +267,41 @@ def _repo_config_json(
     }
 
 
+def _write_processor(folder: Path, out: Path) -> None:
+    """Copy the base's processor and tokenizer, but for entries that lead to code or files of others."""
+    for name in PROCESSOR_FILES:
+        if (folder / name).is_file():
+            content, left_out = published_settings(folder / name)
+            _say_left_out(name, left_out)
+            (out / name).write_bytes(content)
+
+
+def _say_left_out(name: str, entries: Sequence[str]) -> None:
+    if entries:
+        tqdm.write(
+            f"{name}: {one_line(', '.join(entries))} of the base left out: transformers could run code, or read "
+            "files, of somebody else by it"
+        )
+
+
+def engine_auto_map(architecture: str) -> dict[str, str] | None:
+    """Return the `auto_map` of processor_config.json in a repo that counts kept tokens for engines, where it can."""
+    processor = ENGINE_PROCESSORS.get(architecture)
+    if processor is None:
+        return None
+    return {"AutoProcessor": f"{processor.__module__.rsplit('.', 1)[-1]}.{processor.__name__}"}
+
+
 def _name_engine_processor(path: Path, architecture: str) -> None:
     """Say in processor_config.json which class of the repo's code counts kept tokens; the rest stays the base's."""
-    if architecture not in ENGINE_PROCESSORS:
+    own = engine_auto_map(architecture)
+    if own is None:
         raise BuildError(
             f"engine_processor: there is none for {architecture}, only for {', '.join(ENGINE_PROCESSORS)}"
         )
     if not path.is_file():
         raise BuildError("engine_processor: the base has no processor_config.json; take a newer revision of it")
-    config, processor = read_json(path), ENGINE_PROCESSORS[architecture]
-    module = processor.__module__.rsplit(".", 1)[-1]
-    _write_json(path, {**config, "auto_map": {"AutoProcessor": f"{module}.{processor.__name__}"}})
+    _write_json(path, {**read_json(path), "auto_map": own})
 
 
 def _without_unused_layers(config_json: dict[str, Any]) -> dict[str, Any]:
@@ -277,16 +320,23 @@ def _without_unused_layers(config_json: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def stored_generation(folder: Path, base_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base's generation config, made of its config.json where it has none."""
+    path = folder / "generation_config.json"
+    if path.is_file():
+        return without_foreign_code(read_json(path))
+    stored = {name: _token_id(base_config, name) for name in ("bos_token_id", "eos_token_id")}
+    return {name: token for name, token in stored.items() if token is not None}
+
+
+def _token_id(base_config: Mapping[str, Any], name: str) -> Any:
+    return base_config.get(name, (base_config.get("text_config") or {}).get(name))
+
+
 def _generation_config(folder: Path, base_config: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """Return the base's generation config with a pad token, without which batched generation only guesses one."""
-    path = folder / "generation_config.json"
-    text = base_config.get("text_config") or {}
-    stored = {name: base_config.get(name, text.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if path.is_file():
-        found = read_json(path)
-    else:
-        found = {name: stored[name] for name in ("bos_token_id", "eos_token_id") if stored[name] is not None}
-    for pad in (found.get("pad_token_id"), tokenizer.pad_token_id, stored["pad_token_id"]):
+    found = stored_generation(folder, base_config)
+    for pad in (found.get("pad_token_id"), tokenizer.pad_token_id, _token_id(base_config, "pad_token_id")):
         if pad is not None:
             return {**found, "pad_token_id": pad}
     end = found.get("eos_token_id", tokenizer.eos_token_id)

@@ -12,9 +12,14 @@ import glob
 import json
 import os
 import pickle
+import pickletools
 import re
 import secrets
 import shutil
+import stat
+import struct
+import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -36,7 +41,16 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+# Not to wait, as for a pipe until somebody writes into it; and, on Windows, bytes as they are.
+READ_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+MOST_BYTES = 2**26  # of a file that is read whole: tokenizers of the largest vocabularies take half of it
+READ_WHOLE = (".json", ".jinja", ".model", ".txt", ".md")
+# Of a pickle of tensors, which takes about forty to describe each.
+MOST_OPCODES = 2**19
+# The records that close a zip: in a large one another and where that one is, then the one that all have.
+ZIP64_RECORDS, ZIP_RECORD = struct.Struct("<4sQ2H2I4Q4sIQI"), struct.Struct("<4s4H2IH")
 SHARD_PATTERN = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
+SHARD_NAME = re.compile(r"\w[\w.+-]*\.(safetensors|bin)", re.ASCII)
 SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -66,20 +80,52 @@ class TensorHeader:
     file: str
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object; a file that is missing, unreadable or something else raises a `CheckpointError`."""
+def read_regular(path: str | Path, limit: int = MOST_BYTES) -> bytes:
+    """Read a small file whole; CheckpointError for one that is missing, larger, or a pipe or a device."""
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with os.fdopen(os.open(path, READ_FLAGS), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(f"{path} is not a regular file")
+            content = file.read(limit + 1)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is not a regular file") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    if len(content) > limit:
+        raise CheckpointError(f"{path} is larger than {limit / 2**20:g} MiB, which no such file is")
+    return content
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object in the bytes of a file; CheckpointError names the file."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
+
+
+def read_json(path: str | Path, limit: int = MOST_BYTES) -> dict[str, Any]:
+    """Read a JSON object; a file that is missing, unreadable or something else raises a `CheckpointError`."""
+    return parse_json(read_regular(path, limit), Path(path))
+
+
+def require_readable(folder: str | Path) -> None:
+    """Raise CheckpointError for what could be read without end: pipes, devices, and settings of absurd size."""
+    for path in sorted(Path(folder).iterdir()):
+        try:
+            found = path.stat()
+        except OSError:  # a link to nothing
+            continue
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise CheckpointError(f"{path} is not a regular file")
+        if found.st_size > MOST_BYTES and path.suffix in READ_WHOLE:
+            raise CheckpointError(f"{path} is larger than {MOST_BYTES / 2**20:g} MiB, which no such file is")
 
 
 def has_weights(folder: str | Path) -> bool:
@@ -118,7 +164,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index} has no weight_map")
     for file in weight_map.values():
         # A shard lies beside its index; anything else would let a checkpoint read files elsewhere on the machine.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith((".safetensors", ".bin")):
+        if not isinstance(file, str) or not SHARD_NAME.fullmatch(file):
             raise CheckpointError(f"{index}: weight_map names {file!r}, which is not a .safetensors or .bin file name")
     return weight_map
 
@@ -145,7 +191,7 @@ def read_tensor_headers(folder: str | Path) -> dict[str, TensorHeader]:
     """Read names, shapes and dtypes of a checkpoint folder without its values, and check them against the index."""
     headers: dict[str, TensorHeader] = {}
     for path, promised in checkpoint_shards(folder).items():
-        own = _safetensors_headers(path) if path.suffix == ".safetensors" else _bin_headers(path)
+        own = safetensors_headers(path) if path.suffix == ".safetensors" else _bin_headers(path)
         if promised is not None and own.keys() != promised:
             absent, surplus = sorted(promised - own.keys()), sorted(own.keys() - promised)
             told = [f"lacks {shorten(absent)}"] * bool(absent) + [f"also holds {shorten(surplus)}"] * bool(surplus)
@@ -168,7 +214,7 @@ def _open_safetensors(path: Path) -> Any:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def _safetensors_headers(path: Path) -> dict[str, TensorHeader]:
+def safetensors_headers(path: Path) -> dict[str, TensorHeader]:
     headers = {}
     with _open_safetensors(path) as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
@@ -194,6 +240,7 @@ def _load_bin(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if start != b"PK" and start[:1] != pickle.PROTO:
         raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint")
+    _refuse_bomb(path, is_zip=start == b"PK")
     try:
         tensors = torch.load(path, map_location=map_location, weights_only=True, mmap=start == b"PK")
     except pickle.UnpicklingError as error:
@@ -204,8 +251,8 @@ def _load_bin(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor]:
             f"{path} is refused: its pickle holds something else than tensors, which could run code when loaded; "
             f"nothing of it was executed. {reason}".rstrip()
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        if "memory" in str(error):
+    except Exception as error:  # whatever torch makes of a broken file
+        if isinstance(error, MemoryError) or "memory" in str(error):
             raise CheckpointError(f"not enough memory to read {path}: {error}") from error
         raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint: {error}") from error
     if not isinstance(tensors, dict) or not tensors:
@@ -213,7 +260,89 @@ def _load_bin(path: Path, map_location: str = "cpu") -> dict[str, torch.Tensor]:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise CheckpointError(f"{path}: entry {name!r} is not a dense tensor but {type(value).__name__}")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {name} claims {value.numel()} values, and the file holds fewer")
     return {name: value.detach() for name, value in tensors.items()}
+
+
+def _refuse_bomb(path: Path, is_zip: bool) -> None:
+    """Raise CheckpointError for a file that is small, and whose pickles would take any time or memory to read."""
+    try:
+        if not is_zip:
+            with path.open("rb") as file:  # a number, a version, the system, the tensors, and the names of their bytes
+                for _ in range(5):
+                    _count_opcodes(path, _Bounded(file))
+            return
+        _require_one_directory(path)
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            # torch stores bytes as they are, and only such can be memory-mapped.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise CheckpointError(f"{path} is refused: it is compressed, as torch writes no checkpoint")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise CheckpointError(f"{path} is refused: it claims to hold more bytes than it has")
+            for entry in entries:
+                if entry.filename.lower().endswith(".pkl"):  # torch finds a name whatever its case
+                    with archive.open(entry) as file:
+                        _count_opcodes(path, _Bounded(file))
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever pickletools and zipfile make of a broken file
+        raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint: {error}") from error
+
+
+def _require_one_directory(path: Path) -> None:
+    """Raise CheckpointError unless the list of a zip's entries ends where its closing records begin, as torch has it.
+
+    Those records say where the list is, twice in a large archive. Where they contradict each other, torch and Python's
+    zipfile each see an archive of their own.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(size - ZIP64_RECORDS.size - ZIP_RECORD.size, 0))
+        tail = file.read()
+    end = ZIP_RECORD.unpack(tail[-ZIP_RECORD.size :])
+    mark, length, start, comment = end[0], end[5], end[6], end[7]
+    before = size - ZIP_RECORD.size
+    large = ZIP64_RECORDS.unpack(tail[: ZIP64_RECORDS.size]) if len(tail) > ZIP64_RECORDS.size else ()
+    if large and large[10] == b"PK\6\7":
+        before -= ZIP64_RECORDS.size
+        length, start = large[8], large[9]
+        if large[0] != b"PK\6\6" or large[12] != before:
+            mark = b""
+    if mark != b"PK\5\6" or comment or start + length != before:
+        raise CheckpointError(f"{path} is refused: its list of contents is not where torch puts it")
+
+
+def _count_opcodes(path: Path, file: Any) -> None:
+    try:
+        for number, _ in enumerate(pickletools.genops(file)):
+            if number > MOST_OPCODES:
+                raise CheckpointError(f"{path} is refused: its pickle holds far more than tensors need")
+    except CheckpointError:
+        raise
+    except ValueError:  # a byte that no pickle has at this place: torch comes as far, and refuses it
+        return
+
+
+class _Bounded:
+    """A file of which no more than a pickle of tensors takes is read."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.left = file, MOST_BYTES
+        self.tell = file.tell
+
+    def read(self, size: int) -> bytes:
+        return self._taken(self.file.read(min(size, self.left + 1)))
+
+    def readline(self) -> bytes:
+        return self._taken(self.file.readline(self.left + 1))
+
+    def _taken(self, content: bytes) -> bytes:
+        self.left -= len(content)
+        if self.left < 0:
+            raise CheckpointError(f"{self.file.name} is refused: its pickle holds far more than tensors need")
+        return content
 
 
 def write_checkpoint(
@@ -303,14 +432,41 @@ def parse_size(size: int | str) -> int:
 
 
 @contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Give a path to write a file to; the file takes the place of `path` when the block ends without error.
+
+    It is written in a folder of its own beside `path`, whose name nobody can foresee and which nobody else may enter:
+    what stands in the way, a link for instance, is replaced and never written through.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        unfinished = Path(folder) / path.name
+        yield unfinished
+        os.replace(unfinished, path)
+
+
+def refuse_links(path: str | Path) -> None:
+    """Raise CheckpointError when a part of the way to `path` is a link, but for those of the system just below `/`."""
+    whole = Path(os.path.abspath(Path(path).expanduser()))
+    for part in [*reversed(whole.parents), whole][2:]:
+        if part.is_symlink():
+            raise CheckpointError(
+                f"{part} is a link, through which nothing is replaced: give the folder it means, "
+                f"{os.path.realpath(whole)}"
+            )
+
+
+@contextmanager
 def atomic_directory(destination: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a new folder to write into; it takes the place of `destination` only when the block ends without error.
 
     After any failure the folder is removed and `destination` is as it was before. What killed runs left beside it is
-    removed first. A non-empty `destination` is refused unless `overwrite`.
+    removed first. A non-empty `destination` is refused unless `overwrite`, and then if a part of the way is a link.
     """
     final = Path(destination).expanduser().resolve()
     _check_destination(final, overwrite)
+    if final.is_dir() and any(final.iterdir()):
+        refuse_links(destination)
     made = [parent for parent in final.parents if not parent.exists()]
     work = handle = None
     try:
@@ -361,7 +517,7 @@ def _lock(folder: Path) -> int | None:
     """Lock a folder until this process ends; None where that is not possible, BlockingIOError if somebody else has."""
     if fcntl is None:
         return None
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

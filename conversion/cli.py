@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 
 from vispruner import __version__
 
+from .plain_text import printable
+
 DESCRIPTION = "Prune the visual tokens of a vision-language model, and publish the result as an ordinary Hub repo."
 
 EPILOG = """\
@@ -39,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("vispruner: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, MemoryError) as error:
         if show_traceback:
             traceback.print_exc()
-        print(f"vispruner: error: {str(error).strip() or type(error).__name__}", file=sys.stderr)
+        print(printable(f"vispruner: error: {str(error).strip() or type(error).__name__}"), file=sys.stderr)
         return 2
 
 
@@ -126,12 +128,15 @@ def _add_build(commands: Any) -> None:
 def _add_verify(commands: Any) -> None:
     examples = (
         "  vispruner verify repo\n"
-        "  vispruner verify repo --base path/to/llava-1.5-7b-hf    compare every tensor with the base's too"
+        "  vispruner verify repo --base path/to/llava-1.5-7b-hf    compare it with its base, too\n"
+        "  hf download someone/repo --revision COMMIT --local-dir repo && vispruner verify repo"
     )
-    summary = "check a built repo in a fresh process; exit status 1 when it is refused"
+    summary = "check a built repo, first what it holds, then in a fresh process; exit status 1 when it is refused"
     parser = _add_command(commands, "verify", summary, examples, _verify)
     parser.add_argument("folder", metavar="DIR", help="the built repo")
-    parser.add_argument("--base", metavar="ID_OR_PATH", help="compare the weights with those of this checkpoint")
+    parser.add_argument(
+        "--base", metavar="ID_OR_PATH", help="compare config, processor and every tensor with those of this checkpoint"
+    )
 
 
 def _add_convert(commands: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 from tqdm import tqdm
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 import vispruner
 from vispruner.codebook_file import KEY, CodebookError
@@ -27,7 +27,9 @@ from vispruner.pruned_encoder import projected_tokens
 from vispruner.related_selectors import select_scope
 
 from .base_checkpoint import resolve_base
+from .checkpoint_io import replacing
 from .picture import open_photo
+from .questions import load_model, load_processor
 from .repo_config import load_repo_config
 
 EMBEDDED = "tiny-llava-vispruner"
@@ -49,9 +51,9 @@ def write_codebook(
     """
     files = list(chain.from_iterable(_picture_files(Path(image).expanduser()) for image in images))
     source = str(resolve_base(load_repo_config(EMBEDDED).base_model)) if repo is None else repo
-    model = vispruner.load(source, dtype="auto", method="cls_attention", visual_token_num=1).eval()
+    model = load_model(source, method="cls_attention", visual_token_num=1)
     photos = tqdm((open_photo(file) for file in files), total=len(files), desc="encoding", unit="picture")
-    codebook = build_codebook(model, AutoProcessor.from_pretrained(source), photos, prototypes)
+    codebook = build_codebook(model, load_processor(source), photos, prototypes)
     about = {"base_model": EMBEDDED if repo is None else Path(repo).name, "pictures": str(len(files))}
     return save_codebook(codebook, out, about)
 
@@ -125,12 +127,8 @@ def save_codebook(codebook: torch.Tensor, out: str | os.PathLike[str], about: di
         raise FileNotFoundError(f"the folder of {out} does not exist: make {out.parent} first")
     recipe = f"the {REDUNDANT_SHARE:.0%} least attended tokens of each picture, covered greedily by cosine"
     about = {"recipe": recipe, "vispruner_version": vispruner.__version__, **about}
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        # One entry, because safetensors writes several in any order, and the same codebook must give the same bytes.
-        entry = {KEY: json.dumps(about, sort_keys=True)}
-        partial.write_bytes(save({KEY: codebook.contiguous()}, metadata=entry))
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    # One entry, because safetensors writes several in any order, and the same codebook must give the same bytes.
+    content = save({KEY: codebook.contiguous()}, metadata={KEY: json.dumps(about, sort_keys=True)})
+    with replacing(out) as unfinished:
+        unfinished.write_bytes(content)
     return out

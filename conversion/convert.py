@@ -41,10 +41,14 @@ from .checkpoint_io import (
     parse_size,
     read_json,
     read_tensor_headers,
+    require_readable,
     same_tensors,
     shorten,
     write_checkpoint,
 )
+from .foreign_code import own_code_only
+from .published_layout import refuse_endless
+from .repo_config import is_hub_id
 
 STOCK_CLASSES: dict[str, tuple[Any, Any]] = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
@@ -105,16 +109,17 @@ def convert_llava(
     """
     parse_size(max_shard_size)
     folder = fetch(source)
+    require_readable(folder)
     final = Path(destination).expanduser().resolve()
     config = read_json(folder / "config.json")
     if is_converted(config):
-        return _copy_converted(folder, final, overwrite, show_progress)
+        return _copy_converted(folder, Path(destination), overwrite, show_progress)
     plan = plan_conversion(folder, config, vision_tower)
     _protect_inputs(final, [folder, plan.tower])
     if not overwrite and _holds_result(final, plan, show_progress):
         _say(f"{final} already holds this conversion, nothing to do")
         return final
-    with atomic_directory(final, overwrite) as work:
+    with atomic_directory(destination, overwrite) as work:
         for name, content in plan.files.items():
             (work / name).write_bytes(content)
         write_checkpoint(_with_progress(plan, "converting", show_progress), work, max_shard_size)
@@ -132,9 +137,18 @@ def fetch(source: str | Path, weights: bool = True, hint: str = "") -> Path:
     if not name.strip():
         raise CheckpointError(f"an empty name is neither a folder nor a Hub id{hint}")
     if folder.is_dir():
+        if not isinstance(source, Path) and is_hub_id(name):
+            raise CheckpointError(
+                f"{name} is a Hub id, and there is a folder of that name here: write ./{name} for it"
+            )
         return folder.resolve()
     if folder.exists():
         raise CheckpointError(f"{source} is a file; give the folder of the checkpoint")
+    return _fetch_from_hub(source, weights, hint)
+
+
+def _fetch_from_hub(source: str | Path, weights: bool, hint: str) -> Path:
+    name = str(source)
     if isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise CheckpointError(f"there is no folder {source}{hint}")
     small = ["*.json", "*.model"]
@@ -164,14 +178,14 @@ def plan_conversion(source: Path, config: dict[str, Any], vision_tower: str | Pa
         if not has_weights(tower):
             raise CheckpointError(f"neither {source} nor the vision tower {tower} holds vision weights")
         headers |= _renamed_headers(tower, keys.TOWER_KEY_MAP, keys.TOWER_IGNORED_KEYS)
-    tokenizer = load_tokenizer(source)
     rows = _positive(config, "vocab_size")
+    tokenizer = load_tokenizer(source, rows)
     top = max(tokenizer.get_vocab().values()) + 1
     vocab_size = rows if top <= rows else -(-top // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     embedding = headers.get(keys.VOCABULARY_KEYS[0])
     dtype = embedding.dtype if embedding is not None else torch.float16
     new = stock_config(kind, config, tokenizer, vision_config(tower), dtype, vocab_size)
-    expected = _expected_shapes(kind, new)
+    expected = _expected_shapes(kind, new, len(headers))
     _check_tensors(source, tower if not inside else None, headers, expected, rows)
     files = {
         "config.json": _json(new),
@@ -236,8 +250,17 @@ def _tower_folder(config: dict[str, Any], vision_tower: str | Path | None, weigh
         raise CheckpointError(
             "config.mm_vision_tower names no vision tower; give the CLIP model's folder or Hub id (--vision-tower)"
         )
-    hint = "" if vision_tower is not None else "; --vision-tower gives the vision tower's folder or Hub id"
-    return fetch(name, weights, hint)
+    if vision_tower is not None:
+        tower = fetch(name, weights)
+    elif is_hub_id(name):  # of whoever made the checkpoint, so that no folder of this machine is meant by it
+        tower = _fetch_from_hub(name, weights, "; --vision-tower gives the vision tower's folder or Hub id")
+    else:
+        raise CheckpointError(
+            f"config.mm_vision_tower is {name!r}, which is no Hub id: give the vision tower's folder or Hub id with "
+            "--vision-tower"
+        )
+    require_readable(tower)
+    return tower
 
 
 def _renamed_headers(
@@ -259,10 +282,11 @@ def _renamed_headers(
     return headers
 
 
-def _expected_shapes(kind: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the stock model, under the names we write."""
+def _expected_shapes(kind: str, config: dict[str, Any], tensors: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the stock model, under the names we write; more layers than `tensors` are none."""
     config_class, model_class = STOCK_CLASSES[kind]
     try:
+        refuse_endless(config, tensors)
         with torch.device("meta"):
             state = model_class(config_class.from_dict(copy.deepcopy(config))).state_dict()
     except Exception as error:  # whatever a config with impossible values runs into
@@ -353,7 +377,7 @@ def grid_pinpoints(original: list[list[int]] | str) -> list[list[int]]:
     try:
         pairs = ast.literal_eval(original) if isinstance(original, str) else original
         pairs = [[int(width), int(height)] for width, height in pairs]
-    except (ValueError, TypeError, SyntaxError) as error:
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"config.image_grid_pinpoints must be a list of pairs, got {original!r}") from error
     swapped = [[height, width] for width, height in pairs]
     return pairs if sorted(pairs) == sorted(swapped) else swapped
@@ -414,16 +438,23 @@ def processor_config(kind: str, new: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: Path, rows: int) -> PreTrainedTokenizerBase:
     """Load the source's tokenizer and add `<image>` and a pad token of its own.
 
+    rows  what the vocabulary of the model has, of which more than half must be the tokenizer's
     The original code encodes the text on either side of an image separately, each with a leading space mark; that is
     what `legacy` asks for.
     """
     try:
-        tokenizer = LlamaTokenizer.from_pretrained(source, legacy=True)
+        with own_code_only():
+            tokenizer = LlamaTokenizer.from_pretrained(source, legacy=True)
     except Exception as error:  # sentencepiece, protobuf and tokenizers each fail in their own way
         raise CheckpointError(f"cannot read the tokenizer of {source}: {error}") from error
+    if 2 * len(tokenizer.get_vocab()) < rows:
+        raise CheckpointError(
+            f"the tokenizer of {source} has {len(tokenizer.get_vocab())} tokens, and config.vocab_size is {rows}: "
+            "tokenizer.model is empty, or another model's"
+        )
     if "<|im_start|>" in tokenizer.get_vocab():
         raise CheckpointError(f"{source} uses ChatML prompts (<|im_start|>), for which no chat template is known")
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -478,8 +509,9 @@ def grow_vocabulary(weight: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return torch.cat([weight, mean.expand(extra, -1)])
 
 
-def _copy_converted(source: Path, final: Path, overwrite: bool, show_progress: bool) -> Path:
+def _copy_converted(source: Path, destination: Path, overwrite: bool, show_progress: bool) -> Path:
     """Bring a checkpoint that needs no conversion to the destination unchanged."""
+    final = destination.expanduser().resolve()
     read_tensor_headers(source)
     if final == source:
         _say(f"{source} is already a Hugging Face checkpoint, nothing to convert")
@@ -490,7 +522,7 @@ def _copy_converted(source: Path, final: Path, overwrite: bool, show_progress: b
         _say(f"{source} is already a Hugging Face checkpoint, and {final} is a copy of it: nothing to do")
         return final
     _say(f"{source} is already a Hugging Face checkpoint, nothing to convert: copying it to {final}")
-    with atomic_directory(final, overwrite) as work:
+    with atomic_directory(destination, overwrite) as work:
         for name in tqdm(names, desc="copying", unit="file", disable=not show_progress):
             shutil.copyfile(source / name, work / name)
     return final

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,17 @@ from vispruner.stock_versions import CACHE
 
 from .base_checkpoint import resolve_base
 from .build import build_repo
-from .checkpoint_io import read_json
+from .built_folder import holds_a_build, verified_copy
+from .checkpoint_io import read_json, refuse_links, replacing
 from .picture import kept_patches_picture, open_photo, save_png, view_budgets
 from .prefill_cost import kv_cache_bytes, prefill_flops
 from .questions import NEW_TOKENS, SCENE, Question, is_right, judged, model_inputs, questions_about
 from .repo_config import DEMO_CONFIG, EMBEDDED_PREFIX, RepoConfig, load_repo_config
-from .verify import verify_repo
+from .verify import Report, verify_repo
 
 SAMPLE_PHOTO = Path(__file__).parent / "assets" / "chelsea.jpg"
 QUESTION = "What is in this picture?"
-RESULTS = "demo.json"
+RESULTS, REPO = "demo.json", "repo"
 MADE_BY = "vispruner demo"
 
 STAGES = ("vision", "select", "project", "prefill", "decode")
@@ -92,8 +93,9 @@ def run_demo(
     config = None if repo is not None else _repo_config(base, visual_token_num)
     folder = _claim_folder(Path(out).expanduser())
     with _quiet_transformers():
-        repo = _verified_repo(folder / "repo", config, repo)
-        pipe = pipeline("image-text-to-text", model=str(repo), trust_remote_code=True)
+        verified = _verified_repo(folder / REPO, config, repo)
+        with verified_copy(verified.folder, verified.files) as same:
+            pipe = pipeline("image-text-to-text", model=str(same), trust_remote_code=True)
         if visual_token_num is not None:
             pipe.model.set_vispruner_config(visual_token_num=visual_token_num)
         options = pipe.model.config.vispruner_config
@@ -115,7 +117,7 @@ def run_demo(
         "pruned": dataclasses.asdict(pruned),
         "answers": [dataclasses.asdict(answered) for answered in answers],
     }
-    (folder / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _write_results(folder, results)
     print(report(unpruned, pruned))
     print(answer_report(answers))
     print(f"\nThe kept patches are drawn in {folder / 'demo.png'}; the figures are in {folder / RESULTS}.")
@@ -158,18 +160,24 @@ def _repo_config(base: str | None, visual_token_num: int | None) -> RepoConfig:
 
 
 def _claim_folder(folder: Path) -> Path:
-    """Make the demo's folder, or take over one that an earlier demo made; never touch another."""
-    results = folder / RESULTS
+    """Make the demo's folder, or take over one that an earlier demo made; never touch another, nor follow a link."""
+    results, repo = folder / RESULTS, folder / REPO
     if folder.is_dir() and any(folder.iterdir()):
+        refuse_links(repo)
         made_by = read_json(results).get("made_by") if results.is_file() else None
-        if made_by != MADE_BY:
+        if made_by != MADE_BY or (repo.exists() and not (repo.is_dir() and holds_a_build(repo))):
             raise DemoError(f"{folder} holds files that no demo wrote: give another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps({"made_by": MADE_BY}) + "\n", encoding="utf-8")
+    _write_results(folder, {"made_by": MADE_BY})
     return folder
 
 
-def _verified_repo(target: Path, config: RepoConfig | None, repo: str | os.PathLike[str] | None) -> Path:
+def _write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    with replacing(folder / RESULTS) as unfinished:
+        unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _verified_repo(target: Path, config: RepoConfig | None, repo: str | os.PathLike[str] | None) -> Report:
     if config is not None:
         print(f"Building {target} from {config.base_model} ...", flush=True)
         repo = build_repo(config, target, overwrite=True, show_progress=False)
@@ -179,7 +187,7 @@ def _verified_repo(target: Path, config: RepoConfig | None, repo: str | os.PathL
     if not found.passed:
         raise DemoError(f"the repo is refused:\n{found.table()}")
     print(found.table().splitlines()[-1])
-    return Path(repo)
+    return found
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -31,7 +32,8 @@ from tqdm import tqdm
 
 from vispruner import __version__
 
-from .base_checkpoint import HTTP_ERROR, BuildError
+from .base_checkpoint import HTTP_ERROR, BuildError, is_commit, require_private_line
+from .plain_text import printable
 from .repo_config import RepoConfig
 
 TRIES = 5
@@ -96,7 +98,7 @@ class Patience:
         if self.waited + seconds > self.longest:
             raise error
         self.waited += seconds
-        tqdm.write(f"{reason}; trying again in {seconds:g} s ({self.failures} of {self.tries - 1})")
+        tqdm.write(f"{printable(reason)}; trying again in {seconds:g} s ({self.failures} of {self.tries - 1})")
         time.sleep(seconds)
 
 
@@ -106,6 +108,10 @@ class HubAccess:
     def __init__(self, endpoint: str | None = None) -> None:
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
         self.token = get_token()
+        try:
+            require_private_line(self.endpoint, self.token)
+        except BuildError as reason:
+            raise PublishError(ExitCode.BAD_INPUT, str(reason)) from None
         self.api = HfApi(
             endpoint=self.endpoint,
             token=self.token or False,
@@ -118,7 +124,8 @@ class HubAccess:
         patience = Patience()
         while True:
             try:
-                return function(*arguments, **options)
+                with understood(self.endpoint):
+                    return function(*arguments, **options)
             except Exception as error:
                 patience.wait(error)
 
@@ -136,7 +143,7 @@ class HubAccess:
                 f"({TOKENS_PAGE})",
             )
         try:
-            return self.ask(self.api.whoami)
+            return self.ask(self._whoami)
         except HfHubHTTPError as error:
             if error.response.status_code != 401:
                 raise
@@ -145,6 +152,12 @@ class HubAccess:
                 f"{self.endpoint} does not accept the token of this machine (it is mistyped, expired or revoked): run "
                 "`hf auth login` again; HF_TOKEN, where it is set, goes before the stored one",
             ) from None
+
+    def _whoami(self) -> dict[str, Any]:
+        account = self.api.whoami()
+        if not isinstance(account["name"], str):
+            raise TypeError(f"the account's name is {account['name']!r}")
+        return account
 
     def base_commit(self, base_model: str, revision: str | None) -> str:
         """Return the commit that a base's branch, tag or commit is, as a download of it would find."""
@@ -178,7 +191,7 @@ class HubAccess:
             raise PublishError(
                 ExitCode.NO_ACCESS_TO_BASE, f"{self._reader()} may not read {name}: ask its owner for access"
             ) from None
-        if not found.commit_hash:
+        if not is_commit(found.commit_hash):
             raise PublishError(ExitCode.REFUSED_BY_HUB, f"{self.endpoint} did not say which commit {name} is")
         return found.commit_hash
 
@@ -268,6 +281,21 @@ def with_base_commit(hub: HubAccess, repo: RepoConfig) -> RepoConfig:
     if not repo.base_on_hub:
         return repo
     return replace(repo, base_revision=hub.base_commit(repo.base_model, repo.base_revision))
+
+
+@contextmanager
+def understood(endpoint: str) -> Iterator[None]:
+    """Blame the server for an answer that cannot be read: for whatever is raised in here but what it refuses."""
+    try:
+        yield
+    except (OSError, PublishError, HFValidationError):
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise PublishError(
+            ExitCode.SERVER_ERROR,
+            f"{endpoint} gives an answer that is not a Hub's ({type(error).__name__}: {error}): check the endpoint, "
+            "or run the same command again later",
+        ) from error
 
 
 @contextmanager

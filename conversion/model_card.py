@@ -64,7 +64,7 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
     options = repo.vispruner_config
     own_method = options["method"] in ("vispruner", DENSE)
     results = [read_json(RESULTS / f"{stem}.json") for stem in as_list(repo.card.get("results"))]
-    environment = jinja2.Environment(
+    environment = jinja2.Environment(  # nosec B701 - the template is ours, and the card is Markdown
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -166,7 +166,8 @@ def _base(repo: RepoConfig, revision: str | None) -> dict[str, str]:
     elif repo.base_on_hub:
         text, where = f"[{repo.base_model}](https://huggingface.co/{repo.base_model})", ""
     else:
-        text, where = f"`{Path(repo.base_model).expanduser().resolve().name}`", " (a local checkpoint)"
+        name = re.sub(r"[^\w.@+ -]", "_", Path(repo.base_model).expanduser().resolve().name)
+        text, where = f"`{name}`", " (a local checkpoint)"
     return {"subject": text, "cell": text + where + (f" at `{revision}`" if revision else "")}
 
 

@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import PreTrainedModel
 
-import vispruner
 from vispruner.token_selection import SELECTORS, kinds_of_kept
 from vispruner.visual_features import TokenView
 
 from .base_checkpoint import resolve_base
-from .questions import SCENE, WRONG, Picture, Question, ask, judged, load_processor, model_inputs, questions_about
+from .checkpoint_io import replacing
+from .questions import (
+    SCENE,
+    WRONG,
+    Picture,
+    Question,
+    ask,
+    judged,
+    load_model,
+    load_processor,
+    model_inputs,
+    questions_about,
+)
 from .repo_config import DEMO_CONFIG, load_repo_config
 
 # Okabe-Ito orange and blue: told apart with every common colour blindness, and by their brightness in grey. Green is
@@ -41,7 +53,10 @@ TEXT_WIDTH = 372  # of the left column
 TILES_WIDTH = 1536  # shared by the tiles that stand side by side
 TILE_WIDTHS = (320, 720)  # at least, at most
 SMALL_IMAGE = 128
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # no kind that runs another program
 FRAMES = 8  # of a video, evenly spaced
+MOST_PIXELS, MOST_KEPT_PIXELS = 2**31, 2**28  # of all its frames, and of these
+MOST_SIDES = 200  # the longer side of a picture by the shorter, which many processors bring to one size
 STRIP = 8  # tiles or frames in a row, where nothing says how they lie
 
 
@@ -75,13 +90,29 @@ class Panel:
 
 def open_photo(path: str | os.PathLike[str]) -> Image.Image:
     """Read an image file as upright RGB; OSError says which file cannot be read."""
+    with _opened(path) as image:
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    _refuse_line(image)
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open a picture of a common kind; whatever its decoder makes of it becomes an OSError that names the file."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a readable image: it is no regular file")
+    Image.init()
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            yield image
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"{os.fspath(path)} is not a readable image: {error}") from error
+    except Exception as error:  # each decoder has errors of its own
+        raise OSError(f"{path} is not a readable image: {error or type(error).__name__}") from error
 
 
 def open_picture(path: Path, reads_videos: bool) -> Picture:
@@ -92,16 +123,40 @@ def open_picture(path: Path, reads_videos: bool) -> Picture:
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
             raise ValueError(f"{path} holds no frames")
-        return [open_photo(file) for file in _evenly_spaced(files)]
-    photo = open_photo(path)
-    if not reads_videos:
-        return photo
-    with Image.open(path) as image:
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
-    return photo if len(frames) == 1 else _evenly_spaced(frames)
+        return [_open_frame(file) for file in _evenly_spaced(files)]
+    if reads_videos:
+        with _opened(path) as image:
+            numbers = range(getattr(image, "n_frames", 1))
+            if len(numbers) > 1:
+                _require_small(image, len(numbers))
+                _refuse_line(image)
+                return [_frame(image, number) for number in _evenly_spaced(numbers)]
+    return open_photo(path)
 
 
-def _evenly_spaced(frames: list[Any]) -> list[Any]:
+def _open_frame(path: Path) -> Image.Image:
+    with _opened(path) as image:
+        _require_small(image, 1)
+        return _upright(image)
+
+
+def _require_small(image: Image.Image, frames: int) -> None:
+    pixels = image.width * image.height
+    if pixels * frames > MOST_PIXELS or pixels * FRAMES > MOST_KEPT_PIXELS:  # all are decoded on the way to the last
+        raise ValueError(f"{frames} frames of {image.width} x {image.height} are too much: make it shorter or smaller")
+
+
+def _refuse_line(image: Image.Image) -> None:
+    if max(image.size) > MOST_SIDES * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} is a line and no picture: crop it")
+
+
+def _frame(image: Image.Image, number: int) -> Image.Image:
+    image.seek(number)
+    return image.convert("RGB")
+
+
+def _evenly_spaced(frames: Sequence[Any]) -> list[Any]:
     count = min(len(frames), FRAMES)
     return [frames[number * len(frames) // count] for number in range(count)]
 
@@ -140,7 +195,7 @@ def show(
     if source is None:
         config = load_repo_config(DEMO_CONFIG)
         source, options = str(resolve_base(config.base_model)), {**config.vispruner_config, **options}
-    model = vispruner.load(source, dtype="auto", **options).eval()
+    model = load_model(source, **options)
     processor = load_processor(str(source))
     picture = open_picture(path, reads_videos=getattr(processor, "video_processor", None) is not None)
     questions = questions_about(path, question)
@@ -378,12 +433,8 @@ def _wrap(text: str, width: int) -> list[str]:
 def save_png(picture: Image.Image, out: str | os.PathLike[str]) -> Path:
     """Write a PNG that appears only when it is complete."""
     out = _png_path(out)
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        picture.save(partial, format="PNG")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(out) as unfinished:
+        picture.save(unfinished, format="PNG")
     return out
 
 

@@ -7,24 +7,23 @@ there already is not sent again, and where nothing differs there is no commit.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from vispruner import ARCHITECTURES, __version__
+from vispruner import __version__, architecture_of
 
 from . import publish_worker
 from .base_checkpoint import resolve_base
-from .build import budget_config, build_repo
-from .checkpoint_io import has_weights, read_json
+from .build import budget_config, build_repo, find_repo_base
+from .built_folder import hash_of, holds_a_build, opened_regular
+from .checkpoint_io import has_weights, read_json, read_regular
 from .hub_access import (
     ExitCode,
     HubAccess,
@@ -32,8 +31,11 @@ from .hub_access import (
     PublishError,
     explained,
     require_write_access,
+    understood,
     with_base_commit,
 )
+from .isolation import Isolation, isolation
+from .plain_text import one_line, printable
 from .repo_config import RepoConfig, load_repo_config
 from .upload_plan import (
     CARD,
@@ -49,13 +51,14 @@ from .upload_plan import (
     made_by_a_build,
     plan_branch,
 )
-from .verify import verify_repo
+from .verify import lend_base, verify_repo
 
 DEFAULT_BRANCH = "main"
 DEFAULT_OUT = Path("build") / "upload"
 # A model up to this size is loaded from the Hub after a push; of a larger one the classes, not the weights.
 LOAD_BYTES = 4 * 2**30
 LOAD_TIMEOUT = 3600.0
+MOST_LISTED = 10_000  # files of a repo, whose list a Hub may go on giving for ever
 
 
 def publish(
@@ -87,13 +90,14 @@ def publish(
     for job in jobs:
         folder = job.build(Path(out), thin, base)
         wanted = job.wanted_branches(folder)
+        job.require_verified(wanted)
         job.show_summary(wanted, push)
         if push:
             job.push_branches(wanted)
-            job.check_loads(folder)
-            print(f"done: {hub.endpoint}/{job.repo.repo_id}")
+            job.check_loads(wanted)
+            _say(f"done: {hub.endpoint}/{job.repo.repo_id}")
     if not push:
-        print("this was a dry run: nothing was changed on the Hub; add --push to publish")
+        _say("this was a dry run: nothing was changed on the Hub; add --push to publish")
 
 
 class PublishJob:
@@ -118,6 +122,7 @@ class PublishJob:
         self.create_pr = create_pr
         self.branch = revision or DEFAULT_BRANCH
         self.force = force
+        self.verified: Mapping[str, str] = {}
         self.commits: dict[str, str] = {}
         self.other_branches: list[str] = []
 
@@ -134,11 +139,12 @@ class PublishJob:
             remote = self.read_branches()
             if account is not None:
                 try:
-                    require_write_access(account, repo_id, creates=remote is None, pull_request=self.create_pr)
+                    with understood(self.hub.endpoint):
+                        require_write_access(account, repo_id, creates=remote is None, pull_request=self.create_pr)
                 except PublishError as reason:
                     if push:
                         raise
-                    print(f"note: --push would be refused: {reason}")
+                    _say(f"note: --push would be refused: {reason}")
             if remote is None and self.create_pr:
                 raise PublishError(
                     ExitCode.BAD_INPUT, f"{repo_id} is not on the Hub: there is nothing --create-pr could change"
@@ -153,22 +159,36 @@ class PublishJob:
     def build(self, out: Path, thin: bool | None, base: str | None) -> Path:
         """Build the repo into a folder of its own below `out` and verify it there."""
         folder = out / self.repo.repo_id.split("/")[-1]
-        if folder.is_dir() and any(folder.iterdir()) and "vispruner_config" not in _config_of(folder):
+        if folder.is_dir() and any(folder.iterdir()) and not holds_a_build(folder):
             raise PublishError(ExitCode.BAD_INPUT, f"{folder} holds something else: give another folder as --out")
         with explained(self.hub, f"building {self.repo.repo_id}"):
             build_repo(self.repo, folder, base=base, thin=thin, overwrite=True)
             report = verify_repo(folder, base=self._base_to_compare(folder, base))
-        print(report.table())
+        _say(report.table())
         if not report.passed:
             raise PublishError(
                 ExitCode.NOT_VERIFIED, f"{self.repo.repo_id} is not published: verify refuses what was built"
             )
+        self.verified = report.files
         return folder
 
     def _base_to_compare(self, folder: Path, base: str | None) -> Path | None:
         if not has_weights(folder):
             return None  # a thin repo has no weights of its own
-        return resolve_base(self.repo.base_model, self.repo.base_revision) if base is None else resolve_base(base)
+        return find_repo_base(self.repo).with_weights().folder if base is None else resolve_base(base)
+
+    def require_verified(self, wanted: Mapping[str, list[LocalFile]]) -> None:
+        """Refuse to send anything but what was verified; a budget branch has a config.json of its own beside it."""
+        found = {file.path: file.sha256 for file in wanted[self.branch]}
+        differing = sorted(
+            name for name in found.keys() | self.verified.keys() if found.get(name) != self.verified.get(name)
+        )
+        if differing:
+            raise PublishError(
+                ExitCode.NOT_VERIFIED,
+                f"{self.repo.repo_id} is not published: {', '.join(differing)} changed since verify read it; run the "
+                "same command again",
+            )
 
     def show_summary(self, wanted: Mapping[str, list[LocalFile]], push: bool) -> None:
         """Print what would change, or will, on every branch; let the Hub judge a new card before anything is made."""
@@ -181,14 +201,14 @@ class PublishJob:
                 self.hub.check_card(card.text())
         state = "exists" if remote is not None else "a new repo" if self.hub.token else "a new repo, or a private one"
         visibility = ", private" if remote is None and self.private else ""
-        print(f"\n{self.hub.endpoint}/{repo_id} ({state}{visibility})")
-        print("\n".join(describe(plans[0])))
+        _say(f"\n{self.hub.endpoint}/{repo_id} ({state}{visibility})")
+        _say("\n".join(describe(plans[0])))
         for plan in plans[1:]:
-            print("\n".join(describe(plan, self._budget_text(plan.branch), main=plans[0])))
+            _say("\n".join(describe(plan, self._budget_text(plan.branch), main=plans[0])))
         if self.other_branches:
-            print(f"  other branches stay as they are: {', '.join(self.other_branches)}")
+            _say(one_line(f"  other branches stay as they are: {', '.join(self.other_branches)}"))
         if self.create_pr and not all(plan.is_empty for plan in plans):
-            print(f"  as a pull request{'' if push else ' that --push would open'}; budget branches follow main later")
+            _say(f"  as a pull request{'' if push else ' that --push would open'}; budget branches follow main later")
 
     def _budget_text(self, branch: str) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.budgets.get(branch, {}).items())
@@ -239,7 +259,13 @@ class PublishJob:
         }
 
     def _list_tree(self, commit: str) -> list[Any]:
-        return list(self.hub.api.list_repo_tree(self.repo.repo_id, recursive=True, revision=commit))
+        listing = self.hub.api.list_repo_tree(self.repo.repo_id, recursive=True, revision=commit)
+        entries = list(itertools.islice(listing, MOST_LISTED + 1))
+        if len(entries) > MOST_LISTED:
+            raise PublishError(
+                ExitCode.FOREIGN_CONTENT, f"{self.repo.repo_id} lists more than {MOST_LISTED} files: give another repo"
+            )
+        return entries
 
     def _refuse_public(self) -> None:
         if self.private and not self.hub.ask(self.hub.api.repo_info, self.repo.repo_id).private:
@@ -280,7 +306,7 @@ class PublishJob:
         try:
             config = json.loads(self._read_text(remote, CONFIG))
             return config["vispruner_config"]["base_model_name_or_path"] == self.repo.base_model
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return False
 
     def _has_text(self, remote: RemoteBranch) -> bool:
@@ -290,7 +316,7 @@ class PublishJob:
 
     def _read_text(self, remote: RemoteBranch, path: str) -> str:
         found = self.hub.ask(self.hub.api.hf_hub_download, self.repo.repo_id, path, revision=remote.commit)
-        return Path(found).read_text(encoding="utf-8")
+        return read_regular(found).decode("utf-8", errors="replace")
 
     def _create_repo(self) -> None:
         self.hub.ask(self.hub.api.create_repo, self.repo.repo_id, private=self.private or None, exist_ok=True)
@@ -317,15 +343,25 @@ class PublishJob:
     def _commit(self, plan: BranchPlan, remote: RemoteBranch) -> str:
         """Make one commit on top of the one that was looked at, or a pull request of it; weights go up before it."""
         target: dict[str, Any] = {"create_pr": True} if self.create_pr else {"revision": plan.branch}
+        operations = plan.operations()
+        additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+        if additions:
+            self.hub.api.preupload_lfs_files(self.repo.repo_id, additions, free_memory=False, **target)
+        changed = [file.path for file in (*plan.added, *plan.changed) if not file.is_as_hashed()]
+        if changed:
+            raise PublishError(
+                ExitCode.NOT_VERIFIED,
+                f"{', '.join(changed)} changed during the upload: nothing was committed; run the same command again",
+            )
         done = self.hub.api.create_commit(
             self.repo.repo_id,
-            plan.operations(),
+            operations,
             commit_message=self._title(plan.branch),
             parent_commit=remote.commit,
             **target,
         )
         if self.create_pr:
-            print(f"opened {done.pr_url}")
+            _say(one_line(f"opened {done.pr_url}"))
         return done.oid
 
     def _branch_to_write(self, branch: str) -> RemoteBranch:
@@ -335,8 +371,11 @@ class PublishJob:
             for ref in refs.branches:
                 if ref.name == branch:
                     return RemoteBranch(ref.target_commit, self._read_files(ref.target_commit))
-            first = self.hub.ask(self.hub.api.list_repo_commits, self.repo.repo_id)[-1].commit_id
+            first = self.hub.ask(self._first_commit)
             self.hub.ask(self.hub.api.create_branch, self.repo.repo_id, branch=branch, revision=first, exist_ok=True)
+
+    def _first_commit(self) -> str:
+        return self.hub.api.list_repo_commits(self.repo.repo_id)[-1].commit_id
 
     def _title(self, branch: str) -> str:
         budget = f", {self._budget_text(branch)}" if branch in self.budgets else ""
@@ -354,7 +393,7 @@ class PublishJob:
                 "open",
                 "draft",
             ):
-                print(f"pull request {number} proposes this build already")
+                _say(f"pull request {number} proposes this build already")
                 return ref.target_commit
         return None
 
@@ -369,63 +408,64 @@ class PublishJob:
                     f"{self.repo.repo_id} at {branch} ({commit}) is not what was built: {', '.join(plan.paths())}; "
                     "run the same command again, and look for a .gitignore in the repo if it stays so",
                 )
-            print(f"read back {branch} at {commit}: {len(files)} files are those built")
+            _say(f"read back {branch} at {commit}: {len(files)} files are those built")
 
-    def check_loads(self, folder: Path) -> None:
-        """Load every pushed commit from the Hub in a fresh process, as its users will."""
-        config = read_json(folder / CONFIG)
+    def check_loads(self, wanted: Mapping[str, list[LocalFile]]) -> None:
+        """Download what was pushed, compare it with what was built, and load it as its users will.
+
+        Only what was compared is loaded: by the name of the repo, but in a process without network and without tokens,
+        from a Hub cache of its own.
+        """
+        configs = {
+            branch: json.loads(next(file.text() for file in files if file.path == CONFIG))
+            for branch, files in wanted.items()
+        }
+        config, files = configs[self.branch], wanted[self.branch]
         settings = {
             "repo_id": self.repo.repo_id,
-            "class_name": ARCHITECTURES[config["model_type"]].model_class.__name__,
-            "load_bytes": LOAD_BYTES,
-            "revisions": {
-                commit: budget_config(config, self.budgets[branch])["vispruner_config"]
-                if branch in self.budgets
-                else config["vispruner_config"]
-                for branch, commit in self.commits.items()
-            },
+            "class_name": architecture_of(config["model_type"]).model_class.__name__,
+            "revisions": {self.commits[branch]: configs[branch]["vispruner_config"] for branch in wanted},
         }
-        with explained(self.hub, f"loading {self.repo.repo_id}"):
-            result = _run_worker(settings, self.hub.endpoint)
+        code = [file.sha256 for file in files if file.path.endswith(".py")]
+        with explained(self.hub, f"loading {self.repo.repo_id}"), isolation() as place:
+            settings["loads_weights"] = loads = self._bring_base(place, config, files)
+            for branch in wanted:
+                self._download(place, self.commits[branch], wanted[branch], loads and branch == self.branch)
+            outcome = place.run(publish_worker.__file__, [], settings, LOAD_TIMEOUT, code, 4 * LOAD_BYTES)
+        result = outcome.results if isinstance(outcome.results, dict) else {"problem": str(outcome)}
         if "problem" in result:
             raise PublishError(
                 ExitCode.READ_BACK_DIFFERS,
                 self.hub.without_token(f"{self.repo.repo_id} is on the Hub but does not load: {result['problem']}"),
             )
         for line in result["passed"]:
-            print(line)
+            _say(line)
 
+    def _bring_base(self, place: Isolation, config: Mapping[str, Any], files: Sequence[LocalFile]) -> bool:
+        """Say whether the weights are few enough to be loaded, and lend those of a thin repo's base if they are."""
+        if config["vispruner_config"]["weights"] != "thin":
+            return sum(file.size for file in files) <= LOAD_BYTES
+        base = find_repo_base(self.repo)
+        if base.weights_size() > LOAD_BYTES:
+            return False
+        lend_base(base.with_weights(), place.hub_cache)
+        return True
 
-def _run_worker(settings: Mapping[str, Any], endpoint: str) -> dict[str, Any]:
-    """Run `publish_worker` from an empty folder without access to this package; only its code cache is its own."""
-    with tempfile.TemporaryDirectory(prefix="vispruner-publish-") as name:
-        scratch = Path(name)
-        worker = Path(shutil.copy(publish_worker.__file__, scratch))
-        (scratch / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": endpoint,
-            "HF_MODULES_CACHE": str(scratch / "modules"),
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        command = [sys.executable, str(worker), "settings.json", "result.json"]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=scratch,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=LOAD_TIMEOUT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return {"problem": f"no end after {LOAD_TIMEOUT:g} s"}
-        if (scratch / "result.json").is_file():
-            return json.loads((scratch / "result.json").read_text(encoding="utf-8"))
-        last = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
-        return {"problem": f"exit status {done.returncode}: {last[0]}"}
+    def _download(self, place: Isolation, commit: str, files: Sequence[LocalFile], weights: bool) -> None:
+        """Bring the files of one commit into the worker's Hub cache, each compared with what was built."""
+        for file in files:
+            if file.path.endswith(".safetensors") and not weights:
+                continue
+            options = {"revision": commit, "cache_dir": place.hub_cache}
+            found = self.hub.ask(self.hub.api.hf_hub_download, self.repo.repo_id, file.path, **options)
+            with opened_regular(Path(os.path.realpath(found))) as (content, _):
+                is_same = hash_of(content) == file.sha256
+            if not is_same or Path(found).parent.name != commit:
+                raise PublishError(
+                    ExitCode.READ_BACK_DIFFERS,
+                    f"{self.repo.repo_id} at {commit}: {file.path} as the Hub serves it is not what was built, though "
+                    "its listing says so; nothing of it was run. Look at the repo before anybody loads it",
+                )
 
 
 def _is_moved(error: Exception) -> bool:
@@ -433,5 +473,5 @@ def _is_moved(error: Exception) -> bool:
     return isinstance(error, HfHubHTTPError) and error.response.status_code == 412
 
 
-def _config_of(folder: Path) -> dict[str, Any]:
-    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+def _say(text: str) -> None:
+    print(printable(text))  # much of it is what a Hub said

@@ -1,7 +1,8 @@
-"""Load pushed commits from the Hub the way their users will, in a process that knows nothing but the repo's name.
+"""Load pushed commits the way their users will, in a process that knows nothing but the repo's name.
 
-`publish` copies this file into an empty folder and runs it there. It imports transformers and never this package,
-whose import would register the very classes that the repo has to bring along itself.
+`publish` copies this file into a folder of its own and runs it there, without network: what it loads has been
+downloaded and compared before. It imports transformers and never this package, whose import would register the very
+classes that the repo has to bring along itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Refused(Exception):
 
 
 def check(settings: dict[str, Any]) -> list[str]:
-    """Load config, processor and classes at every commit, and the first one's weights unless they are too large."""
+    """Load config, processor and classes at every commit, and the first one's weights if they are there."""
     passed = []
     for number, (commit, expected) in enumerate(settings["revisions"].items()):
         source = {"revision": commit, "trust_remote_code": True}
@@ -35,8 +36,7 @@ def check(settings: dict[str, Any]) -> list[str]:
         _require_own(model, settings["class_name"])
         budget = config.vispruner_config["visual_token_num"] or config.vispruner_config["keep_ratio"]
         line = f"loads at {commit}: {settings['class_name']}, budget {budget}"
-        size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        if number == 0 and size <= settings["load_bytes"]:
+        if number == 0 and settings["loads_weights"]:
             model, report = auto_class.from_pretrained(settings["repo_id"], output_loading_info=True, **source)
             _require_own(model, settings["class_name"])
             for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,16 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 
-from vispruner import ARCHITECTURES
+from vispruner import architecture_of
 
 # Buffers that old versions of transformers saved and that every model now computes itself.
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 # CLIP and SigLIP towers have lost this level; vLLM and older transformers read names only with it.
 TOWER_LEVEL = "vision_model"
+
+# What a model is made of many times, in the words of all models: `num_hidden_layers`, `n_layer`, `depth` ...
+COUNT_OF_PARTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?)|(encoder|decoder)_layers|depth")
+MOST_PARTS = 4096
 
 VISION_LAYER = re.compile(r"model\.\w+\.(?:vision_model\.)?encoder\.layers?\.(\d+)\.")
 
@@ -73,7 +77,7 @@ class ModelLayout:
 
 def model_layout(architecture: str, config: Mapping[str, Any]) -> ModelLayout:
     """Return the layout of the model that config.json describes, whose tensors are not allocated."""
-    classes: Any = ARCHITECTURES[architecture]
+    classes: Any = architecture_of(architecture)
     # A copy: the config classes take what they are given apart.
     model_config = classes.config_class.from_dict(copy.deepcopy(dict(config)))
     with torch.device("meta"):
@@ -88,6 +92,60 @@ def model_layout(architecture: str, config: Mapping[str, Any]) -> ModelLayout:
         model=model,
         towers=towers,
     )
+
+
+@dataclass(frozen=True)
+class LayoutFacts:
+    """How tensors fit the model that a config.json describes; plain data, which one process can tell another.
+
+    problems    what is missing, unexpected or of the wrong shape, as sentences
+    names       name in the files -> published name
+    base_names  the same for the files of a base that they are compared with
+    loaded      name in the state dict of this version of transformers -> name in the files
+    tied        published names that may be left out of a checkpoint
+    width       of the language model
+    """
+
+    problems: list[str]
+    names: dict[str, str]
+    base_names: dict[str, str]
+    loaded: dict[str, str]
+    tied: list[str]
+    width: int
+
+
+def layout_facts(
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    base_names: Iterable[str] = (),
+    are_published: bool = True,
+) -> LayoutFacts:
+    """Compare tensors of these names and shapes with the model, whatever its pruning options.
+
+    are_published  they are a built repo's own, and not those of a base, which may have other names
+
+    Raises LayoutError, and whatever the classes of transformers raise for a config.json that describes no model.
+    """
+    layout = model_layout(str(config["model_type"]), {**config, "vispruner_config": {"method": "none"}})
+    names = {name: name for name in shapes}
+    if not are_published:
+        names = without_dropped_layers(layout.published_names(shapes), config)
+    return LayoutFacts(
+        problems=layout_problems(layout, {published: tuple(shapes[name]) for name, published in names.items()}),
+        names=names,
+        base_names=without_dropped_layers(layout.published_names(base_names), config),
+        loaded={layout.loaded[published]: name for name, published in names.items() if published in layout.loaded},
+        tied=sorted(layout.tied),
+        width=layout.model.config.get_text_config().hidden_size,
+    )
+
+
+def refuse_endless(config: Mapping[str, Any], tensors: int) -> None:
+    """Raise LayoutError for a config.json that asks for more layers than there are tensors, before they are made."""
+    for part in (config, *(part for part in config.values() if isinstance(part, Mapping))):
+        for name, value in part.items():
+            if isinstance(value, int) and COUNT_OF_PARTS.fullmatch(str(name)) and value > min(tensors, MOST_PARTS):
+                raise LayoutError(f"config.json asks for {name} {value}, and the weights are {tensors} tensors")
 
 
 def _lost_a_level(module: torch.nn.Module) -> bool:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoProcessor, PreTrainedModel
 
-from .checkpoint_io import read_json
+import vispruner
+
+from .base_checkpoint import refuse_unsafe
+from .checkpoint_io import has_weights, read_json, read_tensor_headers
+from .foreign_code import own_code_only
+from .published_layout import layout_facts, refuse_endless
 from .verify_worker import VIDEO_EXTRA, needs_video_packages
 
 SCENE = Path(__file__).parent / "assets" / "scene.png"
@@ -43,11 +50,46 @@ def questions_about(picture: Path | None, text: str | None = None) -> list[Quest
     return [question for question in known if question.text == text] or [Question(text)]
 
 
-def load_processor(source: str) -> Any:
-    """Load a stock processor; ValueError says what to install for one that needs more than this package does."""
+def load_model(source: str, **options: Any) -> PreTrainedModel:
+    """Load a built repo or a stock checkpoint, folder or Hub id, but no code of it; ValueError for what is neither."""
+    refuse_unsafe(source)
+    with own_code_only(), _said_of(source):
+        _require_its_weights(Path(source))
+        return vispruner.load(source, dtype="auto", **options).eval()
+
+
+def _require_its_weights(folder: Path) -> None:
+    """Refuse a folder whose config.json asks for other tensors than are there, before any is made."""
+    if not has_weights(folder):  # of a thin repo, or of one on the Hub, whose weights come from there
+        return
+    config, headers = read_json(folder / "config.json"), read_tensor_headers(folder)
+    refuse_endless(config, len(headers))
+    facts = layout_facts(config, {name: header.shape for name, header in headers.items()}, are_published=False)
+    if facts.problems:
+        raise ValueError(f"the weights of {folder} are not those of its config.json: {'; '.join(facts.problems)}")
+
+
+@contextmanager
+def _said_of(source: str) -> Iterator[None]:
+    """Blame the files of a repo for whatever its classes make of them; what is an error of its own kind stays that."""
     try:
-        return AutoProcessor.from_pretrained(source)
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, SafetensorError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{source} does not load: {type(error).__name__}: {error}") from error
+
+
+def load_processor(source: str) -> Any:
+    """Load a stock processor, never code of its repo; ValueError says what to install for one that needs more."""
+    try:
+        with own_code_only(), _said_of(source):
+            return AutoProcessor.from_pretrained(source, trust_remote_code=False)
     except (ImportError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the processor of {source} is code of its repo or of another, which is never run"
+            ) from error
         if needs_video_packages(error):
             raise ValueError(f"the processor of {source} does not load: {VIDEO_EXTRA}") from error
         raise

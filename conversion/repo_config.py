@@ -18,6 +18,8 @@ from huggingface_hub.utils import validate_repo_id
 from vispruner import ARCHITECTURES, SELECTORS
 from vispruner.configuration_vispruner import merge_vispruner_config
 
+from .checkpoint_io import CheckpointError, read_regular
+
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ASSETS = Path(__file__).parent / "assets"
@@ -36,6 +38,7 @@ FIELDS = (
     "engine_processor",
     "card",
 )
+MOST_YAML_BYTES, MOST_NESTED = 2**18, 16
 WEIGHTS = ("thin", "full")
 BUDGET_FIELDS = ("visual_token_num", "keep_ratio")
 CARD_FIELDS = (
@@ -58,6 +61,8 @@ FILLED_BY_BUILD = {
 }
 # Stricter than git: whatever matches is a valid ref, and can be typed into a shell and a URL as it is.
 BRANCH_NAME = re.compile(r"(?!.*(\.\.|//|/\.|\.lock(/|$)))[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9_-])?")
+# What a path has no need of, and a terminal, a model card or HTML would take for more than a name.
+STRANGE_IN_A_PATH = re.compile(r"[\x00-\x1f\x7f-\x9f`<>|\[\]{}\"]")
 RESERVED_BRANCHES = ("main", "HEAD")
 
 
@@ -130,6 +135,7 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
     for name in ("repo_id", "base_model", "architecture"):
         _require_text(path, name, content[name])
     _check_repo_id(path, content["repo_id"])
+    _check_base_model(path, content["base_model"])
     architecture = content["architecture"]
     if architecture not in ARCHITECTURES:
         raise RepoConfigError(f"{path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
@@ -158,9 +164,15 @@ def _flag(path: Path, content: dict[str, Any], name: str) -> bool:
     return value
 
 
-def is_hub_id(base_model: str) -> bool:
-    """Tell a Hub id from the embedded base and from a folder of this machine."""
-    return not base_model.startswith(EMBEDDED_PREFIX) and not Path(base_model).expanduser().is_dir()
+def is_hub_id(name: Any) -> bool:
+    """Say whether a base's name is `owner/name`; whether a folder of this machine is called so does not matter."""
+    if not isinstance(name, str) or name.count("/") != 1 or name.startswith(EMBEDDED_PREFIX):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -181,11 +193,27 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        text = read_regular(path, MOST_YAML_BYTES).decode("utf-8")
+        _require_plain(path, text)
+        return yaml.load(text, Loader=_UniqueKeyLoader)  # nosec B506 - the safe loader, made stricter
     except UnicodeDecodeError as error:
         raise RepoConfigError(f"{path}: is not UTF-8 text: {error}") from error
-    except yaml.YAMLError as error:
+    except (CheckpointError, yaml.YAMLError) as error:
         raise RepoConfigError(f"{path}: is not valid YAML: {error}") from error
+
+
+def _require_plain(path: Path, text: str) -> None:
+    """Refuse what needs no name in so small a file and could grow without bound, before it is put together."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise RepoConfigError(f"{path}: *{event.anchor} stands for something else: write it out, or leave it out")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MOST_NESTED:
+            raise RepoConfigError(f"{path}: is nested more than {MOST_NESTED} levels deep, which no field needs")
 
 
 def _check_repo_id(path: Path, repo_id: str) -> None:
@@ -197,10 +225,19 @@ def _check_repo_id(path: Path, repo_id: str) -> None:
         raise RepoConfigError(f"{path}: repo_id must be owner/name, got {repo_id!r}")
 
 
+def _check_base_model(path: Path, base_model: str) -> None:
+    if STRANGE_IN_A_PATH.search(base_model):
+        raise RepoConfigError(
+            f"{path}: base_model must be a Hub id (owner/name) or the path of a folder, got {base_model!r}"
+        )
+
+
 def _base_revision(path: Path, content: dict[str, Any]) -> str | None:
     revision = content.get("base_revision")
     if revision is not None:
         _require_text(path, "base_revision", revision)
+        if not BRANCH_NAME.fullmatch(revision):
+            raise RepoConfigError(f"{path}: base_revision must be a commit, a branch or a tag, got {revision!r}")
         return revision
     base_model = content["base_model"]
     if not is_hub_id(base_model):
@@ -315,6 +352,8 @@ def _card(path: Path, card: Any, base_model: str) -> dict[str, Any]:
         values = value if name in LIST_CARD_FIELDS and isinstance(value, list) else [value]
         for entry in values:
             _require_text(path, f"card.{name}", entry)
+            if name not in ("note", "citation") and len(entry.splitlines()) > 1:
+                raise RepoConfigError(f"{path}: card.{name} must be one line, got {entry!r}")
     for entry in as_list(card.get("citation")):
         if not entry.lstrip().startswith("@"):
             raise RepoConfigError(f"{path}: card.citation must be BibTeX, which starts with @, got {entry[:40]!r}")

@@ -1,11 +1,17 @@
-"""What publishing one build changes on one branch: the files on both sides, their hashes, and the summary of it."""
+"""What publishing one build changes on one branch: the files on both sides, their hashes, and the summary of it.
+
+Small files are read once, and the bytes that were hashed are those that are sent. Weights are sent from where they
+are, and whether they still are what was hashed is asked before the commit that makes them part of the repo.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from tqdm import tqdm
@@ -13,32 +19,44 @@ from tqdm import tqdm
 from vispruner import code_files
 
 from .base_checkpoint import CONFIG_FILES
+from .built_folder import (
+    CARD,
+    CONFIG,
+    HASH_BLOCK,
+    INDEX,
+    NEUTRAL_FILES,
+    UNSAFE_SUFFIXES,
+    Stamp,
+    is_unchanged,
+    opened_regular,
+)
 from .checkpoint_io import SHARD_PATTERN, WEIGHT_FILES, checkpoint_shards, has_weights
 from .hub_access import ExitCode, PublishError
 from .model_card import card_files
+from .plain_text import one_line
 from .repo_config import RepoConfig
-from .verify import UNSAFE_SUFFIXES
 
-CARD, CONFIG = "README.md", "config.json"
-INDEX = "model.safetensors.index.json"
-# Files that the Hub or its web pages make, and licences: they are nobody's build and stay where they are.
-NEUTRAL_FILES = (".gitattributes", ".gitignore", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 PICTURE_SUFFIX = ".png"
-HASH_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
 class LocalFile:
-    """One file to publish; `source` is where its bytes are, or the bytes."""
+    """One file to publish: its bytes, or of weights where they are, with the stamp of the file that was hashed."""
 
     path: str
     source: Path | bytes
     size: int
     sha256: str
     blob_id: str
+    stamp: Stamp = ()
 
     def text(self) -> str:
-        return self.source.decode() if isinstance(self.source, bytes) else self.source.read_text(encoding="utf-8")
+        assert isinstance(self.source, bytes)
+        return self.source.decode()
+
+    def is_as_hashed(self) -> bool:
+        """Say whether what is to be sent still is what was hashed."""
+        return isinstance(self.source, bytes) or is_unchanged(self.source, self.stamp)
 
 
 @dataclass(frozen=True)
@@ -127,25 +145,36 @@ def built_files(folder: Path, repo: RepoConfig) -> list[LocalFile]:
             f"{folder} holds {', '.join(strange)}, which the build did not write: nothing else is ever uploaded, so "
             "remove it",
         )
-    total = sum(path.stat().st_size for path in present.values())
+    total = sum(path.stat().st_size for path in present.values() if path.suffix == ".safetensors")
     with tqdm(total=total, unit="B", unit_scale=True, desc="hashing", leave=False) as progress:
         return sorted((local_file(name, path, progress) for name, path in present.items()), key=_place_in_commit)
 
 
 def local_file(path: str, source: Path | bytes, progress: tqdm | None = None) -> LocalFile:
-    """Hash one file the two ways the Hub does: as a large file, and as a git blob."""
+    """Hash one file the two ways the Hub does, as a large file and as a git blob; keep all but weights in memory."""
     if isinstance(source, bytes):
-        blob = hashlib.sha1(b"blob %d\0" % len(source) + source)
-        return LocalFile(path, source, len(source), hashlib.sha256(source).hexdigest(), blob.hexdigest())
-    size = source.stat().st_size
-    large, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size)
-    with source.open("rb") as file:
+        return _in_memory(path, source)
+    with opened_regular(source) as (file, stamp):
+        if source.suffix != ".safetensors":
+            return _in_memory(path, file.read())
+        size = os.fstat(file.fileno()).st_size
+        large, blob = hashlib.sha256(), _git_blob(size)
         while block := file.read(HASH_BLOCK):
             large.update(block)
             blob.update(block)
             if progress is not None:
                 progress.update(len(block))
-    return LocalFile(path, source, size, large.hexdigest(), blob.hexdigest())
+    return LocalFile(path, source, size, large.hexdigest(), blob.hexdigest(), stamp)
+
+
+def _in_memory(path: str, content: bytes) -> LocalFile:
+    blob = _git_blob(len(content))
+    blob.update(content)
+    return LocalFile(path, content, len(content), hashlib.sha256(content).hexdigest(), blob.hexdigest())
+
+
+def _git_blob(size: int) -> Any:
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)  # git's name of a file, and no proof of anything
 
 
 def _place_in_commit(file: LocalFile) -> tuple[int, str]:
@@ -165,6 +194,10 @@ def made_by_a_build(path: str) -> bool:
 
 def describe(plan: BranchPlan, budget: str = "", main: BranchPlan | None = None) -> list[str]:
     """Return the lines of the summary about one branch; one that changes as `main` does takes one line more."""
+    return [one_line(line) for line in _lines(plan, budget, main)]  # names come from the Hub, too
+
+
+def _lines(plan: BranchPlan, budget: str, main: BranchPlan | None) -> list[str]:
     about = f"{plan.branch} ({budget})" if budget else plan.branch
     if plan.is_empty:
         return [f"  {about}: nothing to do, {plan.unchanged} files are the same"]

@@ -1,57 +1,66 @@
 """Verify a built repo: what it says, what it holds, and, in a fresh process, what it does.
 
-Static checks come first and run here. Only a repo that passes them is loaded, by `verify_worker` in a process of its
-own. The weights of a thin repo are those of its base: where they are to be loaded, they are downloaded first.
+The folder is read once, into a private copy, and every check looks at that copy. What the files say is checked first,
+before anything of them is loaded; only a repo that passes is loaded, by `verify_worker` in a process without network
+and without the caller's tokens. The weights of a thin repo are those of its base, and downloaded before they are
+loaded.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
+import functools
 import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import constants
-
-from vispruner import ARCHITECTURES, SELECTORS, auto_map, code_files
-from vispruner.codebook_file import read_codebook
+from vispruner import ARCHITECTURES, SELECTORS, architecture_of, auto_map, code_files
+from vispruner.codebook_file import KEY, read_codebook
 from vispruner.configuration_vispruner import merge_vispruner_config
 
-from . import verify_worker
+from . import layout_worker, verify_worker
 from .base_checkpoint import (
     IMAGE_PROCESSOR_FILES,
     TOKENIZER_FILES,
     BaseCheckpoint,
-    find_base,
+    find_hub_base,
     is_commit,
     resolve_base,
 )
+from .base_comparison import differences_from_base
+from .build import engine_auto_map
+from .built_folder import (
+    CARD,
+    CONFIG,
+    UNSAFE_SUFFIXES,
+    FolderCopy,
+    copy_folder,
+    folder_digest,
+    link_or_copy,
+    strange_names,
+)
 from .checkpoint_io import (
+    MOST_BYTES,
     WEIGHT_FILES,
     TensorHeader,
     checkpoint_shards,
     iter_checkpoint_tensors,
     read_json,
     read_tensor_headers,
+    safetensors_headers,
 )
-from .published_layout import ModelLayout, layout_problems, model_layout, without_dropped_layers
+from .foreign_code import MOST_SETTINGS, SETTINGS_FILES, foreign_code
+from .isolation import Isolation, isolation
+from .plain_text import one_line, printable
+from .published_imports import forbidden_imports
+from .published_layout import LayoutFacts
 from .repo_config import is_hub_id
 
 Status = Literal["pass", "fail", "not run"]
-
-ALLOWED_PACKAGES = frozenset({"torch", "transformers"})
-OPTIONAL_PACKAGES = frozenset({"triton"})  # allowed inside `try:`
-UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 # The worker's checks, in its order: those that load the weights, and those a model of any size can afford.
 LIGHT_CHECKS = ("AutoConfig", "AutoProcessor", "auto classes")
@@ -64,6 +73,8 @@ MODEL_CHECKS = (
     "pipeline",
 )
 WORKER_TIMEOUT = 3600.0
+LAYOUT_TIMEOUT = 300.0
+MOST_SHOWN = 4000  # characters of one reason
 
 
 class VerifyError(ValueError):
@@ -81,10 +92,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """What verify found; a repo passes when no check failed, whether or not all could be run."""
+    """What verify found; a repo passes when no check failed, whether or not all could be run.
+
+    files  name -> sha256 of every file of the folder as it was read, but for those that no build writes and nothing
+           reads (`.gitattributes`, licences); what is true of these very bytes need not be of others
+    """
 
     folder: Path
     checks: tuple[Check, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -94,17 +110,33 @@ class Report:
     def failures(self) -> tuple[Check, ...]:
         return tuple(check for check in self.checks if check.status == "fail")
 
+    @property
+    def digest(self) -> str:
+        """One sha256 that stands for all files, and names what was verified."""
+        return folder_digest(self.files)
+
     def table(self) -> str:
-        """Return the checks as aligned lines, and the verdict as the last one."""
+        """Return the checks as aligned lines, the digest of what was verified, and the verdict as the last line."""
         width = max(len(check.name) for check in self.checks)
-        lines = [f"{check.status:<9}{check.name:<{width + 2}}{check.detail}".rstrip() for check in self.checks]
+        lines = [
+            f"{check.status:<9}{check.name:<{width + 2}}{_indented(check.detail)}".rstrip() for check in self.checks
+        ]
+        if self.passed and self.files:
+            lines.append(f"{'':<9}{'sha256 of all files':<{width + 2}}{self.digest}")
         count = {
             status: sum(check.status == status for check in self.checks) for status in ("pass", "fail", "not run")
         }
         verdict = "verified" if self.passed else "refused"
         skipped = f", {count['not run']} not run" if count["not run"] else ""
-        lines.append(f"{verdict}: {self.folder} ({count['pass']} passed, {count['fail']} failed{skipped})")
+        lines.append(
+            f"{verdict}: {one_line(str(self.folder))} ({count['pass']} passed, {count['fail']} failed{skipped})"
+        )
         return "\n".join(lines)
+
+
+def _indented(text: str) -> str:
+    """Return what others wrote so that no line of it can pass for one of the report's."""
+    return printable(text).replace("\n", "\n" + " " * 11)
 
 
 def verify_repo(
@@ -115,39 +147,218 @@ def verify_repo(
 ) -> Report:
     """Verify a built repo; never raises for what is wrong with it.
 
-    base              compare every tensor's hash with those of this base (a folder, `embedded/...` or a Hub id)
+    base              compare every file and every tensor's hash with those of this base (a folder, `embedded/...` or
+                      a Hub id)
     available_memory  bytes that loading the model may take; by default what this machine has left. A larger model is
                       checked by names, shapes and hashes only, and the report lists what was not run
     timeout           seconds that the fresh process may take
     """
-    folder = Path(folder).expanduser().resolve()
-    checks = list(_static_checks(folder))
-    if all(check.status == "pass" for check in checks) and base is not None:
-        checks.append(_run("weights equal the base's", lambda: _compare_with_base(folder, os.fspath(base))))
-    if all(check.status == "pass" for check in checks):
-        weights = _weights_of(folder)
-        needed, free = memory_needed(weights), machine_memory() if available_memory is None else available_memory
-        if needed <= free and weights.repo_id is not None:
-            checks.append(_run("base weights", lambda: _download(weights)))
-    if any(check.status == "fail" for check in checks):
-        checks += [Check(name, "not run", "the checks above failed") for name in (*LIGHT_CHECKS, *MODEL_CHECKS)]
-        return Report(folder, tuple(checks))
-    checks += _run_worker(folder, _worker_settings(folder, weights, run_models=needed <= free), timeout)
-    if needed > free:
-        if weights.repo_id is None:
-            checks.append(_run("weights hash", lambda: _check_hashes(folder)))
+    path = Path(os.path.realpath(os.path.expanduser(folder)))
+    with isolation() as place:
+        verification = _Verification(path, place, None if base is None else os.fspath(base))
+        verification.check_files()
+        verification.check_weights()
+        try:
+            verification.check_loading(machine_memory() if available_memory is None else available_memory, timeout)
+        except Exception as error:  # such as a folder that is gone by now
+            verification.note(Check("fresh process", "fail", f"{type(error).__name__}: {error}"))
+        return verification.report()
+
+
+class _Verification:
+    """One folder being verified: its private copy, what was read from it, and the checks so far."""
+
+    def __init__(self, folder: Path, place: Isolation, base: str | None) -> None:
+        self.folder = folder
+        self.place = place
+        self.base = base
+        self.base_folder: Path | None = None
+        self.copy = FolderCopy(folder, place.root / "repo")
+        self.config: dict[str, Any] = {}
+        self.weights = BaseCheckpoint(self.copy.path)
+        self.layout = LayoutFacts([], {}, {}, {}, [], 0)
+        self.checks: list[Check] = []
+
+    @property
+    def failed(self) -> bool:
+        return any(check.status == "fail" for check in self.checks)
+
+    def run(self, name: str, check: Callable[[], str]) -> None:
+        """Run one check; whatever it raises is the reason of a refusal."""
+        status: Status = "pass"
+        try:
+            detail = check()
+        except (ValueError, OSError, SyntaxError) as error:  # CheckpointError, BuildError and LayoutError are such
+            status, detail = "fail", str(error)
+        except Exception as error:  # nothing that a folder holds may end this
+            status, detail = "fail", f"{type(error).__name__}: {error}"
+        self.note(Check(name, status, detail))
+
+    def note(self, check: Check) -> None:
+        """Add a check to the report, in which the copy goes by the folder's own name, and no detail is endless."""
+        detail = check.detail.replace(str(self.copy.path), str(self.folder))
+        shown = detail if len(detail) <= MOST_SHOWN else f"{detail[:MOST_SHOWN]} ..."
+        self.checks.append(replace(check, detail=shown))
+
+    def run_all(self, checks: Mapping[str, Callable[[], str]], reason: str = "the checks above failed") -> None:
+        """Run checks that do not build on each other, unless one before them failed."""
+        if self.failed:
+            self.skip(checks, reason)
+            return
+        for name, check in checks.items():
+            self.run(name, check)
+
+    def skip(self, names: Iterable[str], reason: str) -> None:
+        self.checks += [Check(name, "not run", reason) for name in names]
+
+    def report(self) -> Report:
+        return Report(self.folder, tuple(self.checks), self.copy.hashes())
+
+    def check_files(self) -> None:
+        """Check what the files say, without loading any; what the first checks refuse is not looked into."""
+        self.run("config.json", self.read)
+        self.run_all({"files": self.check_names, "JSON files": self.check_settings}, "config.json failed")
+        folder, config = self.copy.path, self.config
+        self.run_all(
+            {
+                "vispruner_config": lambda: _check_options(folder, config),
+                "architectures": lambda: _check_architectures(config),
+                "auto_map": lambda: _check_auto_map(config),
+                "code files": lambda: _check_code_files(folder, config["model_type"]),
+                "imports": lambda: _check_imports(folder),
+                "processor files": lambda: _check_processor_files(folder),
+                "generation config": lambda: _check_generation_config(folder),
+            }
+        )
+
+    def read(self) -> str:
+        """Copy the folder and read config.json."""
+        if not self.folder.is_dir():
+            raise VerifyError(f"{self.folder} is not a folder")
+        self.copy = copy_folder(self.folder, self.copy.path)
+        if CONFIG not in self.copy.files and self.copy.problems:
+            raise VerifyError("; ".join(self.copy.problems))
+        self.config.update(read_json(self.copy.path / CONFIG, MOST_SETTINGS))
+        model_type = self.config.get("model_type")
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+            raise VerifyError(f"model_type is {model_type!r}, supported are {', '.join(ARCHITECTURES)}")
+        return f"model_type {model_type}"
+
+    def check_names(self) -> str:
+        """Require regular files under names that a build writes."""
+        card = self.copy.path / CARD
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        strange = strange_names(self.copy.files, text)
+        problems = [*self.copy.problems, *(f"{name} is no file that a build writes" for name in strange)]
+        if problems:
+            raise VerifyError("; ".join(problems))
+        return f"{len(self.copy.files)} regular files under names that a build writes"
+
+    def check_settings(self) -> str:
+        """Require settings that name no code and no file of anybody else."""
+        problems = []
+        for name in SETTINGS_FILES:
+            if name in self.copy.files:
+                settings = read_json(self.copy.path / name, MOST_SETTINGS)
+                own = name == "processor_config.json" and settings.get("auto_map") == self.engine_auto_map
+                if name == CONFIG or own:  # that of config.json has a check of its own
+                    settings.pop("auto_map", None)
+                problems += [f"{name}: {entry}" for entry in foreign_code(settings)]
+        if problems:
+            raise VerifyError(
+                f"{'; '.join(problems)}: no build writes that, and transformers could run code or read files by it"
+            )
+        return "they name no code and no files of others"
+
+    @property
+    def engine_auto_map(self) -> dict[str, str] | None:
+        return engine_auto_map(self.config["model_type"])
+
+    def check_weights(self) -> None:
+        """Check names and shapes, and with a base all files and the values of all tensors."""
+        if self.base is not None and not self.failed:
+            self.run("files equal the base's", self.compare_files)
+        self.run_all({"weights": self.check_layout})
+        if self.base is not None and not self.failed:
+            self.run("weights equal the base's", self.compare_weights)
+
+    def compare_files(self) -> str:
+        """Compare config and processor with what a build writes from the base."""
+        self.base_folder = resolve_base(str(self.base))
+        problems = differences_from_base(self.copy.path, self.base_folder)
+        if problems:
+            raise VerifyError(f"not what a build writes from {self.base}: {'; '.join(problems)}")
+        return f"config and processor are those of {self.base}"
+
+    def check_layout(self) -> str:
+        """Compare names and shapes with the model's: of the files, or of a thin repo's base."""
+        folder = self.copy.path
+        self.weights = _weights_of(folder, self.config)
+        _refuse_stray_weights(self.copy, self.config, self.weights)
+        base_names = [] if self.base_folder is None else list(read_tensor_headers(self.base_folder))
+        headers = self.weights.tensor_headers()
+        is_thin = self.weights.repo_id is not None
+        self.layout = _layout_facts(self.config, headers, base_names, are_published=not is_thin)
+        whose = f"{self.weights.repo_id} at {self.weights.commit}" if is_thin else ""
+        if self.layout.problems:
+            raise VerifyError((f"the base {whose} does not fit: " if whose else "") + "; ".join(self.layout.problems))
+        if (codebook := _codebook_name(self.config)) is not None:
+            read_codebook(folder / codebook, self.layout.width)
+        self.copy.hash_weights()
+        if whose:
+            return f"thin: {len(self.layout.names)} tensors of {whose}, names and shapes are the model's"
+        return f"{len(headers)} tensors, names and shapes are the model's"
+
+    def compare_weights(self) -> str:
+        """Compare the hash of every tensor with the base's, one tensor of each in memory at a time."""
+        assert self.base_folder is not None
+        own = _hashes(self.weights.with_weights().folder, self.layout.names)
+        other = _hashes(self.base_folder, self.layout.base_names)
+        wrong = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+        if wrong:
+            raise VerifyError(f"{len(wrong)} tensors are not those of {self.base}: {', '.join(wrong[:8])}")
+        return f"{len(own)} tensors hash as in {self.base}"
+
+    def check_loading(self, free: int, timeout: float) -> None:
+        """Load the copy in a fresh process, its weights too where they fit into `free` bytes of memory."""
+        needed = 0 if self.failed else memory_needed(self.weights)
+        if not self.failed and needed <= free and self.weights.repo_id is not None:
+            self.run("base weights", self.download)
+        if self.failed:
+            self.skip((*LIGHT_CHECKS, *MODEL_CHECKS), "the checks above failed")
+            return
+        settings = _worker_settings(self.config, self.weights, self.layout, run_models=needed <= free)
+        code = [file.sha256 for name, file in self.copy.files.items() if name.endswith(".py")]
+        for check in _run_worker(self.place, self.copy.path, settings, timeout, code, free + 4 * needed):
+            self.note(check)
+        if needed > free:
+            self.skip_models(f"needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free")
+        if not self.failed and (changed := self.copy.changed()):
+            reason = f"{', '.join(changed)} changed while the folder was verified: verify it again"
+            self.checks.append(Check("unchanged", "fail", reason))
+
+    def download(self) -> str:
+        """Bring the weights of a thin repo's base, and lend them to the fresh process: no other file of any repo."""
+        weights = self.weights.with_weights()
+        shards = checkpoint_shards(weights.folder)
+        self.weights = replace(weights, folder=lend_base(weights, self.place.hub_cache))
+        size = sum(path.stat().st_size for path in shards)
+        return f"thin: {weights.repo_id} at {weights.commit}, {size / 1e9:.2f} GB, in the local Hub cache"
+
+    def skip_models(self, reason: str) -> None:
+        """Say what is not run because the model is too large, and hash what can be hashed."""
+        if self.weights.repo_id is None:
+            self.run("weights hash", lambda: _check_hashes(self.copy.path, self.layout.tied))
         else:
-            checks.append(Check("weights hash", "not run", "thin: the weights of the base were not downloaded"))
-        if base is None:
-            checks.append(Check("weights equal the base's", "not run", "no base was given"))
-        reason = f"needs about {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free"
-        checks += [Check(name, "not run", reason) for name in MODEL_CHECKS]
-    return Report(folder, tuple(checks))
+            self.skip(["weights hash"], "thin: the weights of the base were not downloaded")
+        if self.base is None:
+            self.skip(["weights equal the base's"], "no base was given")
+        self.skip(MODEL_CHECKS, reason)
 
 
-def _weights_of(folder: Path) -> BaseCheckpoint:
+def _weights_of(folder: Path, config: Mapping[str, Any]) -> BaseCheckpoint:
     """Find the checkpoint that holds a repo's weights: its own folder, or the pinned base of a thin one."""
-    options = read_json(folder / "config.json").get("vispruner_config") or {}
+    options = config.get("vispruner_config") or {}
     if options.get("weights", "full") != "thin":
         return BaseCheckpoint(folder)
     base, revision = options["base_model_name_or_path"], options["base_model_revision"]
@@ -156,47 +367,18 @@ def _weights_of(folder: Path) -> BaseCheckpoint:
             "the repo is thin, so base_model_name_or_path must be a Hub id and base_model_revision a commit, got "
             f"{base} and {revision}: build the repo again"
         )
-    return find_base(base, revision)
+    return find_hub_base(base, revision)
 
 
-def _download(weights: BaseCheckpoint) -> str:
-    size = sum(path.stat().st_size for path in checkpoint_shards(weights.with_weights().folder))
-    return f"thin: {weights.repo_id} at {weights.commit}, {size / 1e9:.2f} GB, in the local Hub cache"
-
-
-def _static_checks(folder: Path) -> Iterator[Check]:
-    """Check what the files say; later checks need the config, so they are not run without one."""
-    later: dict[str, Callable[[], str]] = {
-        "vispruner_config": lambda: _check_options(folder, config),
-        "architectures": lambda: _check_architectures(config),
-        "auto_map": lambda: _check_auto_map(config),
-        "code files": lambda: _check_code_files(folder, config["model_type"]),
-        "imports": lambda: _check_imports(folder),
-        "processor files": lambda: _check_processor_files(folder),
-        "generation config": lambda: _check_generation_config(folder),
-        "weights": lambda: _check_weights(folder, config),
-    }
-    config: dict[str, Any] = {}
-    first = _run("config.json", lambda: _check_config(folder, config))
-    yield first
-    for name, check in later.items():
-        yield _run(name, check) if first.status == "pass" else Check(name, "not run", "config.json failed")
-
-
-def _run(name: str, check: Callable[[], str]) -> Check:
-    try:
-        return Check(name, "pass", check())
-    except (ValueError, OSError, SyntaxError) as error:  # CheckpointError, BuildError and LayoutError are ValueErrors
-        return Check(name, "fail", str(error))
-
-
-def _check_config(folder: Path, config: dict[str, Any]) -> str:
-    if not folder.is_dir():
-        raise VerifyError(f"{folder} is not a folder")
-    config.update(read_json(folder / "config.json"))
-    if config.get("model_type") not in ARCHITECTURES:
-        raise VerifyError(f"model_type is {config.get('model_type')!r}, supported are {', '.join(ARCHITECTURES)}")
-    return f"model_type {config['model_type']}"
+def lend_base(base: BaseCheckpoint, hub_cache: Path) -> Path:
+    """Give another Hub cache the config and the weights of a base, and no other file; return the snapshot there."""
+    snapshot = hub_cache / f"models--{str(base.repo_id).replace('/', '--')}" / "snapshots" / str(base.commit)
+    snapshot.mkdir(parents=True)
+    shards = checkpoint_shards(base.folder)
+    indices = [base.folder / name for name in WEIGHT_FILES if (base.folder / name).is_file()]
+    for path in {*shards, *indices, base.folder / CONFIG}:
+        link_or_copy(path.resolve(), snapshot / path.name)
+    return snapshot
 
 
 def _check_options(folder: Path, config: Mapping[str, Any]) -> str:
@@ -209,7 +391,7 @@ def _check_options(folder: Path, config: Mapping[str, Any]) -> str:
         raise VerifyError(f"vispruner_config lacks {', '.join(absent)}: build the repo again")
     if options["method"] not in ("none", *SELECTORS):
         raise VerifyError(f"vispruner_config.method {options['method']!r} is not a registered selector")
-    codebook = "" if options["codebook"] is None else f", {_check_codebook(folder, config)}"
+    codebook = "" if options["codebook"] is None else f", {_check_codebook(folder, options['codebook'])}"
     if options["method"] == "none":
         return "method none" + codebook
     count = options["visual_token_num"]
@@ -220,12 +402,14 @@ def _check_options(folder: Path, config: Mapping[str, Any]) -> str:
     )
 
 
-def _check_codebook(folder: Path, config: Mapping[str, Any]) -> str:
-    name = str(_codebook_name(config))
+def _check_codebook(folder: Path, name: str) -> str:
     if not (folder / name).is_file() or Path(name).name != name:
         raise VerifyError(f"vispruner_config.codebook {name} is no file of the repo: build the repo again")
-    stock = ARCHITECTURES[config["model_type"]].config_class.from_dict(copy.deepcopy(dict(config)))
-    return f"a codebook of {len(read_codebook(folder / name, stock.get_text_config().hidden_size))} prototypes"
+    if (folder / name).stat().st_size > MOST_BYTES:
+        raise VerifyError(f"vispruner_config.codebook {name} is larger than {MOST_BYTES / 2**20:g} MiB, which none is")
+    found = safetensors_headers(folder / name).get(KEY)
+    width = found.shape[-1] if found is not None and found.shape else 0  # the model's is looked at with its weights
+    return f"a codebook of {len(read_codebook(folder / name, width))} prototypes"
 
 
 def _codebook_name(config: Mapping[str, Any]) -> str | None:
@@ -257,7 +441,7 @@ def _check_auto_map(config: Mapping[str, Any]) -> str:
 
 def _check_code_files(folder: Path, architecture: str) -> str:
     package_files = {path.name: path for path in code_files(architecture)}
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+    present = {path.name for path in folder.glob("*.py")}
     problems = [f"{name} is missing" for name in sorted(package_files.keys() - present)]
     problems += [f"{name} is not one of the package's files" for name in sorted(present - package_files.keys())]
     problems += [
@@ -271,48 +455,12 @@ def _check_code_files(folder: Path, architecture: str) -> str:
 
 
 def _check_imports(folder: Path) -> str:
-    files = sorted(folder.rglob("*.py"))
-    siblings = {path.stem for path in folder.glob("*.py")}
+    files = sorted(folder.glob("*.py"))
+    siblings = {path.stem for path in files}
     problems = [f"{path.name} {problem}" for path in files for problem in forbidden_imports(path, siblings)]
     if problems:
         raise VerifyError("; ".join(problems))
     return "only the standard library, torch, transformers and siblings"
-
-
-def forbidden_imports(path: Path, siblings: set[str]) -> list[str]:
-    """List the imports of one file that a Hub repo may not have, as sentences with their line numbers."""
-    source = path.read_text(encoding="utf-8")
-    tree = ast.parse(source, filename=path.name)
-    guarded = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.Try)
-        for statement in block.body
-        for node in ast.walk(statement)
-    }
-    problems = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module or ""]
-        elif isinstance(node, ast.ImportFrom):
-            if node.level > 1 or node.module is None or node.module not in siblings:
-                written = "." * node.level + (node.module or "")
-                problems.append(f"line {node.lineno} imports from {written}: only `from .sibling import name` loads")
-            continue
-        else:
-            continue
-        for name in names:
-            package = name.partition(".")[0]
-            known = package in ALLOWED_PACKAGES or package in sys.stdlib_module_names
-            if not known and not (package in OPTIONAL_PACKAGES and id(node) in guarded):
-                problems.append(f"line {node.lineno} imports {name}: not the standard library, torch or transformers")
-    # transformers looks for relative imports in the text, docstrings included, and wants a file for each.
-    for sibling in re.findall(r"^\s*(?:from|import)\s+\.(\S+)", source, flags=re.MULTILINE):
-        if sibling not in siblings:
-            problems.append(f"has a line that reads like an import of .{sibling}, which is no file of the repo")
-    return problems
 
 
 def _check_processor_files(folder: Path) -> str:
@@ -329,63 +477,44 @@ def _check_generation_config(folder: Path) -> str:
     return f"pad_token_id {pad}"
 
 
-def _check_weights(folder: Path, config: Mapping[str, Any]) -> str:
-    unsafe = sorted(path.name for path in folder.rglob("*") if path.suffix in UNSAFE_SUFFIXES)
+def _refuse_stray_weights(copy: FolderCopy, config: Mapping[str, Any], weights: BaseCheckpoint) -> None:
+    """Refuse weight files that would be ignored, or that could run code."""
+    unsafe = sorted(name for name in copy.files if name.endswith(UNSAFE_SUFFIXES))
     if unsafe:
         raise VerifyError(f"{', '.join(unsafe)} can run code when loaded: only safetensors are published")
-    weights = _weights_of(folder)
+    found = {name for name in copy.files if name.endswith(".safetensors")} - {_codebook_name(config)}
     if weights.repo_id is not None:
-        return _check_base_weights(folder, config, weights)
-    headers = read_tensor_headers(folder)
-    unused = sorted(
-        {path.name for path in folder.glob("*.safetensors")}
-        - {path.name for path in checkpoint_shards(folder)}
-        - {_codebook_name(config)}
-    )
-    if unused:
+        if stray := sorted(found | {*WEIGHT_FILES} & copy.files.keys()):
+            raise VerifyError(f"the repo is thin, so {', '.join(stray)} would be ignored: build it anew, thin or full")
+    elif unused := sorted(found - {path.name for path in checkpoint_shards(copy.path)}):
         raise VerifyError(f"{', '.join(unused)} is in no index: its tensors would be ignored")
-    if problems := layout_problems(_layout(config), {name: header.shape for name, header in headers.items()}):
-        raise VerifyError("; ".join(problems))
-    return f"{len(headers)} tensors, names and shapes are the model's"
 
 
-def _check_base_weights(folder: Path, config: Mapping[str, Any], base: BaseCheckpoint) -> str:
-    """Check a thin repo by what the headers of its base say; unlike in a full repo, they may have other names."""
-    stray = sorted(
-        path.name
-        for path in folder.iterdir()
-        if (path.suffix == ".safetensors" or path.name in WEIGHT_FILES) and path.name != _codebook_name(config)
-    )
-    if stray:
-        raise VerifyError(f"the repo is thin, so {', '.join(stray)} would be ignored: build it again, thin or full")
-    headers = base.tensor_headers()
-    layout = _layout(config)
-    names = without_dropped_layers(layout.published_names(headers), config)
-    found = {published: headers[name].shape for name, published in names.items()}
-    if problems := layout_problems(layout, found):
-        raise VerifyError(f"the base {base.repo_id} at {base.commit} does not fit: {'; '.join(problems)}")
-    return f"thin: {len(found)} tensors of {base.repo_id} at {base.commit}, names and shapes are the model's"
+def _layout_facts(
+    config: Mapping[str, Any], headers: Mapping[str, TensorHeader], base_names: Sequence[str], are_published: bool
+) -> LayoutFacts:
+    """Say how the tensors fit the model that config.json describes, without making that model in this process."""
+    settings = {
+        "config": {name: value for name, value in config.items() if name != "vispruner_config"},
+        "shapes": {name: header.shape for name, header in headers.items()},
+        "base_names": base_names,
+        "are_published": are_published,
+    }
+    return _facts_of(json.dumps(settings, sort_keys=True))
 
 
-def _layout(config: Mapping[str, Any]) -> ModelLayout:
-    """Return the layout of the model whatever its pruning options, which have a check of their own."""
-    return model_layout(config["model_type"], {**config, "vispruner_config": {"method": "none"}})
+@functools.lru_cache(maxsize=8)  # the facts depend on nothing else, and a process takes seconds to start
+def _facts_of(settings: str) -> LayoutFacts:
+    with isolation() as place:
+        outcome = place.run(layout_worker.__file__, [], json.loads(settings), LAYOUT_TIMEOUT)
+    results: dict[str, Any] = outcome.results if outcome.is_well else {"error": str(outcome)}
+    if "error" in results:
+        raise VerifyError(f"config.json describes no model: {results['error']}")
+    return LayoutFacts(**results["facts"])
 
 
-def _compare_with_base(folder: Path, base: str) -> str:
-    """Compare the hash of every tensor with the base's, one tensor of each in memory at a time."""
-    config = read_json(folder / "config.json")
-    places = (_weights_of(folder).with_weights().folder, resolve_base(base))
-    own, other = (_hashes(where, config) for where in places)
-    wrong = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
-    if wrong:
-        raise VerifyError(f"{len(wrong)} tensors are not those of {base}: {', '.join(wrong[:8])}")
-    return f"{len(own)} tensors hash as in {base}"
-
-
-def _hashes(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Return published name -> hash of every tensor of a checkpoint, but for layers that `config` leaves out."""
-    names = without_dropped_layers(_layout(config).published_names(read_tensor_headers(folder)), config)
+def _hashes(folder: Path, names: Mapping[str, str]) -> dict[str, str]:
+    """Return published name -> hash of the tensors in a checkpoint that have one."""
     return {
         names[name]: verify_worker.tensor_hash(tensor)
         for name, tensor in iter_checkpoint_tensors(folder)
@@ -393,11 +522,10 @@ def _hashes(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _check_hashes(folder: Path) -> str:
+def _check_hashes(folder: Path, tied: Sequence[str]) -> str:
     """Read every tensor once: all finite, no matrix stored under two names; the digest names these very weights."""
     seen: dict[str, str] = {}
     digest = hashlib.sha256()
-    tied = _layout(read_json(folder / "config.json")).tied
     for name, tensor in iter_checkpoint_tensors(folder):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise VerifyError(f"{name} holds values that are not finite")
@@ -439,56 +567,27 @@ def machine_memory() -> int:
     return max(min(limits), 0)
 
 
-def _worker_settings(folder: Path, weights: BaseCheckpoint, run_models: bool) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    architecture = ARCHITECTURES[config["model_type"]]
+def _worker_settings(
+    config: Mapping[str, Any], weights: BaseCheckpoint, layout: LayoutFacts, run_models: bool
+) -> dict[str, Any]:
+    model_class = architecture_of(config["model_type"]).model_class
     return {
         "run_models": run_models,
-        "thin": weights.repo_id is not None,
-        "class_name": architecture.model_class.__name__,
-        "renamed_inputs": architecture.model_class.renamed_inputs,
-        "modalities": [modality._asdict() for modality in architecture.model_class.modalities],
+        "class_name": model_class.__name__,
+        "renamed_inputs": model_class.renamed_inputs,
+        "modalities": [modality._asdict() for modality in model_class.modalities],
         "weights_folder": str(weights.folder),
         "weight_files": [str(path) for path in checkpoint_shards(weights.folder)] if run_models else [],
-        "stored_names": _loaded_to_stored(weights.tensor_headers(), config),
+        "stored_names": layout.loaded,
     }
 
 
-def _loaded_to_stored(headers: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> dict[str, str]:
-    """Return how a loaded model's tensors are called in the files."""
-    layout = _layout(config)
-    names = without_dropped_layers(layout.published_names(headers), config)
-    return {layout.loaded[published]: name for name, published in names.items() if published in layout.loaded}
-
-
-def _run_worker(folder: Path, settings: Mapping[str, Any], timeout: float) -> list[Check]:
-    """Run `verify_worker` from an empty folder, with caches of its own, no network and no access to this package."""
-    with tempfile.TemporaryDirectory(prefix="vispruner-verify-") as name:
-        scratch = Path(name)
-        worker = Path(shutil.copy(verify_worker.__file__, scratch))
-        settings_file, results_file = scratch / "settings.json", scratch / "results.json"
-        settings_file.write_text(json.dumps(settings), encoding="utf-8")
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(scratch / "home"),
-            # A thin repo's weights are in the user's cache, to which nothing is written offline.
-            "HF_HUB_CACHE": constants.HF_HUB_CACHE if settings["thin"] else str(scratch / "hub"),
-            "HF_MODULES_CACHE": str(scratch / "modules"),
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        command = [sys.executable, str(worker), str(folder), str(settings_file), str(results_file)]
-        try:
-            process = subprocess.run(
-                command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=timeout, check=False
-            )
-            ended, errors = f"exit status {process.returncode}", process.stderr
-        except subprocess.TimeoutExpired as error:
-            ended, errors = f"no end after {timeout:g} s", str(error.stderr or "")
-        results = json.loads(results_file.read_text(encoding="utf-8")) if results_file.is_file() else []
-    checks = [Check(*result) for result in results]
-    if ended != "exit status 0":
-        last = errors.strip().splitlines()[-1:] or ["it printed nothing"]
-        checks.append(Check("fresh process", "fail", f"{ended}: {last[0]}"))
+def _run_worker(
+    place: Isolation, folder: Path, settings: Mapping[str, Any], timeout: float, code: Sequence[str], memory: int
+) -> list[Check]:
+    """Let `verify_worker` load the folder; code: the hashes of what it may run of it."""
+    outcome = place.run(verify_worker.__file__, [str(folder)], settings, timeout, code, memory)
+    checks = [Check(*result) for result in outcome.results or ()]
+    if not outcome.is_well:
+        checks.append(Check("fresh process", "fail", str(outcome)))
     return checks

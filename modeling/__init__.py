@@ -155,7 +155,8 @@ def load(
                                same (of LLaVA's 24 layers it saves the last one)
     options           whatever else `from_pretrained` takes: dtype, device_map, revision, token ...
 
-    Raises ValueError for a model_type that is not supported and for a wrong field, by its name.
+    Raises ValueError for a model_type that is not supported and for a wrong field, by its name. No code of a repo is
+    run, whatever `trust_remote_code` says.
     """
     from transformers import AutoConfig
 
@@ -180,6 +181,7 @@ def load(
     hub_options = {name: options[name] for name in where if name in options}
     base_config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options)
     architecture = architecture_of(base_config.model_type)
+    options["trust_remote_code"] = False
     if not drop_unused_vision_layers:
         return architecture.model_class.from_pretrained(base, vispruner_config=fields, **options)
     config = architecture.config_class.from_pretrained(base, vispruner_config=fields, **hub_options)

@@ -193,6 +193,23 @@ def drop_unused_vision_layers(config: Any) -> None:
     config.vision_config.num_hidden_layers = used
 
 
+# Keys of the parts of config.json that lead stock to code of others: `attribute_map` gives any key another's meaning.
+FOREIGN_KEYS = ("auto_map", "attribute_map")
+
+
+def _without_foreign_code(name: Any, value: Any) -> Any:
+    """Return a value of config.json without what leads to code of others; ValueError where it names such code."""
+    if str(name).endswith(("_implementation", "_implementation_internal")):
+        named = value.values() if isinstance(value, dict) else [value]
+        if any(isinstance(entry, str) and "/" in entry for entry in named):
+            raise ValueError(f"config.json: {name} names code of a Hub repo, {value!r}, which is not run: take it out")
+    if name == "backbone" and isinstance(value, str):
+        raise ValueError(f"config.json: backbone names another model, {value!r}, which is not read: take it out")
+    if not isinstance(value, dict) or name == "auto_map":
+        return value
+    return {key: _without_foreign_code(key, inner) for key, inner in value.items() if key not in FOREIGN_KEYS}
+
+
 class VisPrunerConfigMixin:
     """Validates `vispruner_config` and merges a partial one given at load time over the stored one."""
 
@@ -205,6 +222,10 @@ class VisPrunerConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Stock, but no part of config.json leads to code of others: these classes are all the code there is."""
+        config_dict = {
+            name: _without_foreign_code(name, value) for name, value in config_dict.items() if name != "attribute_map"
+        }
         changes = kwargs.pop("vispruner_config", None)
         if changes is not None:
             merged = merge_vispruner_config(config_dict.get("vispruner_config"), changes)

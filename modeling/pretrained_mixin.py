@@ -4,6 +4,7 @@ import copy
 import functools
 import os
 import shutil
+import tempfile
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -56,6 +57,7 @@ class PretrainedMixin:
         else:
             kwargs = thin.loading_arguments(cls.config_class, kwargs)
             with thin.errors_name_the_base(kwargs):
+                thin.refuse_adapter(kwargs)
                 model, info = load(thin.base, *model_args, **kwargs)
             thin.take_back(model)
         missing = sorted(info["missing_keys"])
@@ -99,13 +101,10 @@ class PretrainedMixin:
             return named
         name = os.path.basename(path)
         os.makedirs(save_directory, exist_ok=True)
-        unfinished = os.path.join(save_directory, f".{name}.partial")
-        try:
-            shutil.copyfile(path, unfinished)
-            os.replace(unfinished, os.path.join(save_directory, name))
-        finally:
-            if os.path.exists(unfinished):
-                os.remove(unfinished)
+        # In a folder that nobody else can foresee or enter: a link that stands in the way is replaced, not followed.
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=save_directory) as folder:
+            shutil.copyfile(path, os.path.join(folder, name))
+            os.replace(os.path.join(folder, name), os.path.join(save_directory, name))
         return name
 
     def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:

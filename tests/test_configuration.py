@@ -494,3 +494,12 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=message):
         model.set_vispruner_config(method="vispruned")
     assert model.config.vispruner_config["method"] == "vispruner"
+
+
+def test_parts_lose_what_leads_to_code_and_keep_everything_else() -> None:
+    parts = {"vision_config": {"hidden_size": 48, "auto_map": {"AutoModel": "other.Model"}}, "id2label": {0: "cat"}}
+    config = VisPrunerLlavaConfig.from_dict({**parts, "auto_map": {"AutoConfig": "own.Config"}})
+    assert not hasattr(config.vision_config, "auto_map") and config.vision_config.hidden_size == 48
+    assert config.id2label == {0: "cat"} and config.auto_map == {"AutoConfig": "own.Config"}
+    with pytest.raises(ValueError, match="attn_implementation names code of a Hub repo, 'owner/kernel'"):
+        VisPrunerLlavaConfig.from_dict({"text_config": {"attn_implementation": "owner/kernel"}})

@@ -428,8 +428,13 @@ class TestSources:
             converted["v16"]
         )
 
-    def test_the_tower_that_the_config_names_is_the_default(self, converted: dict[str, Path], tmp_path: Path) -> None:
-        src = original(tmp_path / "src", mm_vision_tower=str(CLIP))
+    def test_the_tower_that_the_config_names_is_the_default(
+        self, converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            convert, "snapshot_download", lambda name, allow_patterns: {"openai/clip": str(CLIP)}[name]
+        )
+        src = original(tmp_path / "src", mm_vision_tower="openai/clip")
         assert contents(convert_llava(src, tmp_path / "out")) == contents(converted["v15"])
 
     def test_a_half_precision_checkpoint_stays_half_precision(self, tmp_path: Path) -> None:

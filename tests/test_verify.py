@@ -18,12 +18,15 @@ from vispruner import ARCHITECTURES, code_files
 from vispruner.conversion import verify, verify_worker
 from vispruner.conversion.base_checkpoint import BaseCheckpoint
 from vispruner.conversion.build import build_repo
-from vispruner.conversion.checkpoint_io import write_checkpoint
+from vispruner.conversion.checkpoint_io import read_tensor_headers, write_checkpoint
+from vispruner.conversion.published_layout import layout_facts
 from vispruner.conversion.verify import LIGHT_CHECKS, MODEL_CHECKS, Report, forbidden_imports, verify_repo
 from vispruner.conversion.verify_worker import Refused, Worker, compare_weights
 
 STATIC_CHECKS = (
     "config.json",
+    "files",
+    "JSON files",
     "vispruner_config",
     "architectures",
     "auto_map",
@@ -97,7 +100,7 @@ def in_shards(repo: Path) -> list[Path]:
 def test_a_good_repo_passes_every_check(good_repo: Path, tiny_llava_repo: Path) -> None:
     report = verify_repo(good_repo, base=tiny_llava_repo)
     assert report.passed, report.table()
-    names = (*STATIC_CHECKS, "weights equal the base's", *LIGHT_CHECKS, *MODEL_CHECKS)
+    names = (*STATIC_CHECKS, "files equal the base's", "weights equal the base's", *LIGHT_CHECKS, *MODEL_CHECKS)
     assert statuses(report) == dict.fromkeys(names, "pass")
     details = {check.name: check.detail for check in report.checks}
     assert details["KV length falls"].startswith("visual tokens 64 -> 16")
@@ -375,7 +378,8 @@ def test_the_process_starts_elsewhere_offline_and_with_caches_of_its_own(
     (check,) = (check for check in verify_repo(good_repo).checks if check.name == "seen")
     folder, environment = json.loads(check.detail)
     assert environment["HF_HUB_OFFLINE"] == "1"
-    assert all(environment[name].startswith(folder) for name in ("HF_MODULES_CACHE", "HF_HOME"))
+    # Beside the working directory, which is empty.
+    assert all(environment[name].startswith(str(Path(folder).parent)) for name in ("HF_MODULES_CACHE", "HF_HOME"))
     assert not Path(folder).exists()
     assert not good_repo.is_relative_to(folder)
 
@@ -383,11 +387,16 @@ def test_the_process_starts_elsewhere_offline_and_with_caches_of_its_own(
 # What the process checks can fail
 
 
+def settings_for(repo: Path) -> dict[str, Any]:
+    config = json.loads((repo / "config.json").read_text(encoding="utf-8"))
+    facts = layout_facts(config, {name: header.shape for name, header in read_tensor_headers(repo).items()})
+    return verify._worker_settings(config, BaseCheckpoint(repo), facts, run_models=True)
+
+
 @pytest.fixture
 def worker(good_repo: Path) -> Worker:
     """A worker that has loaded the good repo with the installed classes."""
-    settings = verify._worker_settings(good_repo, BaseCheckpoint(good_repo), run_models=True)
-    worker = Worker(good_repo, settings)
+    worker = Worker(good_repo, settings_for(good_repo))
     worker.model = ARCHITECTURES["llava"].model_class.from_pretrained(good_repo)
     worker.processor = AutoProcessor.from_pretrained(good_repo)
     return worker
@@ -433,7 +442,7 @@ def test_a_class_that_is_not_the_repos_own_is_refused(worker: Worker) -> None:
 
 def test_native_tiles_are_counted_by_the_cache_too(tiny_llava_next_repo: Path, tmp_path: Path) -> None:
     folder = build(tiny_llava_next_repo, tmp_path, "llava_next", visual_token_num=4, tile_mode="native")
-    worker = Worker(folder, verify._worker_settings(folder, BaseCheckpoint(folder), run_models=True))
+    worker = Worker(folder, settings_for(folder))
     worker.model = ARCHITECTURES["llava_next"].model_class.from_pretrained(folder)
     worker.processor = AutoProcessor.from_pretrained(folder)
     assert "KV cache" in worker.check_kv_length()
