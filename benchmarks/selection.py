@@ -48,7 +48,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from peer import select_per_round
 
-from vispruner import token_selection
+from vispruner import duplicate_removal, similarity, token_selection
+from vispruner.duplicate_removal import drops_of_rounds
 from vispruner.duplicate_removal_triton import kernel_can_run
 from vispruner.token_selection import SELECTORS, select_tokens, select_vispruner
 
@@ -62,11 +63,16 @@ def select_by_tensors(features: torch.Tensor, saliency: torch.Tensor, visual_tok
     """Choose as `select_vispruner` does while it is compiled."""
     important_num = int(visual_token_num * IMPORTANT_RATIO)
     order = token_selection._most_attended_first(saliency)
-    residual = order[:, important_num:]
-    drops = token_selection._drops(residual.shape[1], visual_token_num - important_num, STEP)
-    cosine = token_selection._cosine_matrix(features, token_selection._norms(features), residual)
-    diverse = residual.gather(1, token_selection._surviving_slots(cosine, drops))
+    drops = drops_of_rounds(order.shape[1] - important_num, visual_token_num - important_num, STEP)
+    cosine = cosine_matrix(features, order[:, important_num:])
+    slots = duplicate_removal.slots_left(duplicate_removal._compare_in(cosine), order[:, important_num:], drops)
+    diverse = order[:, important_num:].gather(1, slots)
     return torch.cat([order[:, :important_num], diverse], dim=-1).sort(dim=-1).values
+
+
+def cosine_matrix(features: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    unit = similarity.unit_rows(features, similarity.norms_of(features), tokens)
+    return similarity.cosines(unit, unit)
 
 
 # Timing
@@ -120,7 +126,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             for budget in args.budgets:
                 forms: dict[str, Form] = {
                     "per round": lambda f=features, s=saliency, t=budget: select_per_round(f, s, t),
-                    "ours": lambda f=features, s=saliency, t=budget: select_vispruner(f, s, t),
+                    "ours": lambda f=features, s=saliency, t=budget: select_vispruner(f, s, t, dedup_step=STEP),
                     "tensors": lambda f=features, s=saliency, t=budget: select_by_tensors(f, s, t),
                 }
                 same = _same_choice(forms, args)
@@ -150,18 +156,20 @@ def measure_stages(args: argparse.Namespace) -> list[dict[str, Any]]:
     for budget in tqdm(args.budgets, desc="stages", unit="budget"):
         important_num = budget // 2
         residual = token_selection._most_attended_first(saliency)[:, important_num:]
-        drops = token_selection._drops(residual.shape[1], budget - important_num, STEP)
-        norms = token_selection._norms(features)
+        drops = drops_of_rounds(residual.shape[1], budget - important_num, STEP)
+        norms = similarity.norms_of(features)
         unit = (features / norms)[0, residual[0]]
         rounded, cosine, half = unit.bfloat16(), unit @ unit.T, unit.new_empty(len(unit), len(unit))
         values = cosine.float().numpy()
         stages: dict[str, Form] = {
-            "normalise": lambda r=residual: features[0, r[0]].div_(token_selection._norms(features)[0, r[0]]),
+            "normalise": lambda r=residual: features[0, r[0]].div_(similarity.norms_of(features)[0, r[0]]),
             "product, whole": lambda x=unit: x @ x.T,
-            "product": lambda x=unit, out=half: token_selection._multiply_by_own_transpose(x, out),
+            "product": lambda x=unit[None], out=half[None]: similarity.fill_with_cosines(x, out),
             "product, bfloat16": lambda x=rounded: x @ x.T,
-            "rounds, gather": lambda c=cosine, d=drops: token_selection._surviving_slots(c[None], d),
-            "rounds": lambda c=values, d=drops: token_selection._surviving_slots_on_cpu(c, d),
+            "rounds, gather": lambda c=cosine[None], r=residual, d=drops: duplicate_removal.slots_left(
+                duplicate_removal._compare_in(c), r, d
+            ),
+            "rounds": lambda c=values, d=drops: duplicate_removal.slots_left_on_cpu(c, d),
         }
         with tqdm(total=len(stages) * (args.repeats + 1), leave=False, unit="run") as progress:
             times = interleave(stages, args.repeats, progress, "cpu")
@@ -245,7 +253,7 @@ def pairs_compared(features: torch.Tensor, saliency: torch.Tensor, budget: int) 
     cosine = unit @ unit.T
     seen = torch.zeros_like(cosine, dtype=torch.bool)
     slots = torch.arange(len(residual))
-    for drop in token_selection._drops(len(residual), budget - budget // 2, STEP):
+    for drop in drops_of_rounds(len(residual), budget - budget // 2, STEP):
         a, b = slots[0::2], slots[1::2]
         seen[a[:, None], b[None, :]] = True
         ranking = cosine[a[:, None], b[None, :]].amax(dim=-1).argsort(descending=True, stable=True)
@@ -264,12 +272,12 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
             features, saliency = smooth_image(args, seed)
             shares.append(pairs_compared(features, saliency, budget))
             cheaper = {
-                "bfloat16": select_vispruner(features.bfloat16(), saliency, budget),
-                "256 channels": select_vispruner(features[..., :256], saliency, budget),
+                "bfloat16": select_vispruner(features.bfloat16(), saliency, budget, dedup_step=STEP),
+                "256 channels": select_vispruner(features[..., :256], saliency, budget, dedup_step=STEP),
                 "step 16": select_vispruner(features, saliency, budget, dedup_step=16),
                 "step 32": select_vispruner(features, saliency, budget, dedup_step=32),
             }
-            exact = select_vispruner(features, saliency, budget)
+            exact = select_vispruner(features, saliency, budget, dedup_step=STEP)
             important = set(token_selection.important_tokens(saliency, budget)[0].tolist())
             diverse = set(exact[0].tolist()) - important
             for name, kept in cheaper.items():

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
 from vispruner import ARCHITECTURES, SELECTORS, VisPrunerOptions, __version__
+from vispruner.duplicate_removal import default_step
 from vispruner.stock_versions import OLDEST_SUPPORTED
 
 from .checkpoint_io import read_json
@@ -203,6 +204,11 @@ def _other_budget(options: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def _shown(name: str, options: Mapping[str, Any]) -> str:
+    unset = name == "dedup_step" and options[name] is None
+    return "8 for every full 1,024 tokens of an image" if unset else str(options[name])
+
+
 def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
     """Return the rows of the first table that say how it prunes: the options that the method takes, and the rest."""
     options, architecture = repo.vispruner_config, ARCHITECTURES[repo.architecture]
@@ -230,7 +236,7 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         *rows,
         ("method", f"`{options['method']}`: {summary[:1].lower()}{summary[1:]}"),
         ("budget", _budget_text(repo, options)),
-        *((f"`{name}`", f"{options[name]}: {text}") for name, text in meanings.items() if name in taken),
+        *((f"`{name}`", f"{_shown(name, options)}: {text}") for name, text in meanings.items() if name in taken),
         *([("attention", f"{whose}, in {where}")] if where else []),
         ("positions", POSITIONS[policy or architecture.model_class.default_position_policy]),
         *([("tiles", TILES[tiles])] if repo.architecture == "llava_next" else []),
@@ -303,7 +309,7 @@ def _is_own(row: Mapping[str, Any], result: Mapping[str, Any], options: Mapping[
     ratio = None if row["important_ratio"] is None else options["important_ratio"]
     policy = options["position_policy"] or "renumber"
     return (
-        options["dedup_step"] == 8
+        (options["dedup_step"] or default_step(result["full_visual_tokens"])) == 8
         and options["attention_layer"] is None
         and (row["selector"], row["visual_token_num"]) == (options["method"], budget)
         and row["important_ratio"] == ratio

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from transformers.utils import cached_file, is_peft_available
 
 from .configuration_vispruner import merge_vispruner_config
+from .stock_versions import known_commit
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 # What `from_pretrained` of a config would take for fields of its own; they belong to the model's loading.
@@ -90,8 +91,8 @@ class ThinRepo:
             f"_raise_exceptions_for_{kind}": False for kind in ("gated_repo", "missing_entries", "connection_errors")
         }
         where = {name: arguments[name] for name in HUB_OPTIONS if name in arguments}
-        # transformers 5.17 remembers that a commit has no such file where it is told that it is one.
-        if cached_file(self.base, "adapter_config.json", _commit_hash=self.revision, **quietly, **where) is not None:
+        where |= known_commit(self.revision)
+        if cached_file(self.base, "adapter_config.json", **quietly, **where) is not None:
             raise ValueError(f"{self.name} is a thin repo, and its base {self} holds an adapter, which is not loaded")
 
     @contextmanager

@@ -22,7 +22,8 @@ class VisPrunerOptions:
     visual_token_num  visual tokens kept per encoded image or tile; exactly one of this and
     keep_ratio        the fraction kept is set, unless method is "none"
     important_ratio   share of the budget given to the most attended tokens
-    dedup_step        most tokens that one round of duplicate removal drops
+    dedup_step        most tokens that one round of duplicate removal drops; null is 8 for every full 1,024 tokens of
+                      an image, hence the paper's 8 up to 2,047
     attention_layer   encoder layer that attention is read from; null is the layer that produces the features
     position_policy   null or "renumber": the shorter sequence is numbered anew; "original": kept tokens keep the
                       position they had in the full prompt
@@ -39,7 +40,7 @@ class VisPrunerOptions:
     visual_token_num: int | None = None
     keep_ratio: float | None = None
     important_ratio: float = 0.5
-    dedup_step: int = 8
+    dedup_step: int | None = None
     attention_layer: int | None = None
     position_policy: str | None = None
     tile_mode: str = "paper"
@@ -55,7 +56,8 @@ class VisPrunerOptions:
         self._check_budget()
         _require(_is_number(self.important_ratio) and 0 <= self.important_ratio <= 1, "important_ratio",
                  "a number in [0, 1]", self.important_ratio)  # fmt: skip
-        _require(_is_int(self.dedup_step) and self.dedup_step >= 1, "dedup_step", "an integer >= 1", self.dedup_step)
+        _require(self.dedup_step is None or (_is_int(self.dedup_step) and self.dedup_step >= 1), "dedup_step",
+                 "an integer >= 1 or null", self.dedup_step)  # fmt: skip
         _require(self.attention_layer is None or _is_int(self.attention_layer), "attention_layer",
                  "an encoder layer index or null", self.attention_layer)  # fmt: skip
         _require(self.position_policy in POSITION_POLICIES, "position_policy",

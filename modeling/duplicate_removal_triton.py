@@ -1,7 +1,9 @@
-"""The rounds of duplicate removal on a GPU: one kernel launch, one program per image, nothing read back by the host.
+"""The rounds of duplicate removal on a GPU, from the matrix of cosines on; the host reads nothing back.
 
-It continues where the cosine matrix ends and gives what `token_selection` gives with tensor operations. Sorting is
-ranking by counting: the rank of an element is the number of those ahead of it, earlier ones among equals included.
+Up to `MOST_IN_ONE_KERNEL` tokens all rounds of an image are one program of one launch. More would keep a single
+multiprocessor busy for long, so there each round is two launches that use the whole GPU: compare, then drop and split.
+Both give what duplicate_removal.py gives with tensor operations. Sorting is ranking by counting: the rank of an
+element is the number of those ahead of it, earlier ones among equals included.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+
+
+MOST_IN_ONE_KERNEL = 1024
 
 
 def kernel_can_run(device: torch.device) -> bool:
@@ -66,6 +71,30 @@ def keep_in_one_kernel(
             num_stages=1,
         )
     return kept
+
+
+def slots_left_by_kernels(cosine: torch.Tensor, drops: list[int]) -> torch.Tensor:
+    """Run the rounds, two launches each: (B, R, R) -> the places of the tokens left, (B, R - sum(drops)) int64."""
+    batch, residual = cosine.shape[:2]
+    cosine = cosine.contiguous()
+    wide = cosine.dtype == torch.float64
+    slots = torch.arange(residual, dtype=torch.int32, device=cosine.device).repeat(batch, 1)
+    others = torch.empty_like(slots)
+    is_b = (slots % 2).to(torch.int8)
+    duplication = cosine.new_empty((batch, (residual + 1) // 2), dtype=torch.float64 if wide else torch.float32)
+    left = residual
+    with torch.cuda.device_of(cosine):
+        for drop in drops:
+            a_num = (left + 1) // 2
+            _compare_kernel[(triton.cdiv(a_num, 4), batch)](
+                cosine, slots, is_b, duplication, residual, a_num, WIDE=wide, ROWS=4, BLOCK=512, num_warps=4
+            )
+            _drop_kernel[(triton.cdiv(a_num, 64), batch)](
+                slots, duplication, others, is_b, residual, left, drop, BLOCK=64, RIVALS=128, num_warps=4
+            )
+            slots, others = others, slots
+            left -= drop
+    return slots[:, :left].long()
 
 
 if triton is not None:
@@ -144,3 +173,73 @@ if triton is not None:
             below = (kept_token[:, None] < token[None, :]) & (kept_place < budget)[:, None]
             smaller += tl.sum(below.to(tl.int32), axis=0)
         tl.store(kept + smaller, token, mask=place < budget)
+
+    @triton.jit(do_not_specialize=["residual", "a_num"])
+    def _compare_kernel(  # type: ignore[no-untyped-def]
+        cosine,
+        slots,
+        is_b,
+        duplication,
+        residual,
+        a_num,
+        WIDE: tl.constexpr,
+        ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """Find the highest cosine of some a's with any b: program (block of a's, image)."""
+        value_type: tl.constexpr = tl.float64 if WIDE else tl.float32
+        image = tl.program_id(1).to(tl.int64)
+        is_b += image * residual
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        place = tl.arange(0, BLOCK)
+        a = tl.load(slots + image * residual + 2 * row, mask=row < a_num, other=0)
+        best = tl.full([ROWS, BLOCK], float("-inf"), value_type)
+        for start in range(0, residual, BLOCK):
+            here = start + place < residual
+            on_other_side = tl.load(is_b + start + place, mask=here, other=0) != 0
+            wanted = (row < a_num)[:, None] & on_other_side[None, :]
+            at = (image * residual + a)[:, None] * residual + (start + place)[None, :]
+            tile = tl.load(cosine + at, mask=wanted, other=float("-inf"))
+            best = tl.maximum(best, tile.to(value_type))
+        tl.store(duplication + image * ((residual + 1) // 2) + row, tl.max(best, axis=1), mask=row < a_num)
+
+    @triton.jit(do_not_specialize=["residual", "left", "drop"])
+    def _drop_kernel(  # type: ignore[no-untyped-def]
+        slots,
+        duplication,
+        next_slots,
+        is_b,
+        residual,
+        left,
+        drop,
+        BLOCK: tl.constexpr,
+        RIVALS: tl.constexpr,
+    ):
+        """Rank some a's among all, and put those that are not dropped, and as many b's, where the next round looks."""
+        image = tl.program_id(1).to(tl.int64)
+        a_num = (left + 1) // 2
+        b_num = left // 2
+        slots += image * residual
+        next_slots += image * residual
+        is_b += image * residual
+        duplication += image * ((residual + 1) // 2)
+        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        rival = tl.arange(0, RIVALS)
+        mine = tl.load(duplication + place, mask=place < a_num, other=float("-inf"))
+        rank = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, a_num, RIVALS):
+            rival_place = start + rival
+            theirs = tl.load(duplication + rival_place, mask=rival_place < a_num, other=float("-inf"))
+            more = theirs[:, None] > mine[None, :]
+            equal_but_earlier = (theirs[:, None] == mine[None, :]) & (rival_place[:, None] < place[None, :])
+            ahead = (more | equal_but_earlier) & (rival_place < a_num)[:, None]
+            rank += tl.sum(ahead.to(tl.int32), axis=0)
+        a = tl.load(slots + 2 * place, mask=place < a_num, other=0)
+        spared = tl.load(slots + 2 * place + 1, mask=place < b_num, other=0)
+        stays = (place < a_num) & (rank >= drop)
+        tl.store(next_slots + rank - drop, a, mask=stays)
+        tl.store(is_b + a, ((rank - drop) % 2).to(tl.int8), mask=stays)
+        tl.store(is_b + a, tl.zeros([BLOCK], tl.int8), mask=(place < a_num) & (rank < drop))
+        moved = a_num - drop + place
+        tl.store(next_slots + moved, spared, mask=place < b_num)
+        tl.store(is_b + spared, (moved % 2).to(tl.int8), mask=place < b_num)

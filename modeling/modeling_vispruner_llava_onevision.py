@@ -231,16 +231,21 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         tiles = channels_of(tokens).split([packing.tiles for packing in packings])
         first = tokens_in(torch.stack([image[0] for image in tiles]), tokens, (self.side, self.side))
         kept_of_base = self.select(first, self.vispruner_options.budget(base))
-        chosen = []
-        for image, packing, kept in zip(tiles, packings, kept_of_base, strict=True):
-            newlines = (packing.order == NEWLINE).nonzero()[:, 0].to(device, non_blocking=True)
-            places = [kept, newlines]
+        rests, budgets = [], []
+        for image, packing in zip(tiles, packings, strict=True):
             if packing.tiles > 1:
                 rows, columns = packing.rest(base)
                 packed = self._pack(image, packing.size, image.new_zeros(image.shape[-1]))
                 grid = packed[base:].unflatten(0, (rows, columns + 1))[:, :columns].flatten(0, 1)
-                rest = self.select(tokens_in(grid[None], tokens, (rows, columns)), self._budgets(packing)[1])[0]
-                places.append(base + rest + rest // columns)
+                rests.append(tokens_in(grid[None], tokens, (rows, columns)))
+                budgets.append(self._budgets(packing)[1])
+        kept_of_rests = iter(self.select_each(rests, budgets))
+        chosen = []
+        for packing, kept in zip(packings, kept_of_base, strict=True):
+            places = [kept, (packing.order == NEWLINE).nonzero()[:, 0].to(device, non_blocking=True)]
+            if packing.tiles > 1:
+                rest = next(kept_of_rests)
+                places.append(base + rest + rest // packing.rest(base)[1])
             chosen.append(torch.cat(places).sort().values)
         return chosen
 

@@ -45,6 +45,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     """For the base model (encoder, projector, language model). An architecture says:
 
     has_cls_token        whether token 0 of its encoder is [CLS], whose attention then ranks the others
+    packs_images         whether its encoder takes images of any size in one sequence and attends within each
     budget_unit          what the budget is for, in words
     vision_attentions    the encoder's attention modules, in order
     feature_layer        the number of the encoder layer that produces the features
@@ -60,6 +61,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     device: Any
     register_buffer: Any
     has_cls_token = True
+    packs_images = False
     budget_unit = "image"
     _keys_to_ignore_on_load_unexpected: Any
     codebook_path: str | None = None  # of the file that the buffer `codebook` was read from
@@ -164,11 +166,11 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         feature_layer = self.feature_layer if feature_layer is None else feature_layer
         main = Reading(self._attention_layer(feature_layer), "cls" if self.has_cls_token else "received")
         if selector.saliency_layers is None:
-            return SaliencyTap(attentions, main, seen=seen)
+            return SaliencyTap(attentions, main, seen=seen, packed=self.packs_images)
         behind_cls = self.has_cls_token and selector.saliency_kind == "received"
         kind = "received_behind_cls" if behind_cls else selector.saliency_kind
         layers = map(self.saliency_layer, selector.saliency_layers(len(attentions), feature_layer))
-        return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers], seen)
+        return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers], seen, self.packs_images)
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
         """Return the kept indices (B, T), ascending, by the configured method."""
@@ -212,18 +214,19 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         """Turn features (B, N, C) into visual tokens (B, N, D); the same thing where features are merged tokens."""
         return features
 
-    def select_each(self, images: Sequence[VisualTokens]) -> list[torch.Tensor]:
+    def select_each(self, images: Sequence[VisualTokens], budgets: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Return the kept indices (T,) of images (1, N, C) of any sizes; those of one size are selected from together.
 
-        Each keeps what the configured budget leaves of its own N.
+        Each keeps as many as `budgets` says, by default what the configured budget leaves of its own N.
         """
-        groups: dict[tuple[int, tuple[int, int] | None], list[int]] = {}
-        for number, image in enumerate(images):
-            groups.setdefault((image.features.shape[1], image.grid), []).append(number)
+        if budgets is None:
+            budgets = [self.vispruner_options.budget(image.features.shape[1]) for image in images]
+        groups: dict[tuple[int, tuple[int, int] | None, int], list[int]] = {}
+        for number, (image, budget) in enumerate(zip(images, budgets, strict=True)):
+            groups.setdefault((image.features.shape[1], image.grid, budget), []).append(number)
         kept: list[torch.Tensor] = [image.saliency for image in images]
-        for (count, _), numbers in groups.items():
-            group = stacked([images[number] for number in numbers])
-            chosen = self.select(group, self.vispruner_options.budget(count))
+        for (_, _, budget), numbers in groups.items():
+            chosen = self.select(stacked([images[number] for number in numbers]), budget)
             for number, indices in zip(numbers, chosen, strict=True):
                 kept[number] = indices
         return kept

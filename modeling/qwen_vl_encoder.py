@@ -6,6 +6,7 @@ pictures, which the encoder takes together); each frame is pruned on its own.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
     modalities = (GRID_IMAGES, GRID_VIDEOS)
     default_position_policy = "original"
     has_cls_token = False
+    packs_images = True
     budget_unit = "image or frame of a video"
 
     def position_policy(self, name: str | None = None) -> MRoPE:
@@ -135,29 +137,31 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
             return everything
         with self.open_tap() as tap:
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
-        images = self._images(outputs, tap, grid_thw, frames)
+        features = torch.cat(list(outputs.pooler_output))
+        images = self._images(features, tap, grid_thw, frames)
         kept = self.select_each(images)
+        levels = _joined_levels(outputs)
+        visual, *of_levels = _taken([features, *(levels or [])], counts, kept)
         return self.pruned_output(
             outputs,
             kwargs,
-            pooler_output=[image.features[0, stays] for image, stays in zip(images, kept, strict=True)],
+            pooler_output=visual,
             kept_indices=kept,
             placeholders=kept,
             saliency=[image.saliency[0] for image in images],
             layer_saliency=[image.layer_saliency[0] for image in images if image.layer_saliency is not None] or None,
             full_counts=counts,
-            deepstack_features=_pruned_levels(_split_levels(outputs, counts), kept),
+            deepstack_features=None if levels is None else of_levels,
         )
 
     def _images(
-        self, outputs: Any, tap: SaliencyTap, grid_thw: torch.Tensor, frames: list[tuple[int, int]]
+        self, features: torch.Tensor, tap: SaliencyTap, grid_thw: torch.Tensor, frames: list[tuple[int, int]]
     ) -> list[VisualTokens]:
         counts = [rows * columns for rows, columns in frames]
-        features = torch.cat(list(outputs.pooler_output)).split(counts)
         saliency = self._merged(tap.saliency, grid_thw).split(counts, dim=-1)
         layers = tap.layer_saliency
         of_layers = [None] * len(counts) if layers is None else self._merged(layers, grid_thw).split(counts, dim=-1)
-        parts = zip(features, saliency, of_layers, frames, strict=True)
+        parts = zip(features.split(counts), saliency, of_layers, frames, strict=True)
         return [VisualTokens(tokens[None], score, layer, grid) for tokens, score, layer, grid in parts]
 
     def _merged(self, saliency: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
@@ -170,24 +174,29 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         return merged
 
 
-def _split_levels(outputs: Any, counts: list[int]) -> list[list[torch.Tensor]] | None:
-    """Return the deepstack features per level and image or frame; older stock has one tensor per level."""
+def _joined_levels(outputs: Any) -> list[torch.Tensor] | None:
+    """Return the deepstack features (N, D) per level, of all images in a row; newer stock has them apart."""
     levels = getattr(outputs, "deepstack_features", None)
     if levels is None:
         return None
-    joined = [level if isinstance(level, torch.Tensor) else torch.cat(list(level)) for level in levels]
-    return [list(level.split(counts)) for level in joined]
+    return [level if isinstance(level, torch.Tensor) else torch.cat(list(level)) for level in levels]
+
+
+def _split_levels(outputs: Any, counts: list[int]) -> list[list[torch.Tensor]] | None:
+    """Return the deepstack features per level and image or frame."""
+    levels = _joined_levels(outputs)
+    return None if levels is None else [list(level.split(counts)) for level in levels]
+
+
+def _taken(tensors: list[torch.Tensor], counts: list[int], kept: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Take what stays of tensors (N, D), in which images of so many tokens stand in a row: per image, in one go."""
+    numbers = [len(stays) for stays in kept]
+    starts = torch.tensor([0, *accumulate(counts[:-1])]).repeat_interleave(torch.tensor(numbers))
+    places = torch.cat(kept) + starts.to(kept[0].device, non_blocking=True)
+    return [list(tensor[places].split(numbers)) for tensor in tensors]
 
 
 def _in_one_tensor_per_level(features: Any) -> PrunedImageFeatures:
     levels: Any = getattr(features, "deepstack_features", None)
     joined: Any = None if levels is None else [torch.cat(list(level)) for level in levels]
     return PrunedImageFeatures(pooler_output=list(features.pooler_output), deepstack_features=joined)
-
-
-def _pruned_levels(
-    levels: list[list[torch.Tensor]] | None, kept: list[torch.Tensor]
-) -> list[list[torch.Tensor]] | None:
-    if levels is None:
-        return None
-    return [[frame[stays] for frame, stays in zip(level, kept, strict=True)] for level in levels]

@@ -4,17 +4,28 @@ Each follows the code that its authors released, as far as that is defined; a do
 are this package's, and ties go to the lowest index. Features are compared in float32 at least, whatever their dtype.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 
-from .token_selection import (
-    _check_count,
-    _checked_budget,
-    _most_attended_first,
-    _norms,
-    _refuse_unless,
-    register_selector,
+from .similarity import (
+    BLOCK,
+    MATRIX,
+    cosines,
+    images_at_once,
+    matrix_fits,
+    norms_of,
+    refuse_unless,
+    row_blocks,
     without_autocast,
 )
+from .token_selection import _check_count, _checked_budget, _most_attended_first, register_selector
+
+FEW_TOKENS = 256  # of images on a CPU for which measuring every gain in every step costs less than choosing which
+POOL = 256  # farthest tokens that `select_divprune` picks from, where not all cosines can be held
+MOST_ASKED = 512  # gains that `select_scope` measures at a time
+LISTED = 2**24  # cosines of `select_scope`, each with an index of twice its size: 192 MiB
 
 
 def _vtc_cls_layers(layers: int, feature_layer: int, start_layer: int | None = None) -> list[int]:
@@ -66,16 +77,40 @@ def select_gprune(
     budget = _checked_budget(features, saliency, visual_token_num)
     _check_count("iterations", iterations)
     projected = _checked_projected(projected, saliency)
-    cosine = _cosine_of_all(projected)
-    itself = torch.eye(saliency.shape[1], dtype=torch.bool, device=saliency.device)
-    neighbours = (cosine >= similarity_threshold) | itself
-    passes = (cosine / temperature).masked_fill(~neighbours, float("-inf")).softmax(dim=-1)
-    held = torch.linalg.vector_norm(projected, dim=-1)[:, None]  # (B, 1, N)
-    with without_autocast(projected.device):
-        for _ in range(iterations):
-            held = held @ passes
-    score = held[:, 0] / neighbours.sum(dim=-1)
+    arguments = similarity_threshold, temperature, iterations
+    score = _image_groups(lambda some: _gathered(some, *arguments), projected)
     return _most_attended_first(score)[:, :budget].sort(dim=-1).values
+
+
+def _gathered(projected: torch.Tensor, threshold: float, temperature: float, iterations: int) -> torch.Tensor:
+    """Return how much each token holds in the end, per neighbour: (B, N, D) -> (B, N)."""
+    batch, tokens = projected.shape[:2]
+    unit = projected / norms_of(projected)
+    held = torch.linalg.vector_norm(projected, dim=-1)[:, None]  # (B, 1, N)
+    neighbours: list[torch.Tensor] = []
+    stored: list[torch.Tensor] = []  # what is passed by the first rows; that of others is computed every time
+
+    def passes(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        cosine = cosines(unit[:, rows], unit)
+        near = cosine >= threshold
+        near.diagonal(rows.start, 1, 2).fill_(True)
+        return cosine.div_(temperature).masked_fill_(~near, float("-inf")).softmax(dim=-1), near.sum(dim=-1)
+
+    for iteration in range(iterations):
+        passed = []
+        for number, rows in enumerate(row_blocks(batch, tokens)):
+            if number < len(stored):
+                shares = stored[number]
+            else:
+                shares, count = passes(rows)
+                if iteration == 0:
+                    neighbours.append(count)
+                    if batch * tokens * rows.stop <= MATRIX:
+                        stored.append(shares)
+            with without_autocast(unit.device):
+                passed.append(held[:, :, rows] @ shares)
+        held = sum(passed[1:], passed[0])
+    return held[:, 0] / torch.cat(neighbours, dim=1)
 
 
 def redundancy(projected: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -98,7 +133,7 @@ def redundancy(projected: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     projected = _widened(projected)
     prototypes = codebook.detach().to(projected.dtype)
     with without_autocast(projected.device):
-        cosine = (projected / _norms(projected)) @ (prototypes / _norms(prototypes)).mT
+        cosine = (projected / norms_of(projected)) @ (prototypes / norms_of(prototypes)).mT
     return cosine.amax(dim=-1)
 
 
@@ -139,18 +174,66 @@ def select_divprune(
     The authors' code may pick a token twice where others equal it; here it is picked once.
     """
     budget = _checked_budget(features, saliency, visual_token_num)
-    cosine = _cosine_of_all(_checked_projected(projected, saliency))
-    tokens = saliency.shape[1]
-    if budget == tokens:
+    projected = _checked_projected(projected, saliency)
+    unit = projected / norms_of(projected)
+    if budget == saliency.shape[1]:
         return _every_token(saliency)
-    itself = torch.eye(tokens, dtype=torch.bool, device=cosine.device)
-    # The first is the one whose nearest other token is farthest away.
-    picks = [cosine.masked_fill(itself, float("-inf")).amax(dim=-1).argmin(dim=-1, keepdim=True)]
-    closeness = torch.full_like(cosine[:, 0], float("-inf"))
+    if matrix_fits(1, unit.shape[1]) or torch.compiler.is_compiling() or unit.device.type == "meta":
+        picks = _image_groups(lambda some: _far_by_tensors(some, budget), unit)
+    else:
+        picks = torch.stack([_far_by_pools(image, budget) for image in unit])
+    return picks.sort(dim=-1).values
+
+
+def _far_by_tensors(unit: torch.Tensor, budget: int) -> torch.Tensor:
+    """Pick one token after the other, without a host sync: (B, N, D) -> (B, budget)."""
+    matrix = cosines(unit, unit) if matrix_fits(*unit.shape[:2]) else None
+    picks = [_nearest_others(unit, matrix).argmin(dim=-1, keepdim=True)]
+    closeness = torch.full_like(unit[..., 0], float("-inf"))
+    source = unit if matrix is None else matrix
     while len(picks) < budget:
-        closeness = torch.maximum(closeness, _row_of(cosine, picks[-1])).scatter(1, picks[-1], float("inf"))
+        row = source.gather(1, picks[-1][:, :, None].expand(-1, -1, source.shape[-1]))
+        row = cosines(row, unit) if matrix is None else row
+        closeness = torch.maximum(closeness, row[:, 0]).scatter(1, picks[-1], float("inf"))
         picks.append(closeness.argmin(dim=-1, keepdim=True))
-    return torch.cat(picks, dim=-1).sort(dim=-1).values
+    return torch.cat(picks, dim=-1)
+
+
+def _nearest_others(unit: torch.Tensor, matrix: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the cosine of each token with the nearest other one, (B, N, D) -> (B, N)."""
+    nearest = []
+    for rows in row_blocks(*unit.shape[:2]):
+        block = cosines(unit[:, rows], unit) if matrix is None else matrix[:, rows].clone()
+        block.diagonal(rows.start, 1, 2).fill_(float("-inf"))
+        nearest.append(block.amax(dim=-1))
+    return torch.cat(nearest, dim=1)
+
+
+def _far_by_pools(unit: torch.Tensor, budget: int) -> torch.Tensor:
+    """Pick as `_far_by_tensors` does, in one image (N, D), but compare all tokens with many picks at a time.
+
+    A token only comes closer to those kept. So the farthest of the few farthest is the next, as long as it is farther
+    than all others were.
+    """
+    picks = [int(_nearest_others(unit[None])[0].argmin())]
+    new, closeness = picks, torch.full_like(unit[:, 0], float("-inf"))
+    while len(picks) < budget:
+        closeness = torch.maximum(closeness, cosines(unit, unit[new]).amax(dim=-1))
+        closeness[picks] = float("inf")
+        far_first = closeness.argsort(stable=True)[: POOL + 1]
+        pool = far_first[:-1].sort().values  # ascending, because of equally far ones the first is next
+        alike = cosines(unit[pool], unit[pool]).cpu().numpy()
+        near, limit = closeness[pool].cpu().numpy(), (float(closeness[far_first[-1]]), int(far_first[-1]))
+        new, tokens = [], pool.tolist()
+        while len(picks) < budget:
+            best = int(near.argmin())
+            if new and (float(near[best]), tokens[best]) > limit:
+                break
+            new.append(tokens[best])
+            picks.append(tokens[best])
+            near = near.clip(alike[best])
+            near[[tokens.index(token) for token in new]] = float("inf")
+    return torch.tensor(picks, device=unit.device)
 
 
 def _hiprune_layers(layers: int, feature_layer: int) -> list[int]:
@@ -244,37 +327,151 @@ def select_scope(
     budget = _checked_budget(features, saliency, visual_token_num)
     if budget == saliency.shape[1]:
         return _every_token(saliency)
-    cosine = _cosine_of_all(_widened(features))
-    weight = saliency.detach().to(cosine.dtype) ** saliency_exponent
+    features = _widened(features)
+    unit = features / norms_of(features)
+    weight = saliency.detach().to(unit.dtype) ** saliency_exponent
+    return _covering(unit, weight, budget).sort(dim=-1).values
+
+
+def _covering(unit: torch.Tensor, weight: torch.Tensor, budget: int) -> torch.Tensor:
+    """Pick one token after the other, in the form that suits: (B, N, C), (B, N) -> (B, budget)."""
+    tokens = unit.shape[1]
+    at_once = tokens <= FEW_TOKENS if unit.device.type == "cpu" else matrix_fits(1, tokens)
+    if torch.compiler.is_compiling() or unit.device.type == "meta" or at_once or not (weight >= 0).all():
+        images = images_at_once(tokens)
+        groups = zip(unit.split(images), weight.split(images), strict=True)
+        return torch.cat([_covering_by_tensors(*group, budget) for group in groups])
+    picks = [_covering_lazily(*image, budget) for image in zip(unit, weight, strict=True)]
+    return torch.tensor(picks, device=unit.device)
+
+
+def _covering_by_tensors(unit: torch.Tensor, weight: torch.Tensor, budget: int) -> torch.Tensor:
+    """Measure in every step all gains anew, without a host sync."""
+    cosine = cosines(unit, unit)
     covered = torch.zeros_like(cosine[:, :1])  # (B, 1, N): how well the picked ones resemble each token, at least 0
-    is_picked = torch.zeros_like(saliency, dtype=torch.bool)
+    is_picked = torch.zeros_like(weight, dtype=torch.bool)
     picks: list[torch.Tensor] = []
     while len(picks) < budget:
         gain = weight * (cosine - covered).clamp_min(0).sum(dim=-1)
         picks.append(gain.masked_fill(is_picked, float("-inf")).argmax(dim=-1, keepdim=True))
         is_picked = is_picked.scatter(1, picks[-1], True)
-        covered = torch.maximum(covered, _row_of(cosine, picks[-1])[:, None])
-    return torch.cat(picks, dim=-1).sort(dim=-1).values
+        row = cosine.gather(1, picks[-1][..., None].expand(-1, -1, cosine.shape[-1]))
+        covered = torch.maximum(covered, row)
+    return torch.cat(picks, dim=-1)
+
+
+def _covering_lazily(unit: torch.Tensor, weight: torch.Tensor, budget: int) -> list[int]:
+    """Pick as `_covering_by_tensors` does, in one image (N, C), (N,)."""
+    coverage = _Coverage(unit, weight)
+    return [coverage.pick() for _ in range(budget)]
+
+
+class _Coverage:
+    """How well the tokens of one image are covered, and how much each token would add to that, times its weight.
+
+    What it would add, its gain, only falls as more is covered (no weight is negative). So an old gain is a bound, and
+    a token whose gain is new and not below any bound is the next.
+
+    Of cosines that are too many to be held, only the first rows are. After a few picks those above what is covered are
+    listed for each token: they suffice from there on, and are a small part. Tokens for which there is no room are
+    compared anew whenever their gain is asked for.
+    """
+
+    def __init__(self, unit: torch.Tensor, weight: torch.Tensor) -> None:
+        tokens = len(unit)
+        self._unit = unit
+        self._held = cosines(unit[: max(1, MATRIX // tokens)], unit)
+        self._sum_type = unit.dtype if len(self._held) == tokens else torch.float64
+        self._weight = weight.to("cpu", self._sum_type)
+        self._covered = torch.zeros_like(weight, device="cpu")
+        self._lists: dict[int, tuple[Any, Any]] = {}
+        self._picks_before_lists = 0 if len(self._held) == tokens else max(1, tokens**2 // LISTED)
+        sums = [block.clamp_min(0).sum(dim=-1, dtype=self._sum_type) for _, block in self._blocks()]
+        self._bound = (self._weight * torch.cat(sums)).numpy()
+        self._is_gain = self._bound == self._bound
+
+    def _blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield all rows of cosines, some at a time, each time with the number of the first."""
+        for rows in row_blocks(1, len(self._unit)):
+            held = rows.stop <= len(self._held)
+            yield rows.start, (self._held[rows] if held else cosines(self._unit[rows], self._unit)).cpu()
+
+    def _rows(self, tokens: Any) -> torch.Tensor:
+        """Return the cosines of some tokens with all, as a new tensor: (K,) -> (K, N)."""
+        tokens = torch.as_tensor(tokens, device=self._unit.device)
+        if len(self._held) == len(self._unit):
+            return self._held.index_select(0, tokens).cpu()
+        rows, is_held = self._held.new_empty(len(tokens), len(self._unit)), tokens < len(self._held)
+        rows[is_held] = self._held[tokens[is_held]]
+        rows[~is_held] = cosines(self._unit[tokens[~is_held]], self._unit)
+        return rows.cpu()
+
+    def pick(self) -> int:
+        """Return the token that adds most, of several the first, and count it as picked."""
+        at_once = 4 if self._lists else 16  # one at a time wastes calls, many waste gains
+        while not self._is_gain[best := int(self._bound.argmax())]:
+            asked = ~self._is_gain
+            at_once = min(at_once, len(asked) - 1)
+            asked[(-self._bound).argpartition(at_once)[at_once:]] = False
+            asked[best] = True
+            self._bound[asked] = self._gains(asked.nonzero()[0])
+            self._is_gain |= asked
+            at_once = min(2 * at_once, MOST_ASKED, max(16, BLOCK // len(asked)))
+        self._bound[best] = -float("inf")
+        self._is_gain = self._bound == -float("inf")
+        self._cover(best)
+        return best
+
+    def _gains(self, tokens: Any) -> Any:
+        """Return the gains of some tokens, numpy arrays (K,) both."""
+        sums = torch.empty(len(tokens), dtype=self._sum_type)
+        unlisted = []
+        for place, token in enumerate(tokens.tolist()):
+            if token not in self._lists:
+                unlisted.append(place)
+                continue
+            others, cosine = self._lists[token]
+            gain = cosine - self._covered.numpy().take(others)
+            sums[place] = float(gain[gain > 0].sum(dtype=float))
+        if unlisted:
+            gain = self._rows(tokens[unlisted]).sub_(self._covered).clamp_min_(0)
+            sums[unlisted] = gain.sum(dim=-1, dtype=self._sum_type)
+        return (self._weight[torch.from_numpy(tokens)] * sums).numpy()
+
+    def _cover(self, token: int) -> None:
+        if token in self._lists:
+            others, cosine = self._lists.pop(token)
+            covered = self._covered.numpy()
+            covered[others] = cosine.clip(covered.take(others))
+            return
+        torch.maximum(self._covered, self._rows([token])[0], out=self._covered)
+        self._picks_before_lists -= 1
+        if self._picks_before_lists == 0:
+            self._list_uncovered()
+
+    def _list_uncovered(self) -> None:
+        listed, covered = 0, self._covered.numpy()
+        for start, block in self._blocks():
+            for token, row in enumerate(block.numpy(), start):
+                others = (row > covered).nonzero()[0]
+                listed += len(others)
+                if listed > LISTED:
+                    return
+                self._lists[token] = others, row.take(others)
 
 
 def _every_token(saliency: torch.Tensor) -> torch.Tensor:
     return torch.arange(saliency.shape[1], device=saliency.device).repeat(len(saliency), 1)
 
 
-def _row_of(matrix: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-    """Return one row of each matrix: (B, N, N) at (B, 1) -> (B, N)."""
-    return matrix.gather(1, row[..., None].expand(-1, -1, matrix.shape[-1]))[:, 0]
-
-
 def _widened(features: torch.Tensor) -> torch.Tensor:
     return features.detach().to(torch.promote_types(features.dtype, torch.float32))
 
 
-def _cosine_of_all(features: torch.Tensor) -> torch.Tensor:
-    """Compare all tokens of each image with each other: (B, N, C) -> (B, N, N)."""
-    unit = features / _norms(features)
-    with without_autocast(features.device):
-        return unit @ unit.mT
+def _image_groups(choose: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """Call `choose` with as many images (B, N, C) at a time as may have their cosines held."""
+    chosen = [choose(some) for some in images.split(images_at_once(images.shape[1]))]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
 def _checked_projected(projected: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
@@ -295,7 +492,7 @@ def _checked_layers(layer_saliency: torch.Tensor, saliency: torch.Tensor, layers
             f"layer_saliency must be a floating-point tensor ({batch}, {layers or 'L'}, {tokens}), "
             f"got {layer_saliency.dtype} {shape}"
         )
-    _refuse_unless(
+    refuse_unless(
         (layer_saliency == layer_saliency).all(),  # NaN alone differs from itself
         "layer_saliency holds NaN: the vision encoder's attention is not finite; check pixel_values, "
         "or load the model in bfloat16 or float32",

@@ -7,15 +7,15 @@ put `@register_selector("its name")` on it: its further parameters are the input
 the options that `select_tokens` hands to it. Selectors of related work are in related_selectors.py.
 """
 
-import contextlib
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Literal, NamedTuple, TypeGuard
 
 import torch
 
-from .duplicate_removal_triton import keep_in_one_kernel, kernel_can_run
+from .duplicate_removal import default_step, keep_without_duplicates
+from .similarity import refuse_unless
 
 
 class Selector(NamedTuple):
@@ -140,14 +140,15 @@ def select_vispruner(
     saliency: torch.Tensor,
     visual_token_num: int,
     important_ratio: float = 0.5,
-    dedup_step: int = 8,
+    dedup_step: int | None = None,
 ) -> torch.Tensor:
     """Keep the most attended tokens, then the least redundant of the rest (arXiv 2412.01818, sec. 4).
 
     features         (B, N, C)  encoder features compared for similarity, in their own dtype
     saliency         (B, N)     attention each token receives, higher is more important
     important_ratio             fraction of the budget given to the most attended tokens, 0 to 1
-    dedup_step                  most tokens dropped per round of duplicate removal (8 in the paper)
+    dedup_step                  most tokens dropped per round of duplicate removal, 8 in the paper; None is 8 for every
+                                full 1,024 tokens, so the paper's up to 2,047 and at most 256 rounds beyond
     returns          (B, T)     kept indices, ascending; T = min(visual_token_num, N)
 
     Raises ValueError for a wrong shape, dtype or option, and for NaN saliency or features whose norm is not finite (on
@@ -155,14 +156,16 @@ def select_vispruner(
     """
     budget = _checked_budget(features, saliency, visual_token_num)
     important_num = _important_num(budget, important_ratio)
-    _check_count("dedup_step", dedup_step)
+    if dedup_step is not None:
+        _check_count("dedup_step", dedup_step)
     batch, tokens = saliency.shape
     if budget == tokens:
         return torch.arange(tokens, device=saliency.device).repeat(batch, 1)
     order = _most_attended_first(saliency)
     if important_num == budget:
         return order[:, :budget].sort(dim=-1).values
-    return _drop_duplicates(features.detach(), order, important_num, budget, dedup_step)
+    step = default_step(tokens) if dedup_step is None else dedup_step
+    return keep_without_duplicates(features.detach(), order, important_num, budget, step)
 
 
 def important_tokens(saliency: torch.Tensor, visual_token_num: int, important_ratio: float = 0.5) -> torch.Tensor:
@@ -259,127 +262,6 @@ def _most_attended_first(saliency: torch.Tensor) -> torch.Tensor:
     return saliency.argsort(dim=-1, descending=True, stable=True)
 
 
-def _drop_duplicates(
-    features: torch.Tensor, order: torch.Tensor, important_num: int, budget: int, step: int
-) -> torch.Tensor:
-    """Keep the first tokens of `order` and, of the rest, what is left when the most duplicated are dropped.
-
-    features (B, N, C), order (B, N) -> (B, budget) ascending. Similarities do not change between rounds, so they are
-    computed once. The rounds run in the form that suits the device; every form gives the same tokens.
-    """
-    norms = _norms(features)
-    residual = order[:, important_num:]  # (B, R), stays in attention order
-    # Within torch.func no tensor has its numbers at hand, be it one that is differentiated or not.
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if kernel_can_run(features.device) and not traced:
-        return keep_in_one_kernel(_cosine_matrix(features, norms, residual), order, important_num, budget, step)
-    drops = _drops(residual.shape[1], budget - important_num, step)
-    if features.device.type == "cpu" and not traced:
-        diverse = _diverse_image_by_image(features, norms, residual, drops)
-    else:
-        diverse = residual.gather(1, _surviving_slots(_cosine_matrix(features, norms, residual), drops))
-    return torch.cat([order[:, :important_num], diverse], dim=-1).sort(dim=-1).values
-
-
-def _drops(left: int, keep: int, step: int) -> list[int]:
-    """Return how many tokens each round drops, at most `step`, until `keep` are left: known before any is compared."""
-    drops = []
-    while left > keep:
-        drops.append(min(step, left - keep, (left + 1) // 2))
-        left -= drops[-1]
-    return drops
-
-
-def _surviving_slots(cosine: torch.Tensor, drops: list[int]) -> torch.Tensor:
-    """Run the rounds as tensor operations of static shapes, without a host sync: (B, R, R) -> (B, R - sum(drops))."""
-    batch, left = cosine.shape[:2]
-    images = torch.arange(batch, device=cosine.device)[:, None, None]
-    slots = torch.arange(left, device=cosine.device).repeat(batch, 1)  # rows and columns of `cosine` still in
-    for drop in drops:
-        a, b = slots[:, 0::2], slots[:, 1::2]
-        duplication = cosine[images, a[:, :, None], b[:, None, :]].amax(dim=-1)  # (B, ceil(left / 2))
-        most_duplicated_first = duplication.argsort(dim=-1, descending=True, stable=True)
-        # The survivors' order counts: it decides how the next round splits them.
-        slots = torch.cat([a.gather(1, most_duplicated_first[:, drop:]), b], dim=-1)
-    return slots
-
-
-def _diverse_image_by_image(
-    features: torch.Tensor, norms: torch.Tensor, residual: torch.Tensor, drops: list[int]
-) -> torch.Tensor:
-    """Compare and drop on the CPU, image by image so that one matrix stays in cache.
-
-    features (B, N, C), norms (B, N, 1), residual (B, R) -> (B, R - sum(drops))
-    """
-    batch, left = residual.shape
-    unit = features.new_empty(left, features.shape[-1])
-    cosine = features.new_empty(left, left)
-    diverse = residual.new_empty(batch, left - sum(drops))
-    for image in range(batch):
-        torch.index_select(features[image], 0, residual[image], out=unit)
-        unit.div_(norms[image].index_select(0, residual[image]))
-        _multiply_by_own_transpose(unit, cosine)
-        # numpy knows no bfloat16 and is slow in float16; a wider type keeps every comparison as it was.
-        values = cosine if cosine.dtype in (torch.float32, torch.float64) else cosine.float()
-        slots = torch.from_numpy(_surviving_slots_on_cpu(values.numpy(), drops))
-        torch.index_select(residual[image], 0, slots, out=diverse[image])
-    return diverse
-
-
-def _multiply_by_own_transpose(rows: torch.Tensor, out: torch.Tensor, block: int = 128) -> None:
-    """Fill `out` (R, R) with rows @ rows.T. It is symmetric, so blocks below the diagonal are copied."""
-    with without_autocast(rows.device):
-        for start in range(0, len(rows), block):
-            stop = start + block
-            torch.mm(rows[start:stop], rows[start:].T, out=out[start:stop, start:])
-            out[stop:, start:stop] = out[start:stop, stop:].T
-
-
-def _surviving_slots_on_cpu(cosine: Any, drops: list[int]) -> Any:
-    """`_surviving_slots` of one image on a numpy array (R, R): a call there costs a tenth of a tensor operation's."""
-    left = len(cosine)
-    numbers = names = slots = torch.arange(left).numpy()
-    rows = cosine[: left // 2].copy()
-    for drop in drops:
-        a, b = slots[0::2], slots[1::2]
-        # Symmetric: the best b for each column, read in whole rows. "clip" because "raise" buffers what it takes.
-        duplication = cosine.take(b, 0, rows[: len(b)], "clip").max(0).take(a)
-        survivors = a.take((-duplication).argsort(kind="stable")[drop:])
-        left -= drop
-        slots = slots[:left].copy()
-        slots[: len(survivors)], slots[len(survivors) :] = survivors, b
-        if 2 * left < len(cosine):
-            cosine, names = cosine.take(slots, 0).take(slots, 1), names.take(slots)
-            slots, rows = numbers[:left], rows[:, :left].copy()
-    return names.take(slots)
-
-
-def _norms(features: torch.Tensor) -> torch.Tensor:
-    """Return what to divide each row by, (B, N, C) -> (B, N, 1): its norm, infinity where that is nearly zero."""
-    norms = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
-    _refuse_unless(
-        (norms < float("inf")).all(),
-        f"features hold NaN, infinity or a norm too large for {features.dtype}: check pixel_values, "
-        "or load the model in bfloat16 or float32",
-    )
-    # A row too short to be normalised resembles nothing, rather than being NaN.
-    return torch.nn.functional.threshold(norms, torch.finfo(features.dtype).tiny, float("inf"))
-
-
-def _cosine_matrix(features: torch.Tensor, norms: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Compare the named tokens with each other: (B, N, C), (B, N, 1), (B, R) -> (B, R, R), the features' dtype."""
-    unit = (features / norms).gather(1, tokens[:, :, None].expand(-1, -1, features.shape[-1]))
-    with without_autocast(features.device):
-        return unit @ unit.mT
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    # Autocast would round the similarities, and one swapped rank changes every later round.
-    if not torch.amp.is_autocast_available(device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 def _checked_budget(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> int:
     """Check what every selector is given, and return how many tokens it keeps per image."""
     _check_saliency(saliency)
@@ -406,7 +288,7 @@ def _check_saliency(saliency: torch.Tensor) -> None:
             "saliency must be a floating-point tensor (B, N) with at least one token, "
             f"got {saliency.dtype} {tuple(saliency.shape)}"
         )
-    _refuse_unless(
+    refuse_unless(
         (saliency == saliency).all(),  # NaN alone differs from itself
         "saliency holds NaN: the vision encoder's attention is not finite; check pixel_values, "
         "or load the model in bfloat16 or float32",
@@ -426,16 +308,6 @@ def _check_count(field: str, value: int, remedy: str = "") -> None:
 
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _refuse_unless(good: torch.Tensor, message: str) -> None:
-    """Raise ValueError; where reading `good` would wait for the device or break the graph, assert on the device."""
-    if good.device.type == "meta":
-        return
-    if good.device.type == "cuda" or torch.compiler.is_compiling():
-        torch._assert_async(good, message)
-    elif not good:
-        raise ValueError(message)
 
 
 # Registers the methods of related work. They are built on the functions above, hence the import at the end, and with a

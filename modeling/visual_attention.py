@@ -16,10 +16,13 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .similarity import without_autocast
 from .stock_versions import KEEPS_NAMED_HIDDEN_STATES
-from .token_selection import without_autocast
 
-ATTENTION_AT_ONCE = 2**25  # entries of attention that received_attention holds at a time: 128 MiB
+# Entries of attention that received_attention holds at a time: on a CPU what its last cache holds, on an accelerator
+# enough to keep it busy.
+ATTENTION_IN_CACHE = 2**22  # 16 MiB
+ATTENTION_AT_ONCE = 2**25  # 128 MiB
 
 # The registry is one for the whole process, which may hold this file several times: installed, and once per repo.
 TAPPED_ATTENTION = f"vispruner_tapped_attention:{__name__}"
@@ -45,9 +48,10 @@ class Reading(NamedTuple):
 class SaliencyTap:
     """Record saliency in some of a tower's layers while the `with` block runs; afterwards `tap[reading]` is (B, N).
 
-    An encoder that packs images of different sizes into one sequence attends in chunks; what each chunk of (1, n)
-    tokens recorded is then joined to (1, N), in the order of the sequence. One that pads images attends under a mask,
-    of a form that depends on the attention function; so `seen` (B, N) says which of its tokens are no padding.
+    An encoder that packs images of different sizes into one sequence attends in chunks (`packed`); what each chunk of
+    (1, n) tokens recorded is then joined to (1, N), in the order of the sequence. Small chunks of one size, like the
+    frames of a video, are read together. An encoder that pads images attends under a mask, of a form that depends on
+    the attention function; so `seen` (B, N) says which of its tokens are no padding.
     """
 
     def __init__(
@@ -56,10 +60,13 @@ class SaliencyTap:
         main: Reading,
         others: Sequence[Reading] = (),
         seen: torch.Tensor | None = None,
+        packed: bool = False,
     ) -> None:
-        self._main, self._others, self._seen = main, others, seen
+        self._main, self._others, self._seen, self._packed = main, others, seen, packed
         self._places = {reading: attentions[reading.layer].config.place for reading in (main, *others)}
         self._recorded: dict[Reading, list[torch.Tensor]] = {reading: [] for reading in self._places}
+        self._waiting: dict[Reading, list[tuple[torch.Tensor, torch.Tensor]]] = {r: [] for r in self._places}
+        self._scaling: float | None = None  # of those that wait
         self.may_pad = False  # only `run_tower` takes away again what is appended
         self.tokens: int | None = None  # others were appended to these, and nothing may attend to those
 
@@ -73,10 +80,32 @@ class SaliencyTap:
 
     def record(self, place: int, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
         for reading, wanted in self._places.items():
-            if wanted == place:
+            if wanted != place:
+                continue
+            if self._packed:
+                self._record_chunk(reading, query, key, scaling)
+            else:
                 self._recorded[reading].append(SALIENCY_KINDS[reading.kind](query, key, scaling, self._seen))
 
+    def _record_chunk(self, reading: Reading, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
+        """Read a chunk with those of its size before and after it, as many as may have their attention held."""
+        waiting, self._scaling = self._waiting[reading], scaling
+        if waiting and waiting[0][0].shape != query.shape:
+            self._read(reading)
+        waiting.append((query.detach(), key.detach()))
+        if (len(waiting) + 1) * query.shape[1] * query.shape[2] ** 2 > _entries_at_once(query.device):
+            self._read(reading)
+
+    def _read(self, reading: Reading) -> None:
+        waiting = self._waiting[reading]
+        queries, keys = waiting[0] if len(waiting) == 1 else map(torch.cat, zip(*waiting, strict=True))
+        waiting.clear()
+        of_chunks = SALIENCY_KINDS[reading.kind](queries, keys, self._scaling, self._seen)
+        self._recorded[reading].append(of_chunks.reshape(1, -1))
+
     def __getitem__(self, reading: Reading) -> torch.Tensor:
+        if self._waiting[reading]:
+            self._read(reading)
         recorded = self._recorded[reading]
         if not recorded:
             raise RuntimeError(
@@ -174,7 +203,7 @@ def cls_saliency(
     seen        (B, 1+N)        False for padding, which gets nothing
     returns     (B, N)          softmax over all 1+N tokens, [CLS] cut off afterwards, not renormalised
     """
-    return _attention_received(query[:, :, :1], key, scaling, seen)[:, 1:]
+    return _attention(query[:, :, :1], key, scaling, seen).mean(dim=(1, 2))[:, 1:]
 
 
 @torch.no_grad()
@@ -185,19 +214,26 @@ def received_attention(
 
     query, key  (B, H, N, d)  after projection and rotary embedding; logits and softmax run in at least fp32
     seen        (B, N)        False for padding, which gets nothing and does not count among the queries
-    returns     (B, N)        sums to 1; no more than `ATTENTION_AT_ONCE` entries of attention exist at a time
+    returns     (B, N)        sums to 1; it is computed from `ATTENTION_IN_CACHE` entries of attention at a time on a
+                              CPU, `ATTENTION_AT_ONCE` elsewhere, or those of one head for 16 queries
     """
-    batch, heads, _, _ = query.shape
-    at_once = max(16, ATTENTION_AT_ONCE // (batch * heads * key.shape[2]))
-    chunks = query.split(at_once, dim=2)
+    batch, heads, queries, _ = query.shape
+    at_once = _entries_at_once(query.device)
+    some_queries = min(queries, max(16, at_once // (batch * key.shape[2])))
+    some_heads = max(1, at_once // (batch * key.shape[2] * some_queries))
+    asking = (None,) * queries if seen is None else seen[:, None, :, None].split(some_queries, dim=2)
+    received = torch.zeros((), device=query.device)
+    for of_heads, k in zip(query.split(some_heads, dim=1), key.split(some_heads, dim=1), strict=True):
+        k = k.to(torch.promote_types(k.dtype, torch.float32))
+        for q, asks in zip(of_heads.split(some_queries, dim=2), asking, strict=False):
+            received = received + _attention(q, k, scaling, seen, asks).sum(dim=(1, 2))
     if seen is None:
-        return sum(_attention_received(chunk, key, scaling) * chunk.shape[2] for chunk in chunks) / query.shape[2]
-    asking = seen.split(at_once, dim=1)
-    received = sum(
-        _attention_received(chunk, key, scaling, seen, asks) * chunk.shape[2]
-        for chunk, asks in zip(chunks, asking, strict=True)
-    )
-    return received / seen.sum(dim=1, keepdim=True).clamp(min=1)
+        return received / (heads * queries)
+    return received / (heads * seen.sum(dim=1, keepdim=True)).clamp(min=1)
+
+
+def _entries_at_once(device: torch.device) -> int:
+    return ATTENTION_IN_CACHE if device.type == "cpu" else ATTENTION_AT_ONCE
 
 
 @torch.no_grad()
@@ -208,24 +244,26 @@ def received_attention_of_patches(
     return received_attention(query, key, scaling, seen)[:, 1:]
 
 
-def _attention_received(
+def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     scaling: float | None,
-    seen: torch.Tensor | None = None,
+    seen: torch.Tensor | None,
     asking: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the mean over heads and queries (B, N); `seen` (B, N) and `asking` (B, queries) leave padding out."""
+    """Return how much each query attends to each token, (B, H, queries, N).
+
+    seen    (B, N)              False for padding, which gets nothing
+    asking  (B, 1, queries, 1)  False for padding, which gives nothing
+    """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = torch.promote_types(query.dtype, torch.float32)
     with without_autocast(query.device):
-        logits = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * scaling
+        logits = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)).mul_(scaling)
     if seen is not None:
-        logits = logits.masked_fill(~seen[:, None, None], torch.finfo(dtype).min)
+        logits.masked_fill_(~seen[:, None, None], torch.finfo(dtype).min)
     attention = logits.softmax(dim=-1)
-    if asking is not None:
-        attention = attention * asking[:, None, :, None]
-    return attention.mean(dim=(1, 2))
+    return attention if asking is None else attention.mul_(asking)
 
 
 # "cls" and "received_behind_cls" need an encoder whose token 0 is [CLS]; "received" is for encoders without one.

@@ -32,7 +32,7 @@ DEFAULTS = {
     "visual_token_num": None,
     "keep_ratio": None,
     "important_ratio": 0.5,
-    "dedup_step": 8,
+    "dedup_step": None,
     "attention_layer": None,
     "position_policy": None,
     "tile_mode": "paper",
@@ -81,12 +81,20 @@ def visual_tokens(model: VisPrunerLlavaForConditionalGeneration, inputs: dict[st
     return cache.get_seq_length() - (inputs["input_ids"].shape[1] - FULL)
 
 
+def test_a_stored_step_of_8_stays_8_and_null_brings_the_default_back() -> None:
+    """Repos of 0.1 store the default of that time, which no image size changed."""
+    stored = {**DEFAULTS, "visual_token_num": 8, "dedup_step": 8}
+    assert merge_vispruner_config(stored, {"visual_token_num": 9})["dedup_step"] == 8
+    assert VisPrunerOptions.from_dict(stored).selector_options["dedup_step"] == 8
+    assert merge_vispruner_config(stored, {"dedup_step": None})["dedup_step"] is None
+
+
 DISABLE = ' (use method="none" to disable pruning)'
 INVALID = [
     ("visual_token_num", (0, -3, "64", True, 1.5, float("nan")), "an integer >= 1", DISABLE),
     ("keep_ratio", (0, -0.1, 1.5, "0.5", True, float("nan"), float("inf")), "a number in (0, 1]", DISABLE),
     ("important_ratio", (-0.1, 1.1, "0.5", None, True, float("nan")), "a number in [0, 1]", ""),
-    ("dedup_step", (0, -8, 2.0, None, True, "8"), "an integer >= 1", ""),
+    ("dedup_step", (0, -8, 2.0, True, "8"), "an integer >= 1 or null", ""),
     ("attention_layer", ("2", 1.0, True, [1]), "an encoder layer index or null", ""),
     ("position_policy", ("renumbered", "", 0, ["original"]), 'null, "renumber" or "original"', ""),
     ("tile_mode", ("Paper", None, 1), '"paper" or "native"', ""),

@@ -206,7 +206,7 @@ def test_the_first_table_says_how_it_prunes(name: str) -> None:
     assert rows["method"][0].startswith(f"`{repo.vispruner_config['method']}`: keep ")
     if repo.vispruner_config["method"] == "vispruner":
         assert rows["`important_ratio`"][0].startswith("0.5: ")
-        assert rows["`dedup_step`"][0].startswith("8: ")
+        assert rows["`dedup_step`"][0].startswith("8 for every full 1,024 tokens of an image: ")
     assert ("tiles" in rows) == (repo.architecture == "llava_next")
 
 
@@ -218,6 +218,7 @@ def test_the_first_table_says_how_it_prunes(name: str) -> None:
         ({"visual_token_num": 9, "attention_layer": 2}, {"attention": "of [CLS], in layer 2"}, []),
         ({"visual_token_num": 9, "position_policy": "original"}, {"positions": "those of the full prompt"}, []),
         ({"visual_token_num": 9, "important_ratio": 0.25}, {"`important_ratio`": "0.25: share of the budget"}, []),
+        ({"visual_token_num": 9, "dedup_step": 8}, {"`dedup_step`": "8: tokens dropped per round"}, []),
         ({"method": "none"}, {"method": "`none`: nothing is dropped"}, ["budget", "positions"]),
         ({"method": "scope", "visual_token_num": 9}, {"attention": "of [CLS], in the layer that gives"}, ["`seed`"]),
         ({"method": "gprune", "visual_token_num": 9}, {"method": "`gprune`: keep the tokens that"}, ["attention"]),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import PeakBytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from related_oracle import (
@@ -21,6 +22,7 @@ from related_oracle import (
 )
 from safetensors.torch import load_file, safe_open
 
+from vispruner import related_selectors, similarity
 from vispruner.related_selectors import (
     _hiprune_layers,
     _vtc_cls_layers,
@@ -32,6 +34,7 @@ from vispruner.related_selectors import (
     select_scope,
     select_vtc_cls,
 )
+from vispruner.similarity import cosines
 from vispruner.token_selection import SELECTORS, kinds_of_kept, register_selector, select_cls_attention, select_tokens
 
 RECORDED = Path(__file__).parent / "data" / "selectors.safetensors"
@@ -239,6 +242,121 @@ def test_every_budget_gives_what_the_oracle_gives_where_nothing_ties(method, tok
     inputs = generic_inputs(2, tokens, seed=tokens)
     for budget in range(1, tokens + 2):
         assert torch.equal(select(method, inputs, budget), oracle(method, inputs, budget)), budget
+
+
+# Forms for larger images, on small ones
+
+
+@pytest.fixture(params=["held", "computed again", "listed"])
+def large_form(request, monkeypatch):
+    """Choose as for a large image: all cosines held, or too many to be held, and lists that do or do not take them."""
+    monkeypatch.setattr(related_selectors, "FEW_TOKENS", 0)
+    monkeypatch.setattr(similarity, "BLOCK", 60)
+    if request.param != "held":
+        monkeypatch.setattr(similarity, "MATRIX", 40)
+        monkeypatch.setattr(related_selectors, "MATRIX", 40)
+        monkeypatch.setattr(related_selectors, "LISTED", 400 if request.param == "listed" else 40)
+    return request.param
+
+
+@pytest.mark.parametrize("method", ["divprune", "scope"])
+@pytest.mark.parametrize("tokens", SIZES)
+def test_large_forms_give_what_the_oracle_gives_ties_included(large_form, method, tokens):
+    inputs = exact_inputs(2, tokens, seed=tokens)
+    for budget in range(1, tokens + 2):
+        assert torch.equal(select(method, inputs, budget), oracle(method, inputs, budget)), budget
+
+
+@pytest.mark.parametrize("method", ["divprune", "gprune", "scope"])
+@pytest.mark.parametrize("tokens", [2, 9, 25, 36])
+def test_large_forms_give_what_the_oracle_gives_where_nothing_ties(large_form, method, tokens):
+    inputs = generic_inputs(2, tokens, seed=tokens)
+    for budget in range(1, tokens + 2, 1 + tokens // 12):
+        assert torch.equal(select(method, inputs, budget), oracle(method, inputs, budget)), budget
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(2, 40),
+    budget=st.integers(1, 40),
+    matrix=st.sampled_from([1, 2000]),
+    listed=st.integers(1, 900),
+    channels=st.sampled_from([1, 4, 16]),
+    seed=st.integers(0, 1000),
+)
+def test_measuring_few_gains_picks_what_measuring_all_picks(tokens, budget, matrix, listed, channels, seed):
+    """With one channel every cosine is -1, 0 or 1, as in a picture of one colour."""
+    inputs = exact_inputs(1, tokens, channels, seed)
+    expected = select("scope", inputs, budget)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(related_selectors, "FEW_TOKENS", 0)
+        patch.setattr(related_selectors, "LISTED", listed)
+        patch.setattr(similarity, "MATRIX", matrix)
+        patch.setattr(similarity, "BLOCK", 100)
+        assert torch.equal(select("scope", inputs, budget), expected)
+
+
+@pytest.mark.parametrize("method", ["divprune", "gprune", "scope"])
+def test_a_matrix_serves_no_more_images_than_it_may_hold(monkeypatch, method):
+    inputs = generic_inputs(5, 36, seed=3)
+    expected = select(method, inputs, 9)
+    monkeypatch.setattr(similarity, "MATRIX", 2 * 36**2)
+    assert torch.equal(select(method, inputs, 9), expected)
+
+
+def test_a_negative_weight_rises_and_is_measured_in_every_step(monkeypatch):
+    inputs = generic_inputs(2, 25, seed=3)
+    inputs["saliency"] -= 0.5
+    expected = oracle("scope", inputs, 9)
+    monkeypatch.setattr(related_selectors, "FEW_TOKENS", 0)
+    assert torch.equal(select("scope", inputs, 9), expected)
+
+
+def test_scope_measures_a_small_part_of_all_gains(monkeypatch):
+    """Measured in every step, all gains of 1,200 tokens would be 300 x 1,200 rows."""
+    inputs = generic_inputs(1, 1200)
+    measured = []
+    gains = related_selectors._Coverage._gains
+    monkeypatch.setattr(
+        related_selectors._Coverage, "_gains", lambda self, tokens: measured.append(len(tokens)) or gains(self, tokens)
+    )
+    select("scope", inputs, 300)
+    assert 300 <= sum(measured) <= 300 * 1200 / 25
+    assert len(measured) <= 3 * 300
+
+
+@pytest.mark.parametrize("method, most", [("divprune", 1.7), ("gprune", 3.9), ("scope", 5)])
+def test_what_cannot_be_held_is_multiplied_a_few_times(monkeypatch, method, most):
+    """In products of all rows with all rows. A quarter is kept, and up to a half of the matrix could be held."""
+    tokens = 1200
+    inputs = generic_inputs(1, tokens)
+    pairs = []
+
+    def counted(rows, others):
+        pairs.append(rows.shape[-2] * others.shape[-2])
+        return cosines(rows, others)
+
+    for module in (similarity, related_selectors):
+        monkeypatch.setattr(module, "cosines", counted)
+        monkeypatch.setattr(module, "MATRIX", tokens**2 // 2)
+        monkeypatch.setattr(module, "BLOCK", tokens * 50)
+    monkeypatch.setattr(related_selectors, "LISTED", tokens**2 // 8)
+    select(method, inputs, tokens // 4)
+    assert 1 <= sum(pairs) / tokens**2 <= most
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_tensor_is_larger_than_the_bound_says(monkeypatch, method):
+    """Half of the matrix may be held, in blocks of a thirtieth: what is made besides is smaller than one half, too."""
+    tokens = 900
+    inputs = {name: value if name == "grid" else value.float() for name, value in generic_inputs(1, tokens).items()}
+    for module in (similarity, related_selectors):
+        monkeypatch.setattr(module, "MATRIX", tokens**2 // 2)
+        monkeypatch.setattr(module, "BLOCK", tokens * 30)
+    monkeypatch.setattr(related_selectors, "LISTED", tokens**2 // 8)
+    with PeakBytes() as memory:
+        select(method, inputs, tokens // 4)
+    assert memory.peak < 0.75 * tokens**2 * 4
 
 
 @pytest.mark.parametrize("anchor_share", [0, 0.1, 0.3, 0.5, 1.0, 1])

@@ -15,6 +15,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from counting import PeakBytes
 from rows.llava import ROW
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -608,7 +609,7 @@ def test_offloaded_towers_give_the_same(model: Any, tmp_path: Path, where: str) 
 @pytest.mark.parametrize("tokens", [7, 16, 53])
 def test_padding_gets_no_attention_and_does_not_ask(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     """What the other tokens get is what they get where there is no padding, with few queries at a time too."""
-    monkeypatch.setattr(visual_attention, "ATTENTION_AT_ONCE", 1)  # 16 queries, the fewest
+    monkeypatch.setattr(visual_attention, "ATTENTION_IN_CACHE", 1)  # 16 queries of one head, the fewest
     q, k = (torch.randn(2, 3, tokens, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     seen = torch.ones(2, tokens, dtype=torch.bool)
     seen[0, tokens // 2 :] = False
@@ -621,3 +622,44 @@ def test_padding_gets_no_attention_and_does_not_ask(monkeypatch: pytest.MonkeyPa
     first_q, first_k = (rows[:1, :, : tokens // 2] for rows in (q, k))
     torch.testing.assert_close(by_cls[0, : tokens // 2 - 1], cls_saliency(first_q, first_k)[0])
     torch.testing.assert_close(received_attention(q, k, seen=torch.ones_like(seen)), received_attention(q, k))
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 2000, 10**9])
+@pytest.mark.parametrize("padded", [False, True])
+def test_received_attention_is_the_mean_over_heads_and_queries_however_little_is_held(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, padded: bool
+) -> None:
+    monkeypatch.setattr(visual_attention, "ATTENTION_IN_CACHE", at_once)
+    q, k = (torch.randn(2, 5, 37, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    seen = torch.ones(2, 37, dtype=torch.bool)
+    seen[1, 30:] = not padded
+    logits = (q.double() @ k.double().mT / 8**0.5).masked_fill(~seen[:, None, None], float("-inf"))
+    attention = logits.softmax(-1).mean(dim=1)
+    expected = torch.stack([attention[image, seen[image]].mean(dim=0) for image in range(2)])
+    found = received_attention(q, k, seen=seen if padded else None)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-7)  # float32 against float64
+
+
+class ProductsOf(TorchDispatchMode):
+    """While active, count the multiplications in matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation is torch.ops.aten.bmm.default:
+            self.count += args[0].shape.numel() * args[1].shape[-1]
+        return operation(*args, **(kwargs or {}))
+
+
+def test_attention_of_eight_megapixels_takes_half_of_a_layers_products_and_a_stated_memory() -> None:
+    """40,000 patches in Qwen2.5-VL's encoder. A layer's attention multiplies twice as much: by the values, too."""
+    heads, patches, width = 16, 40_000, 80
+    q, k = (torch.empty(1, heads, patches, width, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    with ProductsOf() as products, PeakBytes() as memory:
+        assert received_attention(q, k).shape == (1, patches)
+    assert products.count == heads * patches**2 * width
+    key_of_a_head = patches * width * 4
+    assert memory.peak <= 2 * visual_attention.ATTENTION_AT_ONCE * 4 + 3 * key_of_a_head
+    assert memory.peak < heads * patches**2 * 4 / 300
