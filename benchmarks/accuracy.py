@@ -216,7 +216,7 @@ class PublishedModel:
         self.codebook = config.vispruner_config["codebook"] if codebook is None else str(codebook.resolve())
         self.patch_size: int = config.vision_config.patch_size
         self.grid: int = config.vision_config.image_size // self.patch_size
-        module = type(self.model).__module__.rpartition(".")[0] + ".token_selection"
+        module = type(self.model).__module__.rpartition(".")[0] + ".selectors"
         self.selection: Any = importlib.import_module(module)
 
     @property
@@ -261,13 +261,27 @@ class PublishedModel:
         new = result.sequences.shape[1] - prompt
         # The last new token is never fed back, so the cache holds the prompt's text, its visual tokens and new - 1.
         text = prompt - int(placeholders[0]) + new - 1
-        cached = result[CACHE].get_seq_length() - text
+        cached = self._cached_by_layers(result[CACHE], text, visual_token_num)
         if not bool((placeholders == placeholders[0]).all()) or cached != visual_token_num:
             raise BenchmarkError(
                 f"the KV cache holds {cached} visual tokens under {options}, where {visual_token_num} are right"
             )
         texts = self.processor.tokenizer.batch_decode(result.sequences[:, prompt:], skip_special_tokens=True)
+        if stages := getattr(result[CACHE], "vispruner_stages", ()):
+            is_visual = inputs["input_ids"] == self.model.config.image_token_id
+            stays = torch.zeros_like(is_visual).scatter(1, stages[-1].columns, stages[-1].seen)
+            kept = stays[is_visual].view(len(is_visual), -1).nonzero()[:, 1].view(len(is_visual), -1)
+            return Answers(texts, cached, kept, None)
         return Answers(texts, cached, *(selections[-1] if selections else (None, None)))
+
+    def _cached_by_layers(self, cache: Any, text: int, budget: int) -> int:
+        """Return how many visual tokens a layer's cache holds, on average; the budget where less than one is missing.
+
+        A method in the language model meets a mean as closely as whole tokens in whole layers allow, never above it.
+        """
+        layers = self.model.config.text_config.num_hidden_layers
+        mean = sum(int(cache.get_seq_length(layer)) - text for layer in range(layers)) / layers
+        return budget if 0 <= budget - mean < 1 else math.ceil(mean)
 
     @contextmanager
     def _recorded_selections(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -341,6 +355,8 @@ def _variants_of(
     if selector == DOWNSAMPLE:
         return [Variant(DOWNSAMPLE, budget, math.isqrt(count) ** 2)]
     options = registry[selector].options
+    if registry[selector].place is not None:  # it says itself which positions tokens have
+        policies = (None,)
     ratios = RATIOS if "important_ratio" in options else (None,)
     draws = DRAWS if "seed" in options else (0,)
     return [Variant(selector, budget, count, ratio, policy, draws) for policy in policies for ratio in ratios]
@@ -532,7 +548,8 @@ def run_benchmark(
     """Measure and return what the JSON holds; under `accelerate launch` each process returns the whole.
 
     repo       a built repo, a stock LLaVA checkpoint to build one from, or None for the embedded one
-    selectors  "none", "downsample" and names that the repo registers; all of them by default
+    selectors  "none", "downsample" and names that the repo registers; by default all that prune behind the encoder,
+               since within the language model small budgets cannot be met
     codebook   for the selectors that need one; by default the repo's, or that of the embedded checkpoint
     processes  two by default, or as many as accelerate launched
     """
@@ -555,7 +572,8 @@ def run_benchmark(
             published = PublishedModel(folder, CODEBOOK if repo is None and codebook is None else codebook)
         registry = published.selectors
         known = [DENSE, *registry, DOWNSAMPLE]
-        chosen = known if selectors is None else list(selectors)
+        behind_encoder = [name for name, selector in registry.items() if selector.place is None]
+        chosen = [DENSE, *behind_encoder, DOWNSAMPLE] if selectors is None else list(selectors)
         if unknown := [name for name in chosen if name not in known]:
             raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")
         rows = variants(chosen, budgets, registry, published.visual_tokens, policies)
@@ -762,7 +780,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="+",
         metavar="NAME",
         help=f"what to measure: {DENSE}, {DOWNSAMPLE} and the selectors that the repo registers "
-        f"(here {', '.join(SELECTORS)}); by default all",
+        f"(here {', '.join(SELECTORS)}); by default all that prune behind the encoder",
     )
     parser.add_argument(
         "--budgets",

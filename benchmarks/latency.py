@@ -77,7 +77,7 @@ from vispruner import __version__
 from vispruner.conversion.checkpoint_io import replacing
 from vispruner.conversion.prefill_cost import kv_cache_bytes
 from vispruner.llava_encoder import transformer_of
-from vispruner.token_selection import SELECTORS
+from vispruner.selectors import ENCODER_METHODS, SELECTORS
 from vispruner.visual_features import VisualTokens
 
 RESULTS = Path(__file__).parent / "results"
@@ -695,7 +695,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--methods",
         nargs="*",
-        choices=sorted(SELECTORS),
+        choices=ENCODER_METHODS,
         metavar="NAME",
         help="compare these methods, all if none is named, at --budgets (default: 64) with answers of 2 tokens",
     )
@@ -760,7 +760,7 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
         torch.cuda.set_device(device)
     name = parsed.geometry or ("tiny" if parsed.quick else "llava-1.5-7b")
     config = load_geometry(name)
-    methods = () if parsed.methods is None else tuple(parsed.methods or SELECTORS)
+    methods = () if parsed.methods is None else tuple(parsed.methods or ENCODER_METHODS)
     rounds = parsed.rounds or (2 if parsed.quick else 20 if cuda else 3)
     long_rounds = parsed.long_rounds or (1 if methods else 5 if cuda else 2)
     distinct = parsed.distinct_layers if parsed.distinct_layers is not None else (0 if cuda else DISTINCT_ON_CPU)

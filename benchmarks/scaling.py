@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from selection import FEATURE_LAYER, LAYERS, PROTOTYPES, Form, interleave, machine, summary, write_json
 
 from vispruner.conversion.prefill_cost import language_model_flops, logits_flops
-from vispruner.token_selection import SELECTORS, select_tokens
+from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
 from vispruner.visual_attention import received_attention
 
 PRODUCT = "the product"
@@ -364,7 +364,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, default=1280, help="C, width of the features (default 1280)")
     parser.add_argument("--width", type=int, help="width of projected features (default: the same)")
     parser.add_argument("--features", nargs="+", choices=["random", "smooth"], default=["random", "smooth"])
-    parser.add_argument("--methods", nargs="+", choices=sorted(SELECTORS), default=list(SELECTORS), metavar="METHOD")
+    parser.add_argument(
+        "--methods", nargs="+", choices=sorted(ENCODER_METHODS), default=list(ENCODER_METHODS), metavar="METHOD"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each form (default 3)")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64], help="images at once (default 1 8 64)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[64, 256], help="their tokens (default 64 256)")

@@ -51,7 +51,8 @@ from peer import select_per_round
 from vispruner import duplicate_removal, similarity, token_selection
 from vispruner.duplicate_removal import drops_of_rounds
 from vispruner.duplicate_removal_triton import kernel_can_run
-from vispruner.token_selection import SELECTORS, select_tokens, select_vispruner
+from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
+from vispruner.token_selection import select_vispruner
 
 IMPORTANT_RATIO, STEP = 0.5, 8
 LAYERS, FEATURE_LAYER = 24, 22  # of LLaVA's tower, counted from 0
@@ -218,7 +219,7 @@ def method_form(method: str, args: argparse.Namespace, device: str) -> Form:
 
 def measure_methods(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time one image under every registered method, in turn, and count what each asks of torch."""
-    forms = {method: method_form(method, args, args.device) for method in SELECTORS}
+    forms = {method: method_form(method, args, args.device) for method in ENCODER_METHODS}
     with tqdm(total=len(forms) * (args.repeats + 1), desc="methods", unit="run") as progress:
         clock = time.process_time if args.device == "cpu" else time.perf_counter
         times = interleave(forms, args.repeats, progress, args.device, clock)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from vispruner import ARCHITECTURES, __version__, auto_map, code_files
 from vispruner import configuration_vispruner as configuration
@@ -50,7 +50,7 @@ from .model_card import card_files, model_card
 from .plain_text import one_line
 from .published_layout import ModelLayout, layout_problems, model_layout, refuse_endless, without_dropped_layers
 from .repo_config import RepoConfig, load_repo_config
-from .verify_worker import VIDEO_EXTRA, needs_video_packages
+from .verify_worker import VIDEO_EXTRA, keeps_everything, needs_video_packages
 
 OWN_FIELDS = ("architectures", "auto_map", "vispruner_config")  # what config.json gains or gets anew
 COPY_BLOCK = 16 * 2**20
@@ -93,6 +93,7 @@ def build_repo(
         revision = _base_revision(repo, source if base is None else None, thin)
         config_json = _repo_config_json(base_config, repo, revision, thin)
         names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
+        _refuse_ineffective(repo, expected.model, folder)
         codebooks = _checked_codebooks(repo, config_json)
         if drop_unused_vision_layers or repo.drop_unused_vision_layers:
             config_json = _without_unused_layers(config_json)
@@ -236,6 +237,28 @@ def _check_weights(
     if problems := layout_problems(expected, found):
         raise BuildError(f"the weights of {folder} are not those of its config.json: {'; '.join(problems)}")
     return names, expected
+
+
+def _refuse_ineffective(repo: RepoConfig, model: Any, folder: Path) -> None:
+    """Refuse a budget, main's or a branch's, that keeps everything: the repo would be published as pruned and is not.
+
+    model  of the repo, whose tensors are not allocated; its budget is main's again afterwards
+    """
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # as for processors
+        if needs_video_packages(error):
+            return  # said already where the processor was to be tried
+        raise BuildError(f"the image processor of the base {folder} does not load: {error}") from error
+    main = model.config.vispruner_config
+    for name, budget in {"vispruner_config": {}, **{f"budgets.{key}": it for key, it in repo.budgets.items()}}.items():
+        try:
+            model.set_vispruner_config(**budget)
+        except ValueError as error:
+            raise BuildError(f"{repo.path}: {name}: {error}") from error
+        if (problem := keeps_everything(model, image_processor)) is not None:
+            raise BuildError(f"{repo.path}: {name}.{problem}")
+        model.config.vispruner_config = main
 
 
 def _checked_codebooks(repo: RepoConfig, config_json: Mapping[str, Any]) -> list[Path]:

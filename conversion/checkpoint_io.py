@@ -438,11 +438,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
     It is written in a folder of its own beside `path`, whose name nobody can foresee and which nobody else may enter:
     what stands in the way, a link for instance, is replaced and never written through.
     """
-    path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        unfinished = Path(folder) / path.name
-        yield unfinished
-        os.replace(unfinished, path)
+    path, work = Path(path), None
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            work = Path(folder)
+            yield work / path.name
+            os.replace(work / path.name, path)
+    except OSError as error:
+        told = _explain_write_error(error, path, work)
+        if told is None:
+            raise
+        raise CheckpointError(told) from error
+
+
+def writable_file(path: str | os.PathLike[str], suffix: str, what: str) -> Path:
+    """Return the path of a file that is to be written later; raise, before any long work, where it could not be."""
+    out = Path(path).expanduser()
+    if out.suffix.lower() != suffix:
+        raise CheckpointError(f"{what} must be written to a {suffix} file, got {out}")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"the folder of {out} does not exist: make {out.parent} first")
+    if out.is_dir():
+        raise CheckpointError(f"{out} is a folder: give the name of a {suffix} file in it")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"no permission to write {out}")
+    return out
 
 
 def refuse_links(path: str | Path) -> None:
@@ -495,7 +515,9 @@ def _check_destination(final: Path, overwrite: bool) -> None:
         if final.exists() and not final.is_dir():
             raise CheckpointError(f"{final} exists and is not a folder")
         if final.is_dir() and any(final.iterdir()) and not overwrite:
-            raise CheckpointError(f"{final} exists and is not empty; choose another folder or allow overwriting")
+            raise CheckpointError(
+                f"{final} exists and is not empty; choose another folder, or give --overwrite to replace it"
+            )
     except PermissionError as error:
         raise CheckpointError(f"no permission to read {final}") from error
 

@@ -1,4 +1,4 @@
-"""The command `vispruner`: demo, build, verify, convert, show, codebook.
+"""The command `vispruner`: demo, build, verify, publish, convert, show, codebook.
 
 Exit status: 0 done, 1 a repo was refused by verify, 2 bad input (one line says what), 130 interrupted.
 """
@@ -6,9 +6,13 @@ Exit status: 0 done, 1 a repo was refused by verify, 2 bad input (one line says 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from safetensors import SafetensorError
@@ -16,6 +20,9 @@ from safetensors import SafetensorError
 from vispruner import __version__
 
 from .plain_text import printable
+from .publish_command import DESCRIPTION as DESCRIPTION_OF_PUBLISH
+from .publish_command import EPILOG as EPILOG_OF_PUBLISH
+from .publish_command import add_arguments as add_publish_arguments
 
 DESCRIPTION = "Prune the visual tokens of a vision-language model, and publish the result as an ordinary Hub repo."
 
@@ -31,20 +38,39 @@ first steps:
 """
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a command did: in words, and, for `--json`, as data."""
+
+    text: str
+    result: dict[str, Any] = field(default_factory=dict)
+    status: int = 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     options = vars(_parser().parse_args(arguments))
-    command: Callable[..., int] = options.pop("command")
+    command: Callable[..., Any] = options.pop("command")
     show_traceback = options.pop("traceback")
+    if command is _publish:
+        return command(show_traceback=show_traceback, **options)
+    as_json = options.pop("json", False)
     try:
-        return command(**options)
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            done = command(**options)
+        if text := json.dumps(done.result) if as_json else done.text:
+            print(text)
+        return done.status
     except KeyboardInterrupt:
         print("vispruner: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, SafetensorError, MemoryError) as error:
         if show_traceback:
             traceback.print_exc()
-        print(printable(f"vispruner: error: {str(error).strip() or type(error).__name__}"), file=sys.stderr)
+        said = printable(str(error).strip() or type(error).__name__)
+        print(f"vispruner: error: {said}", file=sys.stderr)
+        if as_json:
+            print(json.dumps({"error": said}))
         return 2
 
 
@@ -55,12 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vispruner {__version__}")
     parser.add_argument("--traceback", action="store_true", help="print the Python traceback of an error too")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_build, _add_verify, _add_convert, _add_show, _add_codebook):
+    for add in (_add_demo, _add_build, _add_verify, _add_publish, _add_convert, _add_show, _add_codebook):
         add(commands)
     return parser
 
 
-def _add_command(commands: Any, name: str, summary: str, examples: str, run: Callable[..., int]) -> Any:
+def _add_command(commands: Any, name: str, summary: str, examples: str, run: Callable[..., Any]) -> Any:
     parser = commands.add_parser(
         name,
         help=summary,
@@ -123,6 +149,13 @@ def _add_build(commands: Any) -> None:
         "repo pruned where vispruner is not installed; all other callers get the base's processor",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+    _add_json(parser)
+
+
+def _add_json(parser: Any) -> None:
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON on stdout, and all else on stderr"
+    )
 
 
 def _add_verify(commands: Any) -> None:
@@ -137,6 +170,17 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument(
         "--base", metavar="ID_OR_PATH", help="compare config, processor and every tensor with those of this checkpoint"
     )
+    _add_json(parser)
+
+
+def _add_publish(commands: Any) -> None:
+    summary = "build repos, verify them, show what would change on the Hub, and with --push make it so"
+    parser = _add_command(commands, "publish", summary, "", _publish)
+    parser.description, parser.epilog = (
+        DESCRIPTION_OF_PUBLISH,
+        EPILOG_OF_PUBLISH.replace("COMMAND", "vispruner publish"),
+    )
+    add_publish_arguments(parser)
 
 
 def _add_convert(commands: Any) -> None:
@@ -180,6 +224,7 @@ def _add_show(commands: Any) -> None:
     budget.add_argument("--budgets", type=int, nargs="+", default=[], metavar="N", help=several)
     parser.add_argument("--method", metavar="NAME", help="choose by this one instead; random: by seed 0")
     parser.add_argument("--question", metavar="TEXT", help="answer this unpruned and under every budget drawn")
+    _add_json(parser)
 
 
 def _add_codebook(commands: Any) -> None:
@@ -204,49 +249,54 @@ def _add_codebook(commands: Any) -> None:
 # Each command imports what it needs only when it runs, so that --help and mistyped options answer soon.
 
 
-def _demo(**options: Any) -> int:
+def _demo(**options: Any) -> Done:
     from .demo import run_demo
 
     run_demo(**options)
-    return 0
+    return Done("")
 
 
-def _build(config: str, out: str, **options: Any) -> int:
+def _publish(**options: Any) -> int:
+    from .publish_command import run
+
+    return run("vispruner publish", **options)
+
+
+def _build(config: str, out: str, **options: Any) -> Done:
     from .build import build_repo
 
     folder = build_repo(config, out, **options)
-    print(f"built {folder}; check it with: vispruner verify {folder}")
-    return 0
+    hint = f"built {folder}; check it with: vispruner verify {shlex.quote(str(folder))}"
+    return Done(hint, {"folder": str(folder.resolve())})
 
 
-def _verify(folder: str, base: str | None) -> int:
+def _verify(folder: str, base: str | None) -> Done:
     from .verify import verify_repo
 
     found = verify_repo(folder, base=base)
-    print(found.table())
-    return 0 if found.passed else 1
+    checks = [asdict(check) for check in found.checks]
+    result = {"folder": str(found.folder), "passed": found.passed, "sha256": found.digest, "checks": checks}
+    return Done(found.table(), {**result, "files": dict(found.files)}, 0 if found.passed else 1)
 
 
-def _convert(source: str, destination: str, vision_tower: str | None, overwrite: bool) -> int:
+def _convert(source: str, destination: str, vision_tower: str | None, overwrite: bool) -> Done:
     from .convert import convert_llava
 
     convert_llava(source, destination, vision_tower=vision_tower, overwrite=overwrite)
-    print(f"converted {source} to {destination}")
-    return 0
+    return Done(f"converted {source} to {destination}")
 
 
-def _codebook(**options: Any) -> int:
+def _codebook(**options: Any) -> Done:
     from .codebook import write_codebook
 
-    print(f"wrote {write_codebook(**options)}")
-    return 0
+    return Done(f"wrote {write_codebook(**options)}")
 
 
-def _show(**options: Any) -> int:
+def _show(**options: Any) -> Done:
     from .picture import show
 
-    print(f"wrote {show(**options)}")
-    return 0
+    picture = show(**options)
+    return Done(f"wrote {picture}", {"picture": str(picture.resolve())})
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ from vispruner.pruned_encoder import projected_tokens
 from vispruner.related_selectors import select_scope
 
 from .base_checkpoint import resolve_base
-from .checkpoint_io import replacing
-from .picture import open_photo
+from .checkpoint_io import replacing, writable_file
+from .picture import existing_picture, open_photo
 from .questions import load_model, load_processor
 from .repo_config import load_repo_config
 
+CODEBOOK = (".safetensors", "a codebook")
 EMBEDDED = "tiny-llava-vispruner"
 PROTOTYPES = 64
 REDUNDANT_SHARE = 0.5
@@ -49,7 +50,8 @@ def write_codebook(
 
     repo   a built repo or any stock checkpoint, folder or Hub id; its own code is never run. None: the embedded one
     """
-    files = list(chain.from_iterable(_picture_files(Path(image).expanduser()) for image in images))
+    out = writable_file(out, *CODEBOOK)
+    files = list(chain.from_iterable(_picture_files(image) for image in images))
     source = str(resolve_base(load_repo_config(EMBEDDED).base_model)) if repo is None else repo
     model = load_model(source, method="cls_attention", visual_token_num=1)
     photos = tqdm((open_photo(file) for file in files), total=len(files), desc="encoding", unit="picture")
@@ -58,7 +60,8 @@ def write_codebook(
     return save_codebook(codebook, out, about)
 
 
-def _picture_files(path: Path) -> list[Path]:
+def _picture_files(image: str | os.PathLike[str]) -> list[Path]:
+    path = existing_picture(os.path.expanduser(image))
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
@@ -120,11 +123,7 @@ def _redundant_tokens(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
 def save_codebook(codebook: torch.Tensor, out: str | os.PathLike[str], about: dict[str, str]) -> Path:
     """Write a safetensors file that appears only when it is complete; `about` is kept in its metadata, as JSON."""
-    out = Path(out).expanduser()
-    if out.suffix != ".safetensors":
-        raise CodebookError(f"a codebook must be written to a .safetensors file, got {out}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {out} does not exist: make {out.parent} first")
+    out = writable_file(out, *CODEBOOK)
     recipe = f"the {REDUNDANT_SHARE:.0%} least attended tokens of each picture, covered greedily by cosine"
     about = {"recipe": recipe, "vispruner_version": vispruner.__version__, **about}
     # One entry, because safetensors writes several in any order, and the same codebook must give the same bytes.

@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from .verify import Report, verify_repo
 
 SAMPLE_PHOTO = Path(__file__).parent / "assets" / "chelsea.jpg"
 QUESTION = "What is in this picture?"
-RESULTS, REPO = "demo.json", "repo"
+RESULTS, PICTURE, REPO = "demo.json", "demo.png", "repo"
 MADE_BY = "vispruner demo"
 
 STAGES = ("vision", "select", "project", "prefill", "decode")
@@ -91,8 +92,9 @@ def run_demo(
         raise DemoError("give either --base (a repo is built from it) or --repo (one that is built already)")
     given = None if image is None else open_photo(image)
     config = None if repo is not None else _repo_config(base, visual_token_num)
-    folder = _claim_folder(Path(out).expanduser())
-    with _quiet_transformers():
+    if repo is not None and not Path(repo).is_dir():
+        raise DemoError(f"--repo {repo} is no folder: give one that `vispruner build` wrote")
+    with _claimed_folder(Path(out).expanduser()) as folder, _quiet_transformers():
         verified = _verified_repo(folder / REPO, config, repo)
         with verified_copy(verified.folder, verified.files) as same:
             pipe = pipeline("image-text-to-text", model=str(same), trust_remote_code=True)
@@ -108,22 +110,22 @@ def run_demo(
             unpruned, pruned = measure(pipe, photo, questions[0].text)
             require_pruning(unpruned, pruned)
             answers, picture = _answer_and_draw(pipe, photo, path.name, questions)
-    save_png(picture, folder / "demo.png")
-    results = {
-        "made_by": MADE_BY,
-        "picture": path.name,
-        "vispruner_config": options,
-        "unpruned": dataclasses.asdict(unpruned),
-        "pruned": dataclasses.asdict(pruned),
-        "answers": [dataclasses.asdict(answered) for answered in answers],
-    }
-    _write_results(folder, results)
-    print(report(unpruned, pruned))
-    print(answer_report(answers))
-    print(f"\nThe kept patches are drawn in {folder / 'demo.png'}; the figures are in {folder / RESULTS}.")
-    if embedded:
-        parameters = sum(parameter.numel() for parameter in pipe.model.parameters())
-        print(TOY.format(millions=parameters / 1e6))
+        save_png(picture, folder / PICTURE)
+        results = {
+            "made_by": MADE_BY,
+            "picture": path.name,
+            "vispruner_config": options,
+            "unpruned": dataclasses.asdict(unpruned),
+            "pruned": dataclasses.asdict(pruned),
+            "answers": [dataclasses.asdict(answered) for answered in answers],
+        }
+        _write_results(folder, results)
+        print(report(unpruned, pruned))
+        print(answer_report(answers))
+        print(f"\nThe kept patches are drawn in {folder / PICTURE}; the figures are in {folder / RESULTS}.")
+        if embedded:
+            parameters = sum(parameter.numel() for parameter in pipe.model.parameters())
+            print(TOY.format(millions=parameters / 1e6))
     return results
 
 
@@ -155,8 +157,29 @@ def _repo_config(base: str | None, visual_token_num: int | None) -> RepoConfig:
         model_type = read_json(resolve_base(base) / "config.json").get("model_type", "")
         vispruner.architecture_of(model_type)
         repo_id = f"someone/{Path(base).name}-vispruner"
-        config = dataclasses.replace(config, repo_id=repo_id, base_model=base, architecture=model_type, card={})
+        config = dataclasses.replace(
+            config, repo_id=repo_id, base_model=base, architecture=model_type, card={}, budgets={}
+        )
     return config
+
+
+@contextmanager
+def _claimed_folder(folder: Path) -> Iterator[Path]:
+    """Make the demo's folder; when the demo fails, what it made is removed again, unless an earlier demo was there."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    is_empty = bool(made) or (folder.is_dir() and not any(folder.iterdir()))
+    _claim_folder(folder)
+    try:
+        yield folder
+    except BaseException:
+        if is_empty:
+            shutil.rmtree(folder / REPO, ignore_errors=True)
+            for file in (folder / RESULTS, folder / PICTURE):
+                file.unlink(missing_ok=True)
+            for parent in made:
+                with suppress(OSError):  # not empty: somebody else uses it by now
+                    parent.rmdir()
+        raise
 
 
 def _claim_folder(folder: Path) -> Path:

@@ -309,7 +309,7 @@ def explained(hub: HubAccess, what: str, uploading: bool = False) -> Iterator[No
     except PublishError:
         raise
     except Exception as error:
-        found = explain(error, what, hub.endpoint)
+        found = explain(error, what, hub.endpoint, uploading)
         if found is None and uploading:
             found = PublishError(ExitCode.REFUSED_BY_HUB, f"{what}: the upload failed: {error}")
         if found is None:
@@ -317,8 +317,9 @@ def explained(hub: HubAccess, what: str, uploading: bool = False) -> Iterator[No
         raise PublishError(found.exit_code, hub.without_token(str(found))) from error
 
 
-def explain(error: BaseException, what: str, endpoint: str) -> PublishError | None:
+def explain(error: BaseException, what: str, endpoint: str, uploading: bool = False) -> PublishError | None:
     """Return what an exception, or one it was raised from, means for a user; None for a fault of ours."""
+    goes_on = ", what has been uploaded is not sent twice" if uploading else ""
     for cause in _causes(error):
         if isinstance(cause, PublishError):
             return cause
@@ -332,26 +333,26 @@ def explain(error: BaseException, what: str, endpoint: str) -> PublishError | No
             return PublishError(ExitCode.NOT_LOGGED_IN, f"{what}: not logged in: run `hf auth login`")
         if isinstance(cause, HfHubHTTPError):
             said = cause.server_message or str(cause).strip()
-            return _explain_answer(cause.response.status_code, said, what)
+            return _explain_answer(cause.response.status_code, said, what, goes_on)
         if isinstance(cause, ValueError) and "Invalid metadata in README.md" in str(cause):
             return PublishError(ExitCode.CARD_REFUSED, f"{what}: {cause}")
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({cause.filename})" if cause.filename else ""
             return PublishError(
-                ExitCode.DISK_FULL, f"{what}: the disk is full{where}: free some space, or give another --out"
+                ExitCode.DISK_FULL,
+                f"{what}: the disk is full{where}: free some space, or give another --out (or HF_HOME)",
             )
         if isinstance(cause, ConnectionError) and (status := _status_in_text(cause)) is not None:
-            return _explain_answer(status, str(cause), what)
+            return _explain_answer(status, str(cause), what, goes_on)
         if isinstance(cause, (HTTP_ERROR, ConnectionError, TimeoutError)):
             return PublishError(
                 ExitCode.CONNECTION_LOST,
-                f"{what}: the connection to {endpoint} broke ({cause}): run the same command again, what has been "
-                "uploaded is not sent twice",
+                f"{what}: the connection to {endpoint} broke ({cause}): run the same command again{goes_on}",
             )
     return None
 
 
-def _explain_answer(status: int, said: str, what: str) -> PublishError:
+def _explain_answer(status: int, said: str, what: str, goes_on: str) -> PublishError:
     if status == 401:
         return PublishError(ExitCode.WRONG_TOKEN, f"{what}: the Hub does not accept the token: run `hf auth login`")
     if status == 403:
@@ -368,8 +369,7 @@ def _explain_answer(status: int, said: str, what: str) -> PublishError:
     if status >= 500:
         return PublishError(
             ExitCode.SERVER_ERROR,
-            f"{what}: the Hub keeps answering {status}: run the same command again later, what has been uploaded is "
-            "not sent twice",
+            f"{what}: the Hub keeps answering {status}: run the same command again later{goes_on}",
         )
     return PublishError(ExitCode.REFUSED_BY_HUB, f"{what}: the Hub refuses ({status}): {said}")
 

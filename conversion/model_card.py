@@ -76,6 +76,9 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
         base=_base(repo, revision),
         thin=thin,
         pruned=options["method"] != DENSE,
+        where=_where(repo),
+        in_decoder=any(_places(options)),
+        experimental=[(name, text) for name in _names(options) if (text := SELECTORS[name].experimental)],
         is_vispruner=own_method,
         pruning=PAPER if own_method else f"visual token pruning by the method `{options['method']}` (see below)",
         budget=_budget_text(repo, options),
@@ -177,13 +180,39 @@ def _has_tiles(repo: RepoConfig) -> bool:
 
 
 def _budget(field: Mapping[str, Any]) -> dict[str, Any]:
-    return {"visual_token_num": None, "keep_ratio": None, **field}
+    return {"visual_token_num": None, "keep_ratio": None, "stage_token_nums": None, **field}
+
+
+def _names(options: Mapping[str, Any]) -> list[str]:
+    """Return the methods of a repo: one, or one behind the encoder and one in the language model."""
+    return [] if options["method"] == DENSE else options["method"].split("+")
+
+
+def _places(options: Mapping[str, Any]) -> list[bool]:
+    """Return of each method whether it prunes in the language model."""
+    names = _names(options)
+    moved = options["prune_layers"] is not None
+    return [bool(SELECTORS[name].place or (moved and number == len(names) - 1)) for number, name in enumerate(names)]
+
+
+def _where(repo: RepoConfig) -> str:
+    """Say where tokens are dropped, and by what."""
+    places = _places(repo.vispruner_config)
+    encoder = "between the vision encoder and the projector, without a look at the question"
+    decoder = "between layers of the language model, which has then read the question"
+    return " and ".join(text for text, here in ((encoder, not all(places)), (decoder, any(places))) if here)
 
 
 def _budget_text(repo: RepoConfig, options: Mapping[str, Any]) -> str:
     per = ARCHITECTURES[repo.architecture].base_class.budget_unit
     if options["method"] == DENSE:
         return "all visual tokens"
+    if options["stage_token_nums"] is not None:
+        return f"{', then '.join(map(str, options['stage_token_nums']))} visual tokens per image"
+    if any(_places(options)):
+        count, ratio = options["visual_token_num"], options["keep_ratio"]
+        tokens = f"{count} visual tokens per image" if count is not None else f"{100 * ratio:g} % of the visual tokens"
+        return f"{tokens}, on average over its layers,"
     if options["visual_token_num"] is not None:
         return f"{options['visual_token_num']} visual tokens per {per}"
     return f"{100 * options['keep_ratio']:g} % of the visual tokens of each {per}"
@@ -194,6 +223,8 @@ def _other_budget(options: Mapping[str, Any]) -> dict[str, str]:
     changes: dict[str, Any]
     if options["method"] == DENSE:
         changes = {"method": "vispruner", "keep_ratio": 0.25}
+    elif options["stage_token_nums"] is not None:
+        changes = {"stage_token_nums": [max(1, count // 2) for count in options["stage_token_nums"]]}
     elif options["visual_token_num"] is None:
         changes = {"keep_ratio": options["keep_ratio"] / 2}
     else:
@@ -215,8 +246,8 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
     rows = [("class", f"`{architecture.model_class.__name__}`")]
     if options["method"] == DENSE:
         return [*rows, ("method", "`none`: nothing is dropped")]
-    selector = SELECTORS[options["method"]]
-    summary = (selector.function.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    *earlier, name = _names(options)
+    selector = SELECTORS[earlier[0] if earlier else name]
     whose = "of [CLS]" if architecture.base_class.has_cls_token else "from all tokens of the image, on average"
     layer, policy, tiles = options["attention_layer"], options["position_policy"], options["tile_mode"]
     meanings = {
@@ -225,21 +256,38 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         "seed": "of the draw",
         "codebook": "the prototypes of redundant tokens, a file of this repository",
     }
-    taken = selector.options | selector.needs
+    taken = {*selector.options, *selector.needs}
     where = "the layer that gives the features" if layer is None else f"layer {layer}"
     if selector.saliency_layers is not None:
         whose = whose if selector.saliency_kind == "cls" else "from all tokens of the image, on average"
         where = "the layers that the method asks for"
     elif re.search(r"^ *saliency .*not looked at", selector.function.__doc__ or "", re.MULTILINE):
         where = ""
+    if all(_places(options)):
+        where = ""
     return [
         *rows,
-        ("method", f"`{options['method']}`: {summary[:1].lower()}{summary[1:]}"),
-        ("budget", _budget_text(repo, options)),
+        *(("method", f"`{method}`: {_summary(method)}") for method in _names(options)),
+        ("budget", _budget_text(repo, options).rstrip(",")),
+        *_stage_rows(options),
         *((f"`{name}`", f"{_shown(name, options)}: {text}") for name, text in meanings.items() if name in taken),
         *([("attention", f"{whose}, in {where}")] if where else []),
         ("positions", POSITIONS[policy or architecture.model_class.default_position_policy]),
         *([("tiles", TILES[tiles])] if repo.architecture == "llava_next" else []),
+    ]
+
+
+def _summary(method: str) -> str:
+    first = (SELECTORS[method].function.__doc__ or "").strip().splitlines()[0].rstrip(".")
+    return first[:1].lower() + first[1:]
+
+
+def _stage_rows(options: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows of what prunes in the language model: layers it names, options it sets."""
+    layers, further = options["prune_layers"], options["method_options"]
+    return [
+        *([("layers", f"tokens leave before {', '.join(map(str, layers))}, counted from 0")] if layers else []),
+        *((f"`{name}`", json.dumps(value)) for name, value in (further or {}).items()),
     ]
 
 

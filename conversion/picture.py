@@ -6,11 +6,10 @@ answers underneath.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from transformers import PreTrainedModel
 
-from vispruner.token_selection import SELECTORS, kinds_of_kept
+from vispruner.decoder_pruning import stages_of
+from vispruner.selectors import SELECTORS, kinds_of_kept
+from vispruner.stock_versions import CACHE
 from vispruner.visual_features import TokenView
 
 from .base_checkpoint import resolve_base
-from .checkpoint_io import replacing
+from .checkpoint_io import replacing, writable_file
 from .questions import (
     SCENE,
     WRONG,
@@ -45,6 +46,7 @@ BACKGROUND = (255, 255, 255)
 INK = (30, 30, 30)
 WRONG_INK = (190, 20, 40)
 
+PNG = (".png", "the picture")
 GAP = 12
 COLUMN_GAP = 24
 TEXT_SIZE = 20
@@ -86,6 +88,16 @@ class Panel:
 
     tiles: list[TileView]
     answers: Sequence[str] = ()
+    title: str = ""
+
+
+def existing_picture(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a picture that is there; an address on the web is refused as what it is."""
+    if "://" in os.fspath(path):
+        raise ValueError(f"{os.fspath(path)} is an address, and pictures are read from files only: download it first")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"No such file or directory: {path}: give the path of a picture")
+    return Path(path)
 
 
 def open_photo(path: str | os.PathLike[str]) -> Image.Image:
@@ -102,15 +114,13 @@ def _upright(image: Image.Image) -> Image.Image:
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Open a picture of a common kind; whatever its decoder makes of it becomes an OSError that names the file."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
+    path = existing_picture(path)
+    if not path.is_file():
         raise OSError(f"{path} is not a readable image: it is no regular file")
     Image.init()
     try:
         with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
             yield image
-    except FileNotFoundError:
-        raise
     except Exception as error:  # each decoder has errors of its own
         raise OSError(f"{path} is not a readable image: {error or type(error).__name__}") from error
 
@@ -183,10 +193,8 @@ def show(
     """
     if visual_token_num is not None and budgets:
         raise ValueError("give either --visual-token-num (one budget) or --budgets (several side by side)")
-    out = _png_path(out)
-    path = SCENE if image is None else Path(image)
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    out = writable_file(out, *PNG)
+    path = SCENE if image is None else existing_picture(image)
     first = budgets[0] if budgets else visual_token_num
     options: dict[str, Any] = {} if first is None else {"visual_token_num": first}
     if method is not None:
@@ -199,7 +207,7 @@ def show(
     processor = load_processor(str(source))
     picture = open_picture(path, reads_videos=getattr(processor, "video_processor", None) is not None)
     questions = questions_about(path, question)
-    if budgets or questions:
+    if budgets or questions or model.model.prunes_in_decoder:
         panels = view_budgets(model, processor, picture, budgets or [None], questions)
     else:
         panels = [Panel(view_kept_patches(model, processor, picture))]
@@ -223,7 +231,11 @@ def view_budgets(
             model.config.vispruner_config = stored
             model.set_vispruner_config(**changes)
             answers = [ask(model, processor, picture, question.text) for question in questions]
-            panels.append(Panel(view_kept_patches(model, processor, picture), answers))
+            if model.model.methods[0] is not None or not model.model.prunes_in_decoder:
+                panels.append(Panel(view_kept_patches(model, processor, picture), answers))
+            if model.model.prunes_in_decoder:
+                *earlier, last = view_stages(model, processor, picture, questions[0].text if questions else "")
+                panels += [*earlier, replace(last, answers=answers)]
     finally:
         model.config.vispruner_config = stored
     return panels
@@ -235,35 +247,83 @@ def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture) 
 
     A cell of their grids is a visual token: a patch, or the block of patches that the model merged into one.
     """
-    inputs = model_inputs(model, processor, picture, "")
-    read_as = "image" if isinstance(picture, Image.Image) else "video"
-    given = sorted((m for m in model.modalities if m.pixels in inputs), key=lambda m: m.name != read_as)
-    modality = given[0]  # of a video, where the model has no other modality: its frames are images
-    arguments = {name: inputs[name] for name in modality.described_by if name in inputs}
-    pixels = inputs[modality.pixels]
-    output = getattr(model.model, f"get_{modality.name}_features")(pixels, **arguments, return_dict=True)
-    items = getattr(model.model, f"{modality.name}_views")(pixels, **arguments)
-    looked_at = _looked_at(output)
-    normalised_by = getattr(processor, f"{read_as}_processor")
-    tiles: list[TileView] = []
-    first = 0
-    for number, (views, indices) in enumerate(zip(items, output.kept_indices, strict=True)):
-        sizes = [rows * columns for rows, columns in (view.grid for view in views)]
-        kept = torch.zeros(sum(sizes), dtype=torch.bool)
-        chosen = indices.cpu()
-        kept[chosen[chosen >= 0]] = True
-        own = {name: values[..., first : first + sum(sizes)] for name, values in looked_at.items()}
-        first += sum(sizes)
-        kinds = _kinds_of(model, kept, own, views) if own else {}
-        split_kinds = {name: mask.split(sizes) for name, mask in kinds.items()}
-        for place, (view, stays) in enumerate(zip(views, kept.split(sizes), strict=True)):
-            # What is an item by itself, a tile for some models, stands beside the one before.
-            row, column = view.place if len(items) == 1 else divmod(number, STRIP)
-            image = image_from_pixels(view.pixels.float().cpu(), normalised_by)
-            marked = {name: masks[place].view(view.grid) for name, masks in split_kinds.items()}
-            pruned = bool(own) and not bool(stays.all())
-            tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned))
-    return tiles
+    shown = _Shown.of(model, processor, picture, "")
+    return shown.tiles(_looked_at(shown.output), shown.output.kept_indices)
+
+
+@torch.no_grad()
+def view_stages(model: PreTrainedModel, processor: Any, picture: Picture, question: str) -> list[Panel]:
+    """Return a panel for each stage in the language model: what is left of the picture from there on.
+
+    That depends on the question. Stages are pooled over all tiles of a prompt, as the language model has them.
+    """
+    shown = _Shown.of(model, processor, picture, question)
+    names = {modality.pixels for modality in model.modalities} - {shown.modality.pixels}
+    inputs = {name: value for name, value in shown.inputs.items() if name not in names}
+    cache = model(**inputs, use_cache=True)[CACHE]
+    token = getattr(model.config, shown.modality.placeholder)
+    is_visual = inputs["input_ids"] == token
+    if (columns := cache.vispruner_prompt.columns) is not None:  # it was shortened before
+        is_visual = columns.take(is_visual.long(), 0).bool()
+    is_visual = is_visual[0].cpu()
+    panels = []
+    for stage in stages_of(cache):
+        stays = torch.zeros(stage.width, dtype=torch.bool)
+        stays[stage.columns[0][stage.seen[0]].cpu()] = True
+        counts = [len(indices) for indices in shown.output.kept_indices]
+        of_items = stays[is_visual].split(counts)
+        kept = [indices.cpu()[mask] for indices, mask in zip(shown.output.kept_indices, of_items, strict=True)]
+        kind = SELECTORS[model.model.methods[1]].kinds[0]
+        panels.append(Panel(shown.tiles({}, kept, kind), title=f"from layer {stage.layer} on, "))
+    return panels
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A picture as a model encoded it: the inputs of its prompt, the vision output, and what its tokens are of."""
+
+    model: PreTrainedModel
+    modality: Any
+    inputs: Mapping[str, Any]
+    output: Any
+    items: list[list[TokenView]]
+    image_processor: Any
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, processor: Any, picture: Picture, question: str) -> _Shown:
+        inputs = model_inputs(model, processor, picture, question)
+        read_as = "image" if isinstance(picture, Image.Image) else "video"
+        given = sorted((m for m in model.modalities if m.pixels in inputs), key=lambda m: m.name != read_as)
+        modality = given[0]  # of a video, where the model has no other modality: its frames are images
+        arguments = {name: inputs[name] for name in modality.described_by if name in inputs}
+        pixels = inputs[modality.pixels]
+        output = getattr(model.model, f"get_{modality.name}_features")(pixels, **arguments, return_dict=True)
+        items = getattr(model.model, f"{modality.name}_views")(pixels, **arguments)
+        return cls(model, modality, inputs, output, items, getattr(processor, f"{read_as}_processor"))
+
+    def tiles(
+        self, looked_at: Mapping[str, torch.Tensor], kept_indices: Sequence[torch.Tensor], kind: str | None = None
+    ) -> list[TileView]:
+        """Return the tiles with what stays of them: `kept_indices` of each item, for the reason `kind` if given."""
+        tiles: list[TileView] = []
+        first = 0
+        for number, (views, indices) in enumerate(zip(self.items, kept_indices, strict=True)):
+            sizes = [rows * columns for rows, columns in (view.grid for view in views)]
+            kept = torch.zeros(sum(sizes), dtype=torch.bool)
+            chosen = indices.cpu()
+            kept[chosen[chosen >= 0]] = True
+            own = {name: values[..., first : first + sum(sizes)] for name, values in looked_at.items()}
+            first += sum(sizes)
+            kinds = {kind: kept} if kind is not None else _kinds_of(self.model, kept, own, views) if own else {}
+            split_kinds = {name: mask.split(sizes) for name, mask in kinds.items()}
+            for place, (view, stays) in enumerate(zip(views, kept.split(sizes), strict=True)):
+                # What is an item by itself, a tile for some models, stands beside the one before.
+                row, column = view.place if len(self.items) == 1 else divmod(number, STRIP)
+                image = image_from_pixels(view.pixels.float().cpu(), self.image_processor)
+                marked = {name: masks[place].view(view.grid) for name, masks in split_kinds.items()}
+                pruned = bool(kinds) and not bool(stays.all())
+                tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned))
+        return tiles
 
 
 def _looked_at(output: Any) -> dict[str, torch.Tensor]:
@@ -281,7 +341,7 @@ def _kinds_of(
     A reason that depends on where patches lie cannot be told of an item with views that were chosen from together: the
     grid that they were is none of theirs.
     """
-    options = model.model.vispruner_options
+    options = model.model.encoder_options
     selector = SELECTORS[options.method]
     together = any(view.pool is not None for view in views)
     if together and "grid" in selector.needs and len(selector.kinds) > 1:
@@ -333,9 +393,10 @@ def kept_patches_picture(
 
 def _texts(panels: Sequence[Panel], questions: Sequence[Question]) -> list[list[str]]:
     """The table under the panels: what each keeps, then a row per question."""
-    rows = [["", *(_kept_count(panel.tiles) for panel in panels)]]
+    rows = [["", *(panel.title + _kept_count(panel.tiles) for panel in panels)]]
     for number, question in enumerate(questions):
-        rows.append([question.text, *(judged(panel.answers[number], question.answer) for panel in panels)])
+        answers = [judged(panel.answers[number], question.answer) if panel.answers else "" for panel in panels]
+        rows.append([question.text, *answers])
     return rows
 
 
@@ -432,16 +493,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
 def save_png(picture: Image.Image, out: str | os.PathLike[str]) -> Path:
     """Write a PNG that appears only when it is complete."""
-    out = _png_path(out)
+    out = writable_file(out, *PNG)
     with replacing(out) as unfinished:
         picture.save(unfinished, format="PNG")
-    return out
-
-
-def _png_path(out: str | os.PathLike[str]) -> Path:
-    out = Path(out).expanduser()
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"the picture must be written to a .png file, got {out}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {out} does not exist: make {out.parent} first")
     return out

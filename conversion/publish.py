@@ -36,7 +36,7 @@ from .hub_access import (
 )
 from .isolation import Isolation, isolation
 from .plain_text import one_line, printable
-from .repo_config import RepoConfig, load_repo_config
+from .repo_config import RepoConfig, is_branch_name, load_repo_config
 from .upload_plan import (
     CARD,
     CONFIG,
@@ -72,9 +72,13 @@ def publish(
     out: str | os.PathLike[str] = DEFAULT_OUT,
     endpoint: str | None = None,
     force: bool = False,
+    collection: str | None = None,
+    done: list[dict[str, Any]] | None = None,
 ) -> None:
     """Build and verify each YAML's repo, show what would change on the Hub, and with `push` make it so.
 
+    collection  put the repos into the collection of this name that their owner has, or gets
+    done        takes a dict about each repo as soon as it is finished: repo_id, url, folder, and the commits of a push
     All accounts, bases and repos are checked before the first build. Raises PublishError, and for input that cannot be
     built what `build_repo` raises.
     """
@@ -95,7 +99,14 @@ def publish(
         if push:
             job.push_branches(wanted)
             job.check_loads(wanted)
+            if collection is not None:
+                job.add_to_collection(collection)
             _say(f"done: {hub.endpoint}/{job.repo.repo_id}")
+        elif collection is not None:
+            _say(one_line(f"  --push would put it into the collection {collection}"))
+        if done is not None:
+            url = f"{hub.endpoint}/{job.repo.repo_id}"
+            done.append({"repo_id": job.repo.repo_id, "url": url, "folder": str(folder), "commits": job.commits})
     if not push:
         _say("this was a dry run: nothing was changed on the Hub; add --push to publish")
 
@@ -112,6 +123,11 @@ class PublishJob:
         revision: str | None = None,
         force: bool = False,
     ) -> None:
+        if revision is not None and not is_branch_name(revision):
+            raise PublishError(
+                ExitCode.BAD_INPUT,
+                f"--revision {revision!r} is no good branch name: take letters, digits and - _ . / only, such as next",
+            )
         if revision is not None and revision in repo.budgets:
             raise PublishError(
                 ExitCode.BAD_INPUT, f"--revision {revision}: {repo.path} has a budget branch of that name"
@@ -224,6 +240,18 @@ class PublishJob:
             self.commits = {branch: self._bring_up_to_date(branch, files) for branch, files in wanted.items()}
             self._read_back(wanted)
         return self.commits
+
+    def add_to_collection(self, title: str) -> None:
+        """Put the repo into a collection of its owner, which is made where there is none; safe to repeat."""
+        namespace = self.repo.repo_id.split("/")[0]
+        with explained(self.hub, f"the collection {title}", uploading=True):
+            found = self.hub.ask(
+                self.hub.api.create_collection, title, namespace=namespace, private=self.private, exists_ok=True
+            )
+            self.hub.ask(
+                self.hub.api.add_collection_item, found.slug, self.repo.repo_id, item_type="model", exists_ok=True
+            )
+        _say(one_line(f"in the collection {self.hub.endpoint}/collections/{found.slug}"))
 
     def wanted_branches(self, folder: Path) -> dict[str, list[LocalFile]]:
         """Return the files that every branch shall hold, the pushed branch first."""

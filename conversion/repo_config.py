@@ -15,10 +15,11 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from vispruner import ARCHITECTURES, SELECTORS
+from vispruner import ARCHITECTURES
 from vispruner.configuration_vispruner import merge_vispruner_config
+from vispruner.selectors import require_published
 
-from .checkpoint_io import CheckpointError, read_regular
+from .checkpoint_io import read_regular
 
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -38,9 +39,10 @@ FIELDS = (
     "engine_processor",
     "card",
 )
+REQUIRED = ("repo_id", "base_model", "architecture", "vispruner_config")
 MOST_YAML_BYTES, MOST_NESTED = 2**18, 16
 WEIGHTS = ("thin", "full")
-BUDGET_FIELDS = ("visual_token_num", "keep_ratio")
+BUDGET_FIELDS = ("visual_token_num", "keep_ratio", "stage_token_nums")
 CARD_FIELDS = (
     "license",
     "license_name",
@@ -112,13 +114,12 @@ def find_repo_config(config: str | os.PathLike[str]) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or path.name != given:
-        raise RepoConfigError(f"{given}: no such file (give a YAML file, or one of: {', '.join(hub_config_names())})")
+        what = "is a folder: give the YAML file in it" if path.is_dir() else "no such file"
+        raise RepoConfigError(f"{given}: {what}{_meant_or_all(path.stem, hub_config_names(), 'configs')}")
     shipped = HUB_CONFIGS / f"{given}.yaml"
     if not shipped.is_file():
-        raise RepoConfigError(
-            f"{given!r} is neither a file nor one of the configs in hub_configs: {', '.join(hub_config_names())}"
-            + _did_you_mean(given, hub_config_names())
-        )
+        what = "a folder, not a YAML file" if path.is_dir() else "neither a file nor one of the configs in hub_configs"
+        raise RepoConfigError(f"{given!r} is {what}{_meant_or_all(given, hub_config_names(), 'configs')}")
     return shipped
 
 
@@ -127,9 +128,12 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
     path = find_repo_config(config)
     content = _read_yaml(path)
     if not isinstance(content, dict):
-        raise RepoConfigError(f"{path}: must hold the fields {', '.join(FIELDS)}, got {_shown(content)}")
+        got = "it is empty" if content is None else f"got {_shown(content)}"
+        raise RepoConfigError(
+            f"{path}: must hold the fields {', '.join(REQUIRED)}, {got} (hub_configs/README.md shows every field)"
+        )
     _refuse_unknown(path, "", content, FIELDS)
-    for name in ("repo_id", "base_model", "architecture", "vispruner_config"):
+    for name in REQUIRED:
         if content.get(name) is None:
             raise RepoConfigError(f"{path}: {name} is missing: add it (hub_configs/README.md shows every field)")
     for name in ("repo_id", "base_model", "architecture"):
@@ -138,7 +142,10 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
     _check_base_model(path, content["base_model"])
     architecture = content["architecture"]
     if architecture not in ARCHITECTURES:
-        raise RepoConfigError(f"{path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
+        raise RepoConfigError(
+            f"{path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}"
+            + _did_you_mean(architecture, list(ARCHITECTURES))
+        )
     options = _vispruner_config(path, content["vispruner_config"])
     codebook_file = _codebook_file(path, options)
     return RepoConfig(
@@ -198,7 +205,9 @@ def _read_yaml(path: Path) -> Any:
         return yaml.load(text, Loader=_UniqueKeyLoader)  # nosec B506 - the safe loader, made stricter
     except UnicodeDecodeError as error:
         raise RepoConfigError(f"{path}: is not UTF-8 text: {error}") from error
-    except (CheckpointError, yaml.YAMLError) as error:
+    except RepoConfigError:
+        raise
+    except Exception as error:  # beside its own, yaml raises what Python does for a date, number or tag that is none
         raise RepoConfigError(f"{path}: is not valid YAML: {error}") from error
 
 
@@ -291,7 +300,13 @@ def _budgets(path: Path, budgets: Any, main: dict[str, Any]) -> dict[str, dict[s
 
 
 def _budget(options: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(options[name] for name in BUDGET_FIELDS)
+    return tuple(json.dumps(options[name]) for name in BUDGET_FIELDS)
+
+
+def is_branch_name(name: str) -> bool:
+    """Say whether a branch may be called so: git takes it, and it cannot be taken for a commit or another ref."""
+    looks_like_commit = re.fullmatch(r"[0-9a-f]{7,40}", name)
+    return not looks_like_commit and not name.startswith("refs/") and BRANCH_NAME.fullmatch(name) is not None
 
 
 def _require_branch_name(path: Path, branch: Any) -> None:
@@ -301,8 +316,7 @@ def _require_branch_name(path: Path, branch: Any) -> None:
             f"{path}: budgets.{branch}: the branch {branch} has the budget of vispruner_config: take another name, "
             "such as v64"
         )
-    looks_like_commit = re.fullmatch(r"[0-9a-f]{7,40}", branch)
-    if looks_like_commit or branch.startswith("refs/") or not BRANCH_NAME.fullmatch(branch):
+    if not is_branch_name(branch):
         raise RepoConfigError(
             f"{path}: budgets.{branch} is not a good branch name: take letters, digits and - _ . / only, beginning "
             "with a letter or digit, and nothing that could be a commit, such as v64"
@@ -319,11 +333,12 @@ def _vispruner_config(path: Path, options: Any) -> dict[str, Any]:
         complete = merge_vispruner_config(None, options)
     except ValueError as error:
         raise RepoConfigError(f"{path}: {error}") from error
-    methods = ["none", *SELECTORS]
-    if complete["method"] not in methods:
-        raise RepoConfigError(
-            f"{path}: vispruner_config.method must be one of {', '.join(methods)}, got {complete['method']!r}"
-        )
+    try:
+        for name in complete["method"].split("+"):
+            if name != "none":
+                require_published(name)
+    except ValueError as error:
+        raise RepoConfigError(f"{path}: {error}") from error
     return complete
 
 
@@ -393,15 +408,17 @@ def as_list(value: Any) -> list[Any]:
 def _refuse_unknown(path: Path, prefix: str, content: dict[Any, Any], known: tuple[str, ...]) -> None:
     for name in content:
         if name not in known:
-            raise RepoConfigError(
-                f"{path}: {prefix}{name} is not a field: the fields are {', '.join(known)}"
-                + _did_you_mean(str(name), known)
-            )
+            raise RepoConfigError(f"{path}: {prefix}{name} is not a field{_meant_or_all(str(name), known, 'fields')}")
 
 
 def _require_text(path: Path, name: str, value: Any) -> None:
     if not isinstance(value, str) or not value.strip():
         raise RepoConfigError(f"{path}: {name} must be text, got {_shown(value)}: put it in quotes")
+
+
+def _meant_or_all(given: str, known: tuple[str, ...] | list[str], kind: str) -> str:
+    """Return how a message goes on about an unknown name: by the one that was meant, else by all there are."""
+    return _did_you_mean(given, known) or f": the {kind} are {', '.join(known)}"
 
 
 def _did_you_mean(given: str, known: tuple[str, ...] | list[str]) -> str:

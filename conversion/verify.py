@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vispruner import ARCHITECTURES, SELECTORS, architecture_of, auto_map, code_files
+from vispruner import ARCHITECTURES, SELECTORS, __version__, architecture_of, auto_map, code_files
 from vispruner.codebook_file import KEY, read_codebook
 from vispruner.configuration_vispruner import merge_vispruner_config
 
@@ -58,12 +58,13 @@ from .isolation import Isolation, isolation
 from .plain_text import one_line, printable
 from .published_imports import forbidden_imports
 from .published_layout import LayoutFacts
+from .released_code import digest, released_code
 from .repo_config import is_hub_id
 
 Status = Literal["pass", "fail", "not run"]
 
 # The worker's checks, in its order: those that load the weights, and those a model of any size can afford.
-LIGHT_CHECKS = ("AutoConfig", "AutoProcessor", "auto classes")
+LIGHT_CHECKS = ("AutoConfig", "AutoProcessor", "auto classes", "budget")
 MODEL_CHECKS = (
     "AutoModelForImageTextToText",
     "weights come from the files",
@@ -119,7 +120,9 @@ class Report:
         """Return the checks as aligned lines, the digest of what was verified, and the verdict as the last line."""
         width = max(len(check.name) for check in self.checks)
         lines = [
-            f"{check.status:<9}{check.name:<{width + 2}}{_indented(check.detail)}".rstrip() for check in self.checks
+            f"{check.status:<9}{check.name:<{width + 2}}{_indented(check.detail)}".rstrip()
+            for check in self.checks
+            if self.passed or check.status != "not run"  # of a refused repo the reason is what matters
         ]
         if self.passed and self.files:
             lines.append(f"{'':<9}{'sha256 of all files':<{width + 2}}{self.digest}")
@@ -224,7 +227,7 @@ class _Verification:
                 "vispruner_config": lambda: _check_options(folder, config),
                 "architectures": lambda: _check_architectures(config),
                 "auto_map": lambda: _check_auto_map(config),
-                "code files": lambda: _check_code_files(folder, config["model_type"]),
+                "code files": lambda: _check_code_files(folder, config),
                 "imports": lambda: _check_imports(folder),
                 "processor files": lambda: _check_processor_files(folder),
                 "generation config": lambda: _check_generation_config(folder),
@@ -234,7 +237,7 @@ class _Verification:
     def read(self) -> str:
         """Copy the folder and read config.json."""
         if not self.folder.is_dir():
-            raise VerifyError(f"{self.folder} is not a folder")
+            raise VerifyError(f"{self.folder} is not a folder: give one that `vispruner build` wrote")
         self.copy = copy_folder(self.folder, self.copy.path)
         if CONFIG not in self.copy.files and self.copy.problems:
             raise VerifyError("; ".join(self.copy.problems))
@@ -389,17 +392,16 @@ def _check_options(folder: Path, config: Mapping[str, Any]) -> str:
     if options != stored:
         absent = sorted(set(options) - set(stored))
         raise VerifyError(f"vispruner_config lacks {', '.join(absent)}: build the repo again")
-    if options["method"] not in ("none", *SELECTORS):
-        raise VerifyError(f"vispruner_config.method {options['method']!r} is not a registered selector")
+    if unknown := [name for name in options["method"].split("+") if name not in ("none", *SELECTORS)]:
+        raise VerifyError(f"vispruner_config.method {unknown[0]!r} is not a registered selector")
     codebook = "" if options["codebook"] is None else f", {_check_codebook(folder, options['codebook'])}"
     if options["method"] == "none":
         return "method none" + codebook
-    count = options["visual_token_num"]
-    return (
-        f"method {options['method']}, "
-        + (f"{count} tokens" if count is not None else f"{options['keep_ratio']:.1%}")
-        + codebook
-    )
+    count, stages = options["visual_token_num"], options["stage_token_nums"]
+    budget = f"{count} tokens" if count is not None else f"stages of {stages} tokens"
+    if options["keep_ratio"] is not None:
+        budget = f"{options['keep_ratio']:.1%}"
+    return f"method {options['method']}, {budget}{codebook}"
 
 
 def _check_codebook(folder: Path, name: str) -> str:
@@ -439,8 +441,8 @@ def _check_auto_map(config: Mapping[str, Any]) -> str:
     return ", ".join(expected)
 
 
-def _check_code_files(folder: Path, architecture: str) -> str:
-    package_files = {path.name: path for path in code_files(architecture)}
+def _check_code_files(folder: Path, config: Mapping[str, Any]) -> str:
+    package_files = {path.name: path for path in code_files(config["model_type"])}
     present = {path.name for path in folder.glob("*.py")}
     problems = [f"{name} is missing" for name in sorted(package_files.keys() - present)]
     problems += [f"{name} is not one of the package's files" for name in sorted(present - package_files.keys())]
@@ -449,6 +451,16 @@ def _check_code_files(folder: Path, architecture: str) -> str:
         for name in sorted(present & package_files.keys())
         if (folder / name).read_bytes() != package_files[name].read_bytes()
     ]
+    options = config.get("vispruner_config")
+    version = options.get("vispruner_version") if isinstance(options, dict) else None
+    if problems and isinstance(version, str) and version != __version__:
+        own = {path.name: digest(path) for path in folder.glob("*.py")}
+        if (known := released_code(version)) and own.items() <= known.items():
+            return f"{len(own)} files equal those of vispruner {version}, which built the repo"
+        problems.append(
+            f"vispruner {version} built the repo and this is {__version__}: verify it with that version, or build it "
+            "anew"
+        )
     if problems:
         raise VerifyError("; ".join(problems))
     return f"{len(package_files)} files equal the installed package's"

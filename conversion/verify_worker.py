@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import sys
 import traceback
@@ -31,6 +32,7 @@ from transformers import (
 QUESTION = {"image": "What is in this picture?", "video": "What happens in this video?"}
 NEW_TOKENS = 4
 FRAMES = 8
+BUDGETS = ("visual_token_num", "keep_ratio", "stage_token_nums")
 VIDEO_PACKAGES = ("torchvision", "num2words")
 VIDEO_EXTRA = "it needs packages that most others do not: pip install 'vispruner[video]'"
 
@@ -57,6 +59,7 @@ class Worker:
         yield "AutoConfig", self.check_config
         yield "AutoProcessor", self.check_processor
         yield "auto classes", self.check_auto_classes
+        yield "budget", self.check_budget
         if not run_models:
             return
         yield "AutoModelForImageTextToText", self.check_image_text_model
@@ -108,6 +111,16 @@ class Worker:
             self._require_class(model, auto_class.__name__)
         return f"three of them make {self.class_name}"
 
+    def check_budget(self) -> str:
+        """Refuse a budget under which no image is pruned; no weights are needed to tell."""
+        auto_class: Any = AutoModelForImageTextToText
+        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=True)
+        with torch.device("meta"):
+            model = auto_class.from_config(config, trust_remote_code=True)
+        if (problem := keeps_everything(model, self.processor.image_processor)) is not None:
+            raise Refused(f"vispruner_config.{problem}")
+        return "prunes nothing, as method none says" if model.model.methods == (None, None) else "leaves fewer tokens"
+
     def check_image_text_model(self) -> str:
         self.model = self._load(AutoModelForImageTextToText)
         return self.class_name
@@ -120,6 +133,8 @@ class Worker:
         return "; ".join(self._check_kv_length_of(modality) for modality in self._visual_inputs())
 
     def _check_kv_length_of(self, modality: dict[str, Any]) -> str:
+        if self.model.model.prunes_in_decoder:
+            return self._check_kv_length_of_layers(modality)
         inputs, detail = self.inputs(modality["name"]), ""
         placeholders = self._placeholders(inputs, modality, self.model.config)
         full, kept = self._counts(modality, inputs)
@@ -148,6 +163,36 @@ class Worker:
             raise Refused("the generated sequence does not start with the prompt")
         what = "visual tokens" if modality["name"] == "image" else f"{modality['name']} tokens"
         return f"{what} {sum(full)} -> {sum(kept)}, KV cache {prompt + new - 1} -> {length}{detail}"
+
+    def _check_kv_length_of_layers(self, modality: dict[str, Any]) -> str:
+        """Hold each layer's cache against the budget: what a method leaves that prunes in the language model."""
+        inputs, options = self.inputs(modality["name"]), self.model.config.vispruner_config
+        placeholders = self._placeholders(inputs, modality, self.model.config)
+        full, kept = self._counts(modality, inputs)
+        result = self.generate(inputs)
+        cache = next(value for value in result.values() if hasattr(value, "get_seq_length"))
+        lengths = [int(cache.get_seq_length(layer)) for layer in range(len(cache.layers))]
+        text = result.sequences.shape[1] - 1 - placeholders
+        held = [length - text for length in lengths]
+        falls = all(0 <= later <= earlier for earlier, later in itertools.pairwise(held))
+        if sum(full) != placeholders or held[0] != sum(kept) or not falls:
+            raise Refused(f"the KV cache holds {held} visual tokens by layer, of {placeholders} in the prompt")
+        if options["stage_token_nums"] is not None:
+            expected = options["stage_token_nums"][-1] * len(full)
+            if held[-1] != expected:
+                raise Refused(f"the last layer holds {held[-1]} visual tokens, vispruner_config keeps {expected}")
+        else:
+            count, ratio = options["visual_token_num"], options["keep_ratio"]
+            most = count * len(full) if count is not None else ratio * placeholders
+            if sum(held) > most * len(held):
+                mean = sum(held) / len(held)
+                raise Refused(f"layers hold {mean:g} visual tokens on average, where the budget is {most:g}")
+        if sum(held) >= placeholders * len(held):
+            raise Refused(f"every layer holds all {placeholders} visual tokens: nothing is pruned")
+        if not torch.equal(result.sequences[:, : inputs["input_ids"].shape[1]], inputs["input_ids"]):
+            raise Refused("the generated sequence does not start with the prompt")
+        runs = [f"{tokens} in {held.count(tokens)} layers" for tokens in dict.fromkeys(held)]
+        return f"of {placeholders} {modality['name']} tokens the KV cache holds {', '.join(runs)}"
 
     def _counts(self, modality: dict[str, Any], inputs: dict[str, torch.Tensor]) -> tuple[list[int], list[int]]:
         is_image = modality["name"] == "image"
@@ -254,6 +299,59 @@ class Worker:
         return self.model.generate(
             **self._cast(inputs), max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, return_dict_in_generate=True
         )
+
+
+def keeps_everything(model: Any, image_processor: Any) -> str | None:
+    """Return the budget that prunes no image its processor can make, and the remedy; None where some image is pruned.
+
+    model  a pruned model, which may be on the meta device
+    """
+    base = model.model
+    options, (encoder, decoder) = base.vispruner_options, base.methods
+    images = _largest_images(model, image_processor)
+    if (encoder, decoder) == (None, None) or any(_is_pruned(base, *image) for image in images):
+        return None
+    name = next(name for name in BUDGETS if getattr(options, name) is not None)
+    in_decoder = encoder is None
+    most = max(whole if in_decoder else unit for unit, whole in images)
+    of = "the largest image" if in_decoder or base.packs_images else f"an {base.budget_unit}"
+    remedy = f"set it below {most}" if name != "keep_ratio" else "set it lower"
+    return (
+        f"{name} {getattr(options, name)} keeps all {most} visual tokens of {of}, so nothing would be pruned: "
+        f'{remedy}, or set method to "none" for the dense model'
+    )
+
+
+def _largest_images(model: Any, image_processor: Any) -> list[tuple[int, int]]:
+    """Return of the largest images how many tokens that which the encoder's budget is for has, and the whole has."""
+    base, config = model.model, model.config
+    described = model.modalities[0].described_by
+    if "image_grid_thw" in described:
+        vision = config.vision_config
+        most = image_processor.size["longest_edge"] // (vision.patch_size * vision.spatial_merge_size) ** 2
+        return [(most, most)]
+    if hasattr(config, "image_grid_pinpoints"):
+        wholes, _ = base.image_token_counts(None, image_sizes=torch.tensor(config.image_grid_pinpoints))
+        return [(base.side**2, whole) for whole in wholes]
+    side = config.vision_config.image_size
+    pixels = torch.ones(1, 3, *([side, side] if isinstance(side, int) else side))
+    full, _ = base.image_token_counts(pixels[None] if hasattr(config, "scale_factor") else pixels)
+    return [(full[0], full[0])]
+
+
+def _is_pruned(base: Any, unit: int, whole: int) -> bool:
+    encoder, decoder = base.methods
+    if encoder is not None and base.encoder_options.budget(unit) < unit:
+        return True
+    if decoder is None:
+        return False
+    stages = base.vispruner_options.stage_token_nums
+    if stages is not None:
+        return min(stages) < whole
+    try:
+        return base.layer_counts(whole)[-1] < whole
+    except ValueError:  # a budget too small for the largest image
+        return True
 
 
 def needs_video_packages(error: BaseException) -> bool:

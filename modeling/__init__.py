@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .encoded_images import EncodedImages
     from .modeling_vispruner_llava import VisPrunerLlavaConfig, VisPrunerLlavaForConditionalGeneration
     from .modeling_vispruner_llava_next import VisPrunerLlavaNextConfig, VisPrunerLlavaNextForConditionalGeneration
-    from .token_selection import SELECTORS, register_selector, select_tokens, select_vispruner
+    from .selectors import SELECTORS, register_selector, select_tokens
+    from .token_selection import select_vispruner
 
     ARCHITECTURES: dict[str, "Architecture"]
 
@@ -59,7 +60,8 @@ _HOMES = {
     "call_options": ("Pruning",),
     "configuration_vispruner": ("VisPrunerOptions", "merge_vispruner_config"),
     "encoded_images": ("EncodedImages",),
-    "token_selection": ("SELECTORS", "register_selector", "select_tokens", "select_vispruner"),
+    "selectors": ("SELECTORS", "register_selector", "select_tokens"),
+    "token_selection": ("select_vispruner",),
 }
 
 
@@ -172,6 +174,9 @@ def load(
     fields = dict(vispruner_config or {})
     fields |= {name: options.pop(name) for name in configuration.FIELD_NAMES if name in options}
     fields |= {name: value for name, value in named.items() if value is not None}
+    name = fspath(base)
+    if (name.startswith((".", "~", "/")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise FileNotFoundError(f"{name} does not exist: give a checkpoint folder or a Hub id (owner/name)")
     if isinstance(fields.get("codebook"), PathLike):
         fields["codebook"] = fspath(fields["codebook"])
     for name in options:

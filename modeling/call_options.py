@@ -17,12 +17,20 @@ class Pruning:
     """How many visual tokens each image of a call has in a full prompt, and how many of them were kept.
 
     What is called an image here is what a prompt has a run of placeholders for: an image, a tile, a frame or a video.
+
+    stages  of a method that prunes in the language model, each stage's first layer and how many tokens it leaves of
+            each image; `kept_counts` is then what the first layers see
     """
 
     full_counts: tuple[int, ...]
     kept_counts: tuple[int, ...]
+    stages: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def __str__(self) -> str:
+        later = "".join(f"; {sum(counts)} from decoder layer {layer} on" for layer, counts in self.stages)
+        return self._encoded() + later
+
+    def _encoded(self) -> str:
         pairs = [f"{kept} of {full}" for full, kept in zip(self.full_counts, self.kept_counts, strict=True)]
         if len(pairs) == 1:
             return f"{pairs[0]} visual tokens kept"
@@ -35,12 +43,14 @@ class Call:
     """One call in progress: its `vispruner_config`, validated, and what has been noted of it.
 
     is_short  `generate` has shortened the prompt: all that runs within it is about short prompts
+    prompt_length  how many columns that prompt has; what comes behind is guessed or generated
     """
 
     vispruner_config: dict[str, Any]
     options: VisPrunerOptions
     pruning: Pruning | None = None
     is_short: bool = False
+    prompt_length: int | None = None
 
 
 class _Calls(threading.local):

@@ -4,6 +4,7 @@ A config subclass keeps the base model's `model_type`, so every table of `transf
 """
 
 import difflib
+import itertools
 import math
 import os
 from dataclasses import asdict, dataclass, fields
@@ -18,9 +19,15 @@ WEIGHTS = ("full", "thin")
 class VisPrunerOptions:
     """One validated `vispruner_config` (arXiv 2412.01818).
 
-    method            name of a registered selector, or "none" for the dense model
-    visual_token_num  visual tokens kept per encoded image or tile; exactly one of this and
-    keep_ratio        the fraction kept is set, unless method is "none"
+    method            name of a registered selector, "a+b" for one behind the encoder and one in the language model, or
+                      "none" for the dense model
+    visual_token_num  visual tokens a decoder layer holds, on average over the layers: of each encoded image or tile
+                      where tokens leave behind the encoder, of each image where they leave in the language model
+    keep_ratio        the same as a fraction of all; exactly one of these two and
+    stage_token_nums  how many tokens of an image each stage leaves, is set, unless method is "none"
+    prune_layers      decoder layers before which visual tokens leave, each a stage; null for those of the method. A
+                      method for the encoder prunes at these layers instead
+    method_options    further options of the method, by name
     important_ratio   share of the budget given to the most attended tokens
     dedup_step        most tokens that one round of duplicate removal drops; null is 8 for every full 1,024 tokens of
                       an image, hence the paper's 8 up to 2,047
@@ -39,6 +46,9 @@ class VisPrunerOptions:
     method: str = "vispruner"
     visual_token_num: int | None = None
     keep_ratio: float | None = None
+    stage_token_nums: list[int] | None = None
+    prune_layers: list[int] | None = None
+    method_options: dict[str, Any] | None = None
     important_ratio: float = 0.5
     dedup_step: int | None = None
     attention_layer: int | None = None
@@ -54,6 +64,7 @@ class VisPrunerOptions:
     def __post_init__(self) -> None:
         _require(isinstance(self.method, str) and self.method, "method", 'a selector name or "none"', self.method)
         self._check_budget()
+        self._check_stages()
         _require(_is_number(self.important_ratio) and 0 <= self.important_ratio <= 1, "important_ratio",
                  "a number in [0, 1]", self.important_ratio)  # fmt: skip
         _require(self.dedup_step is None or (_is_int(self.dedup_step) and self.dedup_step >= 1), "dedup_step",
@@ -88,10 +99,34 @@ class VisPrunerOptions:
                 "vispruner_config.visual_token_num and vispruner_config.keep_ratio are both set, "
                 f"got {count} and {ratio}; give exactly one of them"
             )
+        if self.stage_token_nums is not None:
+            if count is not None or ratio is not None:
+                raise ValueError(
+                    "vispruner_config.stage_token_nums says how many tokens each stage leaves: take out "
+                    f"visual_token_num and keep_ratio, got {count} and {ratio}"
+                )
+            return
         if count is None and ratio is None and self.method != "none":
             raise ValueError(
                 "vispruner_config needs a budget: set visual_token_num (a count) or keep_ratio (a fraction)" + disable
             )
+
+    def _check_stages(self) -> None:
+        layers, counts, options = self.prune_layers, self.stage_token_nums, self.method_options
+        rising = _are_ints(layers, 1) and all(a < b for a, b in itertools.pairwise(layers or ()))
+        _require(layers is None or rising, "prune_layers", "null or decoder layers in rising order, from 1 on", layers)
+        falling = _are_ints(counts, 0) and all(a >= b for a, b in itertools.pairwise(counts or ()))
+        _require(counts is None or (falling and counts[0] >= 1), "stage_token_nums",
+                 "null or numbers of tokens that do not grow, the first at least 1", counts)  # fmt: skip
+        named = isinstance(options, dict) and all(isinstance(name, str) for name in options)
+        _require(options is None or named, "method_options", "null or a dict of option names", options)
+        _require(len(self.methods) <= 2 and all(self.methods), "method",
+                 'a selector name, two of them as "a+b", or "none"', self.method)  # fmt: skip
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names in `method`: one, or that of what prunes behind the encoder and in the language model."""
+        return tuple(self.method.split("+"))
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "VisPrunerOptions":
@@ -106,7 +141,8 @@ class VisPrunerOptions:
     @property
     def selector_options(self) -> dict[str, Any]:
         """What `select_tokens` is given of these fields, whatever the method."""
-        return {"important_ratio": self.important_ratio, "dedup_step": self.dedup_step, "seed": self.seed}
+        fields = {"important_ratio": self.important_ratio, "dedup_step": self.dedup_step, "seed": self.seed}
+        return {**fields, **(self.method_options or {})}
 
     def budget(self, visual_tokens: int) -> int:
         """Return how many of `visual_tokens` tokens of one image or tile are kept."""
@@ -117,21 +153,27 @@ class VisPrunerOptions:
         return min(self.visual_token_num or visual_tokens, visual_tokens)
 
 
+BUDGETS = ("visual_token_num", "keep_ratio", "stage_token_nums")
 FIELD_NAMES = tuple(field.name for field in fields(VisPrunerOptions))
 
 
 def merge_vispruner_config(stored: dict[str, Any] | None, changes: dict[str, Any] | None) -> dict[str, Any]:
     """Return `stored` with `changes` laid over it: complete, validated, flat.
 
-    Giving one of visual_token_num and keep_ratio clears the other. Raises ValueError naming the field.
+    Giving one of visual_token_num, keep_ratio and stage_token_nums clears the others, and another method what belongs
+    to the one before. Raises ValueError naming the field.
     """
     stored, changes = stored or {}, changes or {}
     for block in (stored, changes):
         _require_known_keys(block)
     merged = {**stored, **changes}
-    for given, other in (("visual_token_num", "keep_ratio"), ("keep_ratio", "visual_token_num")):
-        if changes.get(given) is not None and changes.get(other) is None:
-            merged[other] = None
+    for given in BUDGETS:
+        if changes.get(given) is not None:
+            merged |= {other: None for other in BUDGETS if other != given and changes.get(other) is None}
+    if changes.get("method", stored.get("method")) != stored.get("method"):
+        merged |= {name: None for name in ("prune_layers", "method_options") if name not in changes}
+        if merged["method"] == "none":
+            merged["stage_token_nums"] = None
     if isinstance(merged.get("codebook"), os.PathLike):
         merged["codebook"] = os.fspath(merged["codebook"])
     return VisPrunerOptions(**merged).to_dict()
@@ -148,12 +190,16 @@ def _require_known_keys(config: dict[str, Any]) -> None:
     unknown = sorted(set(config) - set(FIELD_NAMES), key=str)
     if unknown:
         close = difflib.get_close_matches(str(unknown[0]), FIELD_NAMES, n=1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise ValueError(f"vispruner_config has unknown fields {unknown}; the fields are {list(FIELD_NAMES)}{meant}")
+        remedy = f"did you mean {close[0]}?" if close else f"the fields are {list(FIELD_NAMES)}"
+        raise ValueError(f"vispruner_config has unknown fields {unknown}; {remedy}")
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_ints(value: Any, least: int) -> bool:
+    return isinstance(value, list) and bool(value) and all(_is_int(item) and item >= least for item in value)
 
 
 def _is_number(value: Any) -> bool:

@@ -54,7 +54,7 @@ class Idefics3EncoderMixin(TileEncoderMixin):
         """Return per tile of (batch, tiles, 3, height, width) its tokens in a full prompt and those that are kept."""
         full = self._tokens(pixel_values)
         tiles = int(self.real_tiles(pixel_values.to(self.dtype).flatten(0, 1)).sum())
-        return [full] * tiles, [self.vispruner_options.budget(full)] * tiles
+        return [full] * tiles, [self.encoder_options.budget(full)] * tiles
 
     def _tokens(self, pixel_values: torch.Tensor) -> int:
         height, width = pixel_values.shape[-2:]

@@ -48,7 +48,7 @@ class VisPrunerGemma3Model(TileEncoderMixin, Gemma3Model):
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
         full, images = self.config.mm_tokens_per_image, len(pixel_values)
-        return [full] * images, [self.vispruner_options.budget(full)] * images
+        return [full] * images, [self.encoder_options.budget(full)] * images
 
     def merge_patches(self, patches: torch.Tensor) -> torch.Tensor:
         projector = self.multi_modal_projector

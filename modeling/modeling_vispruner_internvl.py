@@ -76,7 +76,7 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per tile the visual tokens of a full prompt and those that are kept."""
         full, tiles = self._tokens(*pixel_values.shape[-2:]), len(pixel_values)
-        return [full] * tiles, [self.vispruner_options.budget(full)] * tiles
+        return [full] * tiles, [self.encoder_options.budget(full)] * tiles
 
     def merge_patches(self, patches: torch.Tensor) -> torch.Tensor:
         side = int(patches.shape[1] ** 0.5)
@@ -106,14 +106,13 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
             return self.keep_everything(outputs)
         self.require_patches(vision_feature_select_strategy)
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        hidden_states = kwargs.pop("output_hidden_states", None)
-        wanted = hidden_states
+        hidden_states = self.wants_hidden_states(kwargs)
+        wanted: Any = hidden_states
         if layer != -1 and not hidden_states:
             wanted = layer if KEEPS_NAMED_HIDDEN_STATES else True
         with self.open_tap(feature_layer=self._producer_of(layer)) as tap:
-            outputs = self.vision_tower(
-                pixel_values.to(self.dtype), return_dict=True, output_hidden_states=wanted, **kwargs
-            )
+            kwargs["output_hidden_states"] = wanted
+            outputs = self.vision_tower(pixel_values.to(self.dtype), return_dict=True, **kwargs)
         states = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
         return self.prune_tiles(outputs, states[:, 1:], tap, output_hidden_states=hidden_states)
 

@@ -30,7 +30,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
         full, images = self._patches(pixel_values), len(pixel_values)
-        return [full] * images, [self.vispruner_options.budget(full)] * images
+        return [full] * images, [self.encoder_options.budget(full)] * images
 
     def _patches(self, pixel_values: torch.Tensor) -> int:
         height, width = pixel_values.shape[-2:]
@@ -60,7 +60,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
         self.require_patches(vision_feature_select_strategy)
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
         images, patches = tokens.saliency.shape
-        indices = self.select(tokens, self.vispruner_options.budget(patches))
+        indices = self.select(tokens, self.encoder_options.budget(patches))
         return self.pruned_output(
             outputs,
             kwargs,

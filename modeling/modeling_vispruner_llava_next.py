@@ -4,6 +4,7 @@ tile_mode "paper": the kept tokens of the base tile, then those of the other til
 grid; T tokens a tile, no newlines. "native": stock packing of the kept tokens that survive unpadding, newlines kept.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
 
     def check_prunable(self) -> None:
         super().check_prunable()
-        options = self.vispruner_options
+        options = self.encoder_options
         if options.position_policy == "original" and options.tile_mode == "paper":
             raise ValueError(
                 'vispruner_config.position_policy "original" needs tile_mode "native": in "paper" mode tokens of the '
@@ -47,8 +48,8 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
 
     @property
     def selector_inputs(self) -> frozenset[str]:
-        """In native packing, where unpadding leaves a part of a tile, its patches are no grid."""
-        native = self.vispruner_options.tile_mode == "native"
+        """In native packing, unpadding may leave a part of a tile; what needs the grid of a whole one has none."""
+        native = self.encoder_options.tile_mode == "native"
         return super().selector_inputs - ({"grid"} if native else set())
 
     @property
@@ -101,7 +102,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         return [1 + rows * columns for rows, columns in map(self.tile_grid, sizes)]
 
     def _kept_count(self, packing: torch.Tensor, tiles: int) -> int:
-        options, patches = self.vispruner_options, self.side**2
+        options, patches = self.encoder_options, self.side**2
         if options.method == "none":
             return len(packing)
         budget = options.budget(patches)
@@ -120,7 +121,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         **kwargs: Any,
     ) -> PrunedImageFeatures:
         """Encode (images, tiles, 3, h, w) or (all tiles, 3, h, w), select per tile, project, pack."""
-        options, patches, sizes = self.vispruner_options, self.side**2, _on_host(image_sizes)
+        options, patches, sizes = self.encoder_options, self.side**2, _on_host(image_sizes)
         packings = [self.stock_packing(size) for size in sizes]
         if options.method == "none" or (self.keeps_all(patches) and options.tile_mode == "native"):
             outputs = super().get_image_features(
@@ -167,12 +168,13 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             tile for packing, count in zip(packings, tiles, strict=True) for tile in self._survivors(packing, count)
         ]
         keep = torch.zeros_like(tokens.saliency, dtype=torch.bool)
-        for count in {len(tile) for tile in survivors} - {0}:  # tiles with equally many are selected from together
-            numbers = [number for number, tile in enumerate(survivors) if len(tile) == count]
+        grids = [self._grid_of(tile) for tile in survivors]
+        for grid in {*grids} - {(0, 0)}:  # tiles with the same grid are selected from together
+            numbers, count = [number for number, own in enumerate(grids) if own == grid], math.prod(grid)
             group = torch.tensor(numbers)[:, None].to(keep.device, non_blocking=True)
             columns = torch.stack([survivors[number] for number in numbers]).to(keep.device, non_blocking=True)
-            budget = min(self.vispruner_options.budget(keep.shape[1]), count)
-            chosen = self.select(tokens.part(group, columns), budget)
+            budget = min(self.encoder_options.budget(keep.shape[1]), count)
+            chosen = self.select(tokens.part(group, columns, grid), budget)
             keep[group, columns.gather(1, chosen)] = True
         placeholders, orders = [], []
         for packing, image in zip(packings, keep.split(tiles), strict=True):
@@ -188,6 +190,13 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         patches = packing[packing != NEWLINE].sort().values
         counts = (patches // self.side**2).bincount(minlength=tiles).tolist()
         return (patches % self.side**2).split(counts)
+
+    def _grid_of(self, patches: torch.Tensor) -> tuple[int, int]:
+        """Return (rows, columns) of the patches of a tile that unpadding leaves: it cuts off whole rows or columns."""
+        if len(patches) == 0:
+            return 0, 0
+        columns = int(patches[-1] % self.side - patches[0] % self.side) + 1
+        return len(patches) // columns, columns
 
     def _project(
         self, features: torch.Tensor, orders: list[torch.Tensor], tiles: list[int], newlines: list[int]

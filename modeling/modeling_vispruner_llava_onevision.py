@@ -61,7 +61,10 @@ class Packing:
         return int((self.order == NEWLINE).sum())
 
     def rest(self, base: int) -> tuple[int, int]:
-        """Return rows and columns of what follows the `base` tokens of the base tile, without newlines."""
+        """Return rows and columns of what follows the `base` tokens of the base tile, without newlines.
+
+        Unpadding leaves no row, or no column, of a picture that is hardly a pixel high or wide.
+        """
         rows = self.newlines if self.tiles > 1 else 0
         return rows, (len(self.order) - base) // rows - 1 if rows else 0
 
@@ -83,7 +86,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
 
     def read_prompt(self, inputs: Mapping[str, Any], **known: Any) -> Prompt:
         """As ever; an image is packed as the config says, which the number of its placeholders depends on."""
-        configured, method = self.config.vision_aspect_ratio, self.vispruner_options.method
+        configured, method = self.config.vision_aspect_ratio, self.encoder_options.method
         if (given := inputs.get("vision_aspect_ratio")) not in (None, configured) and method != "none":
             raise ValueError(
                 f"vision_aspect_ratio is {given!r}, but prompts are shortened for config.vision_aspect_ratio "
@@ -165,7 +168,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
 
     def _budgets(self, packing: Packing) -> tuple[int, int]:
         """Return how many tokens of the base tile and of the rest of an image stay."""
-        options, base = self.vispruner_options, self.side**2
+        options, base = self.encoder_options, self.side**2
         rest = math.prod(packing.rest(base))
         if options.method == "none" or options.visual_token_num is None:
             return options.budget(base), options.budget(rest) if rest else 0
@@ -230,11 +233,11 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         base, device = self.side**2, tokens.features.device
         tiles = channels_of(tokens).split([packing.tiles for packing in packings])
         first = tokens_in(torch.stack([image[0] for image in tiles]), tokens, (self.side, self.side))
-        kept_of_base = self.select(first, self.vispruner_options.budget(base))
+        kept_of_base = self.select(first, self.encoder_options.budget(base))
         rests, budgets = [], []
         for image, packing in zip(tiles, packings, strict=True):
-            if packing.tiles > 1:
-                rows, columns = packing.rest(base)
+            rows, columns = packing.rest(base)
+            if rows * columns:
                 packed = self._pack(image, packing.size, image.new_zeros(image.shape[-1]))
                 grid = packed[base:].unflatten(0, (rows, columns + 1))[:, :columns].flatten(0, 1)
                 rests.append(tokens_in(grid[None], tokens, (rows, columns)))
@@ -243,9 +246,10 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         chosen = []
         for packing, kept in zip(packings, kept_of_base, strict=True):
             places = [kept, (packing.order == NEWLINE).nonzero()[:, 0].to(device, non_blocking=True)]
-            if packing.tiles > 1:
+            rows, columns = packing.rest(base)
+            if rows * columns:
                 rest = next(kept_of_rests)
-                places.append(base + rest + rest // packing.rest(base)[1])
+                places.append(base + rest + rest // columns)
             chosen.append(torch.cat(places).sort().values)
         return chosen
 
@@ -260,7 +264,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
     def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per video the visual tokens of a full prompt and those that are kept."""
         videos, frames = pixel_values_videos.shape[:2]
-        kept = frames * self.vispruner_options.budget(self.frame_tokens)
+        kept = frames * self.encoder_options.budget(self.frame_tokens)
         return [frames * self.frame_tokens + 1] * videos, [kept + 1] * videos
 
     @can_return_tuple
@@ -290,7 +294,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         outputs, tokens = self.encode(pixel_values_videos.flatten(0, 1), vision_feature_layer, **kwargs)
         side = math.ceil(self.side / 2)
         pooled = tokens_in(self.apply_pooling(channels_of(tokens)), tokens, (side, side))
-        kept = self.select(pooled, self.vispruner_options.budget(self.frame_tokens))
+        kept = self.select(pooled, self.encoder_options.budget(self.frame_tokens))
         visual = self.take_tokens(self.apply_pooling(self.project(tokens.features)), kept)
         visual = visual.unflatten(0, (videos, frames)).flatten(1, 2)
         start = torch.arange(frames, device=kept.device)[:, None] * self.frame_tokens

@@ -66,7 +66,7 @@ class VisPrunerPaliGemmaModel(TileEncoderMixin, PaliGemmaModel):
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
         images = len(pixel_values)
-        return [self._patches] * images, [self.vispruner_options.budget(self._patches)] * images
+        return [self._patches] * images, [self.encoder_options.budget(self._patches)] * images
 
     def merge_patches(self, patches: torch.Tensor) -> torch.Tensor:
         return patches  # a token is one patch

@@ -43,7 +43,7 @@ class VisPrunerQwen2_5_VLModel(QwenVLEncoderMixin, Qwen2_5_VLModel):
 
     def check_prunable(self) -> None:
         super().check_prunable()
-        layer, whole = self.vispruner_options.attention_layer, self.whole_image_layers
+        layer, whole = self.encoder_options.attention_layer, self.whole_image_layers
         if not whole:
             raise ValueError(
                 "vision_config.fullatt_block_indexes names no layer of the encoder: tokens are ranked in a layer that "

@@ -29,6 +29,11 @@ class VisPrunerQwen3VLModel(QwenVLEncoderMixin, Qwen3VLModel):
 
     forward = forward_of(Qwen3VLModel)
 
+    @property
+    def first_prunable_layer(self) -> int:
+        """The language model adds features of encoder layers to all visual tokens in its first layers."""
+        return max(1, len(self.config.vision_config.deepstack_visual_indexes))
+
     @can_return_tuple
     def get_video_features(
         self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **kwargs: Any

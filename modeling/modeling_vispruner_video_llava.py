@@ -68,7 +68,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
         full, images = self._patches(pixel_values), len(pixel_values)
-        return [full] * images, [self.vispruner_options.budget(full)] * images
+        return [full] * images, [self.encoder_options.budget(full)] * images
 
     @can_return_tuple
     def get_image_features(
@@ -94,7 +94,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         self.require_patches(vision_feature_select_strategy)
         outputs, _, tokens = self.encode_with(self.image_tower, pixels, vision_feature_layer, **kwargs)
         images, patches = tokens.saliency.shape
-        indices = self.select(tokens, self.vispruner_options.budget(patches))
+        indices = self.select(tokens, self.encoder_options.budget(patches))
         return self.pruned_output(
             outputs,
             kwargs,
@@ -113,7 +113,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
     def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per frame the visual tokens of a full prompt and those that are kept, [CLS] among them."""
         patches, frames = self._patches(pixel_values_videos), pixel_values_videos.shape[:2].numel()
-        return [1 + patches] * frames, [1 + self.vispruner_options.budget(patches)] * frames
+        return [1 + patches] * frames, [1 + self.encoder_options.budget(patches)] * frames
 
     @can_return_tuple
     def get_video_features(
@@ -135,7 +135,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         frames = pixel_values_videos.flatten(0, 1)
         outputs, states, tokens = self.encode_with(self.video_tower, frames, vision_feature_layer, **kwargs)
         patches = tokens.saliency.shape[1]
-        indices = self.select(tokens, self.vispruner_options.budget(patches))
+        indices = self.select(tokens, self.encoder_options.budget(patches))
         places = nn.functional.pad(1 + indices, (1, 0))
         return self.pruned_output(
             outputs,

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .base_weights import HUB_OPTIONS, find_thin_repo
 from .configuration_vispruner import merge_vispruner_config
+from .selectors import require_published
 from .stock_versions import warn_if_untested
 
 AUTO_MODEL_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -85,7 +86,13 @@ class PretrainedMixin:
         return {"AutoConfig": f"{config_module}.{cls.config_class.__name__}", **models}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Stock `save_pretrained` (and `push_to_hub`); the folder carries its code, so that it never loads dense."""
+        """Stock `save_pretrained` (and `push_to_hub`); the folder carries its code, so that it never loads dense.
+
+        Raises ValueError, before anything is written, for a method whose code the folder would not carry.
+        """
+        for method in self.model.methods:
+            if method is not None:
+                require_published(method)
         self.config.auto_map = self.vispruner_auto_map()
         stored = {**self.config.vispruner_config, "weights": "full"}
         self.config.vispruner_config = {**stored, "codebook": self._save_codebook(save_directory)}

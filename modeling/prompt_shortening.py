@@ -96,6 +96,17 @@ class KeptColumns:
             torch.cat([self.grown, grown.expand(-1, between), more.grown + grown], dim=1),
         )
 
+    def of(self, inner: "KeptColumns") -> "KeptColumns":
+        """Return which columns of the full prompt those are that `inner` keeps of the shortened one."""
+        valid = inner.valid
+        if self.valid is not None:
+            of_own = self.valid.gather(1, inner.index)
+            valid = of_own if valid is None else valid & of_own
+        index = self.index.gather(1, inner.index)
+        stays = torch.ones_like(index) if valid is None else valid.long()
+        kept = torch.zeros_like(self.grown).scatter_reduce(1, index, stays, "amax")
+        return KeptColumns(index, valid, self.shift.gather(1, inner.index) + inner.shift, (kept - 1).cumsum(1))
+
     @property
     def _source(self) -> torch.Tensor:
         """Return (B, S) the column of the short prompt that each column of the full one became, -1 if none."""

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .codebook_file import find_codebook, read_codebook
 from .configuration_vispruner import used_vision_layers
 from .pruned_forward import PrunedForwardMixin
-from .token_selection import SELECTORS, select_tokens
+from .selectors import SELECTORS, run_selector, selector_named
 from .visual_attention import Reading, SaliencyTap, make_tappable
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, kept_counts_of, stacked
 
@@ -102,15 +102,17 @@ class VisPrunerModelMixin(PrunedForwardMixin):
 
     def check_options(self) -> None:
         """Raise ValueError with the remedy when this model cannot be pruned under its options."""
-        options = self.vispruner_options
-        if options.method == "none":
+        if self.vispruner_options.method == "none":
             return
-        if options.method not in SELECTORS:
-            allowed = [*sorted(SELECTORS), "none"]
-            raise ValueError(f"vispruner_config.method must be one of {allowed}, got {options.method!r}")
-        self.check_prunable()
-        self._check_selector(options.method)
-        self._attention_layer(self.feature_layer)
+        for method in self.methods:
+            if method is not None:
+                selector_named(method)
+        self.check_method_options()
+        self.check_decoder_options()
+        if (method := self.methods[0]) is not None:
+            self.check_prunable()
+            self._check_selector(method)
+            self._attention_layer(self.feature_layer)
 
     def make_prunable(self) -> None:
         """Make the encoder tappable, once. What it computes does not change."""
@@ -150,7 +152,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
 
     def warn_if_all_are_kept(self, visual_tokens: int) -> None:
         """Say once that a budget prunes nothing of an image or tile of `visual_tokens` tokens."""
-        if self.keeps_all(visual_tokens):
+        if self.keeps_all(visual_tokens) and not self.prunes_in_decoder:
             logger.warning_once(
                 f"vispruner_config keeps all {visual_tokens} visual tokens of an image or tile, so nothing is pruned; "
                 "lower visual_token_num or keep_ratio to prune"
@@ -162,7 +164,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         seen           (B, tokens of the encoder), False for padding; None where there is none
         feature_layer  where a call takes its features from another layer than the config says
         """
-        selector, attentions = SELECTORS[self.vispruner_options.method], self.vision_attentions
+        selector, attentions = SELECTORS[self.encoder_options.method], self.vision_attentions
         feature_layer = self.feature_layer if feature_layer is None else feature_layer
         main = Reading(self._attention_layer(feature_layer), "cls" if self.has_cls_token else "received")
         if selector.saliency_layers is None:
@@ -174,7 +176,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
         """Return the kept indices (B, T), ascending, by the configured method."""
-        options = self.vispruner_options
+        options = self.encoder_options
         inputs: dict[str, Any] = {"grid": tokens.grid, "layer_saliency": tokens.layer_saliency}
         needs = SELECTORS[options.method].needs
         if "projected" in needs:
@@ -182,14 +184,14 @@ class VisPrunerModelMixin(PrunedForwardMixin):
                 inputs["projected"] = projected_tokens(self, tokens)
         if "codebook" in needs:
             inputs["codebook"] = self._codebook_on(inputs.get("projected", tokens.features).device)
-        return select_tokens(
+        return run_selector(
             options.method,
             tokens.features.detach(),
             tokens.saliency,
             visual_token_num,
             **options.selector_options,
             **{name: value for name, value in inputs.items() if value is not None},
-        )
+        ).indices
 
     def load_codebook(self, repo: str | None, **hub_options: Any) -> None:
         """Hold the codebook that the configuration names, if it names one; a bare name is looked up in `repo`."""
@@ -220,7 +222,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         Each keeps as many as `budgets` says, by default what the configured budget leaves of its own N.
         """
         if budgets is None:
-            budgets = [self.vispruner_options.budget(image.features.shape[1]) for image in images]
+            budgets = [self.encoder_options.budget(image.features.shape[1]) for image in images]
         groups: dict[tuple[int, tuple[int, int] | None, int], list[int]] = {}
         for number, (image, budget) in enumerate(zip(images, budgets, strict=True)):
             groups.setdefault((image.features.shape[1], image.grid, budget), []).append(number)
@@ -233,7 +235,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
 
     def keeps_all(self, visual_tokens: int) -> bool:
         """True when the budget leaves nothing to drop from the `visual_tokens` tokens of an image or tile."""
-        return self.vispruner_options.budget(visual_tokens) == visual_tokens
+        return self.encoder_options.budget(visual_tokens) == visual_tokens
 
     def keep_everything(
         self, outputs: Any, kept_indices: list[torch.Tensor] | None = None, counts: list[int] | None = None

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .call_options import CallOptionsMixin, Pruning
+from .call_options import Pruning
+from .decoder_pruning import DecoderForward, columns_of_stage
 from .encoded_images import features_of
 from .position_policies import Original, Renumbered
 from .prompt_reading import (
@@ -27,6 +28,7 @@ from .prompt_reading import (
     mask_in_cache,
 )
 from .prompt_shortening import CachedPrompt, Counts, KeptColumns, every_column, joined_counts, last_placeholders
+from .pruned_decoder import PrunedDecoderMixin
 from .stock_versions import CACHE, CACHE_NAMES, TAKES_FEATURES, by_stock_name, merge_features, versions
 from .visual_features import tokens_of
 
@@ -36,9 +38,11 @@ class HeadCall:
     """What the model's head hands down to the base model, to learn which columns of the prompt stayed.
 
     columns  None until the base model has run, and where nothing was dropped
+    last     (B,) the column before the first label that counts, None without labels: where the question ends
     """
 
     columns: KeptColumns | None = None
+    last: torch.Tensor | None = None
 
 
 def forward_of(stock: type, *further: str) -> Callable[..., Any]:
@@ -51,7 +55,7 @@ def forward_of(stock: type, *further: str) -> Callable[..., Any]:
     keywords = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     new = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in (*further, FEATURES, "encoded_images", "vispruner_config")
+        for name in (*further, FEATURES, "encoded_images", "vispruner_config", "prompt_lengths")
         if name not in signature.parameters
     ]
     places = [parameter.name for parameter in named[1:]]  # after self
@@ -61,6 +65,8 @@ def forward_of(stock: type, *further: str) -> Callable[..., Any]:
 
         encoded_images    made by `encode_images`, in place of pixel values
         vispruner_config  fields that differ in this call, such as {"visual_token_num": 64}
+        prompt_lengths    (B,) columns that are question; those behind are an answer, by which no method may rank.
+                          Without, what comes before the first label, or all
         """
         if len(args) > len(places):
             raise TypeError(f"forward takes {len(places)} inputs by place, got {len(args)}: name the others")
@@ -74,7 +80,7 @@ def forward_of(stock: type, *further: str) -> Callable[..., Any]:
     return forward
 
 
-class PrunedForwardMixin(CallOptionsMixin):
+class PrunedForwardMixin(PrunedDecoderMixin):
     """For the base model. Modifications against stock's forward:
 
     * a prompt may carry the full or the kept number of placeholders per image; any other number raises ValueError
@@ -101,18 +107,27 @@ class PrunedForwardMixin(CallOptionsMixin):
         inputs = {name: value for name, value in inputs.items() if value is not None}
         head: HeadCall | None = inputs.pop("vispruner_head", None)
         return_dict = inputs.pop("return_dict", None)
-        if torch.compiler.is_compiling():  # how many columns fall cannot be traced: stock checks that none need to
+        last = inputs.pop("prompt_lengths", None)
+        last = None if last is None else torch.as_tensor(last).reshape(-1) - 1
+        compiling = torch.compiler.is_compiling()
+        if compiling and not self.prunes_in_decoder:
+            # How many columns fall cannot be traced: stock checks that none need to.
             outputs = self._run_stock(stock_forward, self._compiled_inputs(inputs))
         else:
+            run = torch.compiler.disable(self._prune_and_run) if compiling else self._prune_and_run
+            call = HeadCall() if head is None else head
+            call.last = call.last if last is None else last
             with self.call_with(inputs.pop("vispruner_config", None)):
-                outputs = self._prune_and_run(stock_forward, self.named_as_stock(inputs), head or HeadCall())
+                outputs = run(stock_forward, self.named_as_stock(inputs), call)
         if head is not None:  # which makes a tuple of its own output
             return outputs
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     def _prune_and_run(self, stock_forward: Callable, inputs: dict[str, Any], head: HeadCall) -> Any:
         if not self._has_images(inputs):
-            return stock_forward(**self._behind_cache(inputs), return_dict=True)
+            inputs = self._behind_cache(inputs)
+            with self.open_decoder(inputs):
+                return stock_forward(**inputs, return_dict=True)
         prompt = self.read_prompt(inputs)
         self.note_pruning(prompt)
         policy = self.position_policy()
@@ -123,15 +138,31 @@ class PrunedForwardMixin(CallOptionsMixin):
             if self.is_in_generate:
                 shortened = _seen_as_one(shortened, prompt, policy, None)
         width = shortened["input_ids" if "input_ids" in shortened else "inputs_embeds"].shape[1]
-        outputs = self._run_stock(stock_forward, shortened)
+        with self.open_decoder(shortened, prompt, columns, self._last_of_question(head, prompt, width)) as decoder:
+            outputs = self._run_stock(stock_forward, shortened)
         if (cache := outputs.get(CACHE)) is not None:
             _require_length(cache, prompt.past + width)
+            for stage in decoder.stages if decoder is not None else ():
+                _require_length(cache, stage.columns.shape[1], stage.layer)
             if not self.is_in_generate:  # which notes it itself
                 cache.vispruner_prompt = self.cached(prompt, columns)
+        if self.is_in_generate:
+            return outputs
+        if decoder is not None and decoder.stages:
+            head.columns = columns_of_stage(decoder.stages[-1])
+            outputs = _spread_stages(outputs, decoder)
         if columns is None or prompt.form != "full":
             return outputs
-        head.columns = columns
+        head.columns = columns if head.columns is None else columns.of(head.columns)
         return _spread(outputs, columns, prompt.past)
+
+    def _last_of_question(self, head: HeadCall, prompt: Prompt, width: int) -> torch.Tensor | None:
+        """Return the last column (B,) of the prompt that is question; None where all is."""
+        call = self.open_call
+        if call is not None and call.prompt_length is not None:
+            short = call.prompt_length
+            return None if width == short else torch.full((prompt.rows,), short - 1, device=prompt.device)
+        return head.last
 
     def named_as_stock(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return inputs under stock's names, images that were encoded as stock takes them."""
@@ -142,9 +173,7 @@ class PrunedForwardMixin(CallOptionsMixin):
                     raise ValueError(f"encoded_images stand in place of {name}: pass one of them")
             given[FEATURES] = images
         if given.get(FEATURES) is not None:
-            call = self.open_call
-            stored = self._stored_config() if call is None else call.vispruner_config
-            given[FEATURES] = features_of(given[FEATURES], self.modalities[0].name, stored)
+            given[FEATURES] = features_of(given[FEATURES], self.modalities[0].name, self.encoder_options.to_dict())
         return given
 
     def renamed_as_stock(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +223,7 @@ class PrunedForwardMixin(CallOptionsMixin):
         call = self.open_call
         if call is not None and call.pruning is None:
             full, kept = ([n for counts in of.values() for n in counts] for of in (prompt.full, prompt.kept))
-            call.pruning = Pruning(tuple(full), tuple(kept))
+            call.pruning = Pruning(tuple(full), tuple(kept), self.stages_of_images(kept))
 
     def shorten(
         self, prompt: Prompt, full_positions: Callable[[Prompt], torch.Tensor | None], cached: bool = False
@@ -357,13 +386,13 @@ def _seen_as_one(
     return {**inputs, "attention_mask": torch.ones(shape, dtype=torch.long, device=prompt.device)}
 
 
-def _require_length(cache: Any, expected: int) -> None:
-    """Raise RuntimeError unless the cache holds the shortened prompt: pruning must never do nothing in silence."""
-    length = cache.get_seq_length()
+def _require_length(cache: Any, expected: int, layer: int = 0) -> None:
+    """Raise RuntimeError unless a layer caches the shortened prompt: pruning must never do nothing in silence."""
+    length = cache.get_seq_length(layer)
     if isinstance(length, int) and length != expected:  # a static cache has it on the device, which nothing waits for
         raise RuntimeError(
-            f"after this prompt the KV cache must hold {expected} tokens, but it holds {length}: pruning did not work "
-            f"with {versions()}. Install a tested version, and please report this"
+            f"after this prompt the KV cache of layer {layer} must hold {expected} tokens, but it holds {length}: "
+            f"pruning did not work with {versions()}. Install a tested version, and please report this"
         )
 
 
@@ -383,3 +412,24 @@ def _spread_attention(attention: torch.Tensor | None, columns: KeptColumns, past
         return None
     rows = columns.spread(attention, dim=2)
     return torch.cat([rows[..., :past], columns.spread(rows[..., past:], dim=3)], dim=-1)
+
+
+def _spread_stages(outputs: Any, decoder: DecoderForward) -> Any:
+    """Give what layers made of fewer columns the length of the prompt that the language model began with."""
+    by_width = {stage.columns.shape[1]: columns_of_stage(stage) for stage in decoder.stages}
+
+    def spread(state: torch.Tensor | None) -> torch.Tensor | None:
+        columns = None if state is None else by_width.get(state.shape[1])
+        return state if columns is None or state is None else columns.spread(state)
+
+    outputs.last_hidden_state = spread(outputs.last_hidden_state)
+    if (states := outputs.get("hidden_states")) is not None:
+        outputs.hidden_states = tuple(spread(state) for state in states)
+    if (attentions := outputs.get("attentions")) is not None:
+        outputs.attentions = tuple(
+            layer
+            if layer is None or layer.shape[2] not in by_width
+            else _spread_attention(layer, by_width[layer.shape[2]], 0)
+            for layer in attentions
+        )
+    return outputs

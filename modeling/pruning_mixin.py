@@ -137,7 +137,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
         with self.model.call_with(vispruner_config) as call:
             features = self.model.get_image_features(pixel_values, **sizes, **arguments, return_dict=True)
-            images = EncodedImages.from_features(features, call.vispruner_config)
+            images = EncodedImages.from_features(features, self.model.encoder_options.to_dict())
             call.pruning = Pruning(images.full_counts, images.kept_counts)
         return images
 
@@ -145,7 +145,9 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         """Call stock `forward`, whose base model shortens the prompt; only labels of tokens that stay count."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
         return_dict = inputs.pop("return_dict", None)
-        outputs = stock_forward(**self.model.renamed_as_stock(inputs), vispruner_head=HeadCall(), return_dict=True)
+        outputs = stock_forward(
+            **self.model.renamed_as_stock(inputs), vispruner_head=_head_of(inputs), return_dict=True
+        )
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     @property
@@ -199,6 +201,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             base.note_pruning(prompt)
             arguments, columns = self._shorten(prompt, generation_config)
             view, run = self._view_of(prompt, arguments), arguments.get("input_ids")
+            call.prompt_length = arguments["inputs_embeds" if run is None else "input_ids"].shape[1]
             if view is not None:
                 hooks = view.hooks(hooks)
                 option = functools.partial(self._option, arguments=arguments, config=generation_config)
@@ -214,10 +217,12 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             return view.result(result, run if arguments.get("custom_generate") is not None else None)
 
     def _given(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what is None where that says "not given"."""
+        """Leave out what is None where that says "not given", and labels, by which nothing is generated."""
         visual = {name for modality in self.modalities for name in (modality.pixels, *modality.described_by)}
         optional = {*MODEL_INPUTS, *visual, *self.model.image_names}
-        return {name: value for name, value in kwargs.items() if value is not None or name not in optional}
+        given = {name: value for name, value in kwargs.items() if value is not None or name not in optional}
+        given.pop("labels", None)
+        return given
 
     def _read_prompt(self, inputs: torch.Tensor | None, arguments: dict[str, Any], config: Any) -> Prompt | None:
         """Read the prompt of `generate`; None where it has no image, or the model is the stock one."""
@@ -269,9 +274,14 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         if earlier is not None and columns is not None:
             _require_images_in_cache(prompt, columns, cached_length(arguments))
         option = functools.partial(self._option, arguments=arguments, config=config)
-        for name, reason in {**base.wrong_in_stock, **WRONG_IN_THIS_VERSION}.items():
+        for name, reason in {**base.wrong_in_stock, **WRONG_IN_THIS_VERSION, **base.wrong_in_decoder}.items():
             if option(name) is not None:
                 raise ValueError(f"{name} is not to be had for a prompt with images: {reason}. Leave it out")
+        if option("use_cache") is False and base.prunes_in_decoder:
+            raise ValueError(
+                f'use_cache=False is not to be had with vispruner_config.method "{base.vispruner_options.method}": '
+                "every step would rank anew, by the answer. Leave it out"
+            )
         if option("prompt_lookup_num_tokens"):  # it would propose placeholders, which stand for no image
             arguments["suppress_tokens"] = [*(option("suppress_tokens") or []), *base.placeholder_ids]
         if earlier is None and (TAKES_FEATURES or "assistant_model" not in arguments):
@@ -331,6 +341,17 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             return arguments[name]
         value = getattr(config, name, None)
         return getattr(self.generation_config, name, None) if value is None else value
+
+
+def _head_of(inputs: Mapping[str, Any]) -> HeadCall:
+    """Return what the head knows of a call: where labels begin, the answer does."""
+    labels = inputs.get("labels")
+    if labels is None:
+        return HeadCall()
+    labels = torch.atleast_2d(labels)
+    counts = labels != IGNORED
+    first = torch.where(counts.any(1), counts.int().argmax(1), labels.shape[1])
+    return HeadCall(last=(first - 1).clamp(min=0))
 
 
 def labels_that_stay(arguments: dict[str, Any], columns: KeptColumns) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
     visual: Any
     modalities = (GRID_IMAGES, GRID_VIDEOS)
     default_position_policy = "original"
+    position_axes = 3
     has_cls_token = False
     packs_images = True
     budget_unit = "image or frame of a video"
@@ -53,7 +54,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         return [block.attn for block in self.visual.blocks]
 
     def check_prunable(self) -> None:
-        policy = self.vispruner_options.position_policy
+        policy = self.encoder_options.position_policy
         if policy not in (None, "original"):
             raise ValueError(
                 f'vispruner_config.position_policy must be null or "original", got {policy!r}: tokens have a time, a '
@@ -76,7 +77,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         if grid_thw is None:
             raise ValueError(f"{name} is missing: pass all that the processor returned")
         full = [rows * columns for rows, columns in self.frames_of(grid_thw)]
-        return full, [self.vispruner_options.budget(count) for count in full]
+        return full, [self.encoder_options.budget(count) for count in full]
 
     def frames_of(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
         """Return per frame of (images, 3) grids the rows and columns of its merged tokens."""

@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
+from .selector_registry import register_selector
 from .similarity import (
     BLOCK,
     MATRIX,
     cosines,
     images_at_once,
+    is_traced,
     matrix_fits,
     norms_of,
     refuse_unless,
     row_blocks,
     without_autocast,
 )
-from .token_selection import _check_count, _checked_budget, _most_attended_first, register_selector
+from .token_selection import _check_count, _checked_budget, _checked_grid, _most_attended_first
 
 FEW_TOKENS = 256  # of images on a CPU for which measuring every gain in every step costs less than choosing which
 POOL = 256  # farthest tokens that `select_divprune` picks from, where not all cosines can be held
@@ -178,7 +180,7 @@ def select_divprune(
     unit = projected / norms_of(projected)
     if budget == saliency.shape[1]:
         return _every_token(saliency)
-    if matrix_fits(1, unit.shape[1]) or torch.compiler.is_compiling() or unit.device.type == "meta":
+    if matrix_fits(1, unit.shape[1]) or is_traced() or unit.device.type == "meta":
         picks = _image_groups(lambda some: _far_by_tensors(some, budget), unit)
     else:
         picks = torch.stack([_far_by_pools(image, budget) for image in unit])
@@ -293,7 +295,7 @@ def select_hiprune(
     """
     budget = _checked_budget(features, saliency, visual_token_num)
     middle, late = _checked_layers(layer_saliency, saliency, 2).unbind(dim=1)
-    columns = _checked_columns(grid, saliency)
+    _, columns = _checked_grid(grid, saliency.shape[1])
     if not 0 <= anchor_share <= 1:
         raise ValueError(f"vispruner_config.anchor_share must be a number from 0 to 1, got {anchor_share!r}")
     rank = _hiprune_rank(middle, columns, round(budget * anchor_share / 5))
@@ -337,7 +339,7 @@ def _covering(unit: torch.Tensor, weight: torch.Tensor, budget: int) -> torch.Te
     """Pick one token after the other, in the form that suits: (B, N, C), (B, N) -> (B, budget)."""
     tokens = unit.shape[1]
     at_once = tokens <= FEW_TOKENS if unit.device.type == "cpu" else matrix_fits(1, tokens)
-    if torch.compiler.is_compiling() or unit.device.type == "meta" or at_once or not (weight >= 0).all():
+    if is_traced() or unit.device.type == "meta" or at_once or not (weight >= 0).all():
         images = images_at_once(tokens)
         groups = zip(unit.split(images), weight.split(images), strict=True)
         return torch.cat([_covering_by_tensors(*group, budget) for group in groups])
@@ -498,10 +500,3 @@ def _checked_layers(layer_saliency: torch.Tensor, saliency: torch.Tensor, layers
         "or load the model in bfloat16 or float32",
     )
     return _widened(layer_saliency)
-
-
-def _checked_columns(grid: tuple[int, int], saliency: torch.Tensor) -> int:
-    rows, columns = grid
-    if rows * columns != saliency.shape[1] or columns < 1:
-        raise ValueError(f"grid must be the (rows, columns) of the {saliency.shape[1]} tokens, got {grid}")
-    return columns

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Idefics3Model, LlavaForConditionalGeneration, VideoLlavaModel
 from transformers.generation import utils as generation_utils
 from transformers.utils import logging, output_capturing
+from transformers.utils.hub import cached_files
 from transformers.utils.import_utils import torch_compilable_check
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -61,10 +62,21 @@ KEEPS_NAMED_HIDDEN_STATES = hasattr(output_capturing, "select_hidden_states")
 # Either is taken. When 5.19 is dropped, this is true.
 JOINS_TILES = "num_real_images_per_batch" in inspect.unwrap(Idefics3Model.get_image_features).__code__.co_varnames
 
+# Until 5.17, gradient checkpointing recomputes a layer with its hooks; from 5.18 on, without. decoder_pruning.py keeps
+# for that what it did before each layer. When 5.17 is dropped, that goes: all that is named `taken` there.
+
 # Video-LLaVA's images: until 5.20 the second name, since 5.21 the first; its processor has used both. When 5.20 is
 # dropped, VIDEO_LLAVA_IMAGES is "pixel_values".
 VIDEO_LLAVA_IMAGE_NAMES = ("pixel_values", "pixel_values_images")
 VIDEO_LLAVA_IMAGES = _known_name(VIDEO_LLAVA_IMAGE_NAMES, VideoLlavaModel)
+
+
+def known_commit(commit: str | None) -> dict[str, Any]:
+    """Return what tells `cached_file` that a revision is a commit, so that it remembers which files that has not.
+
+    Until 5.17; later versions see it. When 5.17 is dropped, this goes.
+    """
+    return {"_commit_hash": commit} if "_commit_hash" in inspect.signature(cached_files).parameters else {}
 
 
 def by_stock_name(inputs: Mapping[str, Any], names: Sequence[str], stock_name: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class TileEncoderMixin(VisPrunerModelMixin):
             (math.isqrt(count), math.isqrt(count)),
             projected,
         )
-        indices = self.select(tokens, self.vispruner_options.budget(count))
+        indices = self.select(tokens, self.encoder_options.budget(count))
         return self.pruned_output(
             outputs,
             kwargs,

@@ -7,125 +7,14 @@ put `@register_selector("its name")` on it: its further parameters are the input
 the options that `select_tokens` hands to it. Selectors of related work are in related_selectors.py.
 """
 
-import inspect
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeGuard
+from typing import TypeGuard
 
 import torch
 
 from .duplicate_removal import default_step, keep_without_duplicates
+from .selector_registry import register_selector
 from .similarity import refuse_unless
-
-
-class Selector(NamedTuple):
-    """A registered method and what it declares.
-
-    options          the names of its options
-    needs            which of `FURTHER_INPUTS` it is to be given
-    saliency_layers  which encoder layers it wants `layer_saliency` of, as a function of how many layers there are and
-                     of the one that produces the features, all counted from 0
-    saliency_kind    what that is: "cls", the attention of the [CLS] query, or "received", the mean over all queries
-    kinds            why it keeps a token, a line for each reason: "name: what that is"
-    kind_of          where it has several, which it was: called with `kept` (B, T) and `saliency` (B, N), then by name
-                     with `layer_saliency`, `grid` and options of its own, it returns places in `kinds`, (B, T) int64
-    """
-
-    function: Callable[..., torch.Tensor]
-    options: frozenset[str]
-    needs: frozenset[str] = frozenset()
-    saliency_layers: Callable[[int, int], list[int]] | None = None
-    saliency_kind: Literal["cls", "received"] = "cls"
-    kinds: tuple[str, ...] = ()
-    kind_of: Callable[..., torch.Tensor] | None = None
-
-
-SELECTORS: dict[str, Selector] = {}
-
-_INPUTS = ["features", "saliency", "visual_token_num"]
-
-# What a selector is given when its signature has a parameter of this name:
-#   projected       (B, N, D)        features after the projector
-#   grid            (rows, columns)  of the N tokens, which are in raster order
-#   layer_saliency  (B, L, N)        saliency of the L encoder layers that the selector asks for, in its order
-#   codebook        (M, D)           prototypes of redundant projected features
-FURTHER_INPUTS = frozenset({"projected", "grid", "layer_saliency", "codebook"})
-
-
-def register_selector(
-    name: str,
-    *,
-    saliency_layers: Callable[[int, int], list[int]] | None = None,
-    saliency_kind: Literal["cls", "received"] = "cls",
-    kinds: tuple[str, ...] = (),
-    kind_of: Callable[..., torch.Tensor] | None = None,
-) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
-    """Name a selector, so that `vispruner_config.method` can ask for it; for the keywords see `Selector`."""
-
-    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        parameters = list(inspect.signature(function).parameters)
-        if parameters[:3] != _INPUTS:
-            raise TypeError(f"selector {name!r} must take {', '.join(_INPUTS)} first, got {', '.join(parameters)}")
-        further = frozenset(parameters[3:])
-        if ("layer_saliency" in further) != (saliency_layers is not None):
-            raise TypeError(f"selector {name!r} must both take layer_saliency and say saliency_layers, or neither")
-        if (kind_of is not None) != (len(kinds) > 1):
-            raise TypeError(f"selector {name!r} must say kind_of where it has several kinds, and only there")
-        asked = set() if kind_of is None else set(list(inspect.signature(kind_of).parameters)[2:])
-        if unknown := sorted(asked - {"layer_saliency", "grid"} - (further - FURTHER_INPUTS)):
-            raise TypeError(f"kind_of of selector {name!r} asks for {', '.join(unknown)}, which it is not given")
-        if name in SELECTORS:
-            raise ValueError(f"a selector named {name!r} is registered already; choose another name")
-        needs = further & FURTHER_INPUTS
-        SELECTORS[name] = Selector(function, further - needs, needs, saliency_layers, saliency_kind, kinds, kind_of)
-        return function
-
-    return register
-
-
-def select_tokens(
-    method: str, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, **options: object
-) -> torch.Tensor:
-    """Run the selector registered as `method`.
-
-    features  (B, N, C)  encoder features
-    saliency  (B, N)     attention each token receives, higher is more important
-    options              the inputs of `FURTHER_INPUTS` that the selector needs, and its options: it gets those it
-                         names and the others are left out, so the caller may pass every option of vispruner_config
-                         whatever the method; one that no selector names is an error
-    returns   (B, T)     kept indices, ascending; T = min(visual_token_num, N)
-    """
-    if method not in SELECTORS:
-        raise ValueError(f"vispruner_config.method must be one of {sorted(SELECTORS)}, got {method!r}")
-    selector = SELECTORS[method]
-    if missing := [name for name in sorted(selector.needs) if options.get(name) is None]:
-        raise ValueError(
-            f'vispruner_config.method "{method}" needs {", ".join(missing)}, which this architecture does not give'
-        )
-    known = FURTHER_INPUTS.union(*(other.options for other in SELECTORS.values()))
-    if unknown := [name for name in options if name not in known]:
-        raise TypeError(f"no registered selector takes the option(s) {unknown}; check the spelling")
-    chosen = {name: value for name, value in options.items() if name in selector.options | selector.needs}
-    return selector.function(features, saliency, visual_token_num, **chosen)
-
-
-def kinds_of_kept(
-    method: str, kept: torch.Tensor, saliency: torch.Tensor, **options: object
-) -> dict[str, torch.Tensor]:
-    """Say why each token stays that the selector registered as `method` kept, to be shown.
-
-    kept      (B, T)  what the selector returned
-    saliency  (B, N)  what it was given
-    options           what else it was given
-    returns           by kind, in the order of `Selector.kinds`, the tokens (B, T) of `kept` that are of it, every
-                      token in one; empty where the method names no kind
-    """
-    selector = SELECTORS[method]
-    if selector.kind_of is None:
-        return {kind: torch.ones_like(kept, dtype=torch.bool) for kind in selector.kinds}
-    named = inspect.signature(selector.kind_of).parameters
-    kind = selector.kind_of(kept, saliency, **{name: value for name, value in options.items() if name in named})
-    return {name: kind == number for number, name in enumerate(selector.kinds)}
 
 
 def _vispruner_kind(kept: torch.Tensor, saliency: torch.Tensor, important_ratio: float = 0.5) -> torch.Tensor:
@@ -233,25 +122,31 @@ def select_random(
 
 
 @register_selector("uniform_grid", kinds=("spaced: evenly",))
-def select_uniform_grid(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+def select_uniform_grid(
+    features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, grid: tuple[int, int] | None = None
+) -> torch.Tensor:
     """Keep tokens evenly spaced over the image: the baseline that knows only where tokens lie.
 
-    The N tokens are taken as a square grid in raster order, or as a line where N is no square.
-
-    features  (B, N, C)  not looked at
-    saliency  (B, N)     not looked at
-    returns   (B, T)     kept indices, ascending, the same for every image; T = min(visual_token_num, N)
+    features  (B, N, C)        not looked at
+    saliency  (B, N)           not looked at
+    grid      (rows, columns)  of the N tokens; None takes them as a square, or as a line where N is no square
+    returns   (B, T)           kept indices, ascending, the same for every image; T = min(visual_token_num, N)
     """
     budget = _checked_budget(features, saliency, visual_token_num)
     batch, tokens = saliency.shape
-    side = math.isqrt(tokens)
-    height, width = (side, side) if side * side == tokens else (1, tokens)
-    rows = min(height, max(math.ceil(budget / width), round(math.sqrt(budget))))
+    height, width = _square_or_line(tokens) if grid is None else _checked_grid(grid, tokens)
+    # As far apart down as across; but no more rows than there are, and no fewer than hold the budget.
+    rows = min(height, budget, max(math.ceil(budget / width), round(math.sqrt(budget * height / width))))
     kept = []
     for k, row in enumerate(_evenly_placed(rows, height)):
         columns = (k + 1) * budget // rows - k * budget // rows
         kept += [row * width + column for column in _evenly_placed(columns, width)]
     return torch.tensor(kept, device=saliency.device).repeat(batch, 1)
+
+
+def _square_or_line(tokens: int) -> tuple[int, int]:
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else (1, tokens)
 
 
 def _evenly_placed(count: int, length: int) -> list[int]:
@@ -280,6 +175,13 @@ def _checked_budget(features: torch.Tensor, saliency: torch.Tensor, visual_token
             f"features and saliency must be on one device, got {features.device} and {saliency.device}; move one"
         )
     return min(visual_token_num, saliency.shape[1])
+
+
+def _checked_grid(grid: tuple[int, int], tokens: int) -> tuple[int, int]:
+    rows, columns = grid
+    if rows * columns != tokens or columns < 1:
+        raise ValueError(f"grid must be the (rows, columns) of the {tokens} tokens, got {grid}")
+    return rows, columns
 
 
 def _check_saliency(saliency: torch.Tensor) -> None:

@@ -32,10 +32,16 @@ class _OpenTap(threading.local):
     """The tap of this thread's current forward; thread-local, because `torch.compile` cannot trace a ContextVar."""
 
     def __init__(self) -> None:
-        self.tap: SaliencyTap | None = None
+        self.tap: Any = None
 
 
 _open = _OpenTap()
+
+
+class TextLayer(NamedTuple):
+    """The place of a language model's attention module; an encoder's is a number alone."""
+
+    number: int
 
 
 class Reading(NamedTuple):
@@ -69,6 +75,7 @@ class SaliencyTap:
         self._scaling: float | None = None  # of those that wait
         self.may_pad = False  # only `run_tower` takes away again what is appended
         self.tokens: int | None = None  # others were appended to these, and nothing may attend to those
+        self.only_reads = False
 
     def __enter__(self) -> "SaliencyTap":
         self._outer = _open.tap
@@ -128,7 +135,7 @@ class SaliencyTap:
 class _TappableConfig:
     """Stands in for an attention module's config: the same in everything but the attention function under a tap."""
 
-    def __init__(self, config: Any, eager_attention: Callable, place: int) -> None:
+    def __init__(self, config: Any, eager_attention: Callable, place: Any) -> None:
         self._stock_config = config
         self.eager_attention = eager_attention
         self.place = place  # a number, because compiled layers that share one graph cannot tell modules apart
@@ -143,13 +150,21 @@ class _TappableConfig:
         return self._stock_config._attn_implementation if _open.tap is None else TAPPED_ATTENTION
 
 
-def make_tappable(attention_modules: Sequence[Any]) -> None:
-    """Prepare attention modules for `SaliencyTap`; their computation does not change. Once per model, at creation."""
-    for place, module in enumerate(attention_modules):
+def make_tappable(attention_modules: Sequence[Any], place_of: Callable[[int], Any] = int) -> None:
+    """Prepare attention modules for a tap; their computation does not change. Once per model.
+
+    place_of  makes of each module's number the place that the tap is told
+    """
+    for number, module in enumerate(attention_modules):
         if not hasattr(module, "config"):
             raise ValueError(f"{type(module).__name__} has no config that names its attention function; cannot tap it")
         if not isinstance(module.config, _TappableConfig):
-            module.config = _TappableConfig(module.config, _eager_attention_of(module), place)
+            module.config = _TappableConfig(module.config, _eager_attention_of(module), place_of(number))
+
+
+def listen(tap: Any) -> None:
+    """Let a tap other than an encoder's hear this thread's attention from now on; None for no longer."""
+    _open.tap = tap
 
 
 def open_tap_that_may_pad() -> SaliencyTap | None:
@@ -182,6 +197,8 @@ def _tapped_attention(
             if tap.tokens is not None:
                 asking, key, value = (states[:, :, : tap.tokens] for states in (query, key, value))
             tap.record(module.config.place, asking, key, kwargs.get("scaling"))
+            if tap.only_reads:
+                return torch.zeros_like(query).transpose(1, 2), None
         function = ALL_ATTENTION_FUNCTIONS.get_interface(
             module.config._attn_implementation, module.config.eager_attention
         )

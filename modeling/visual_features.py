@@ -91,11 +91,11 @@ class VisualTokens:
     grid: tuple[int, int] | None = None
     projected: torch.Tensor | None = None
 
-    def part(self, images: torch.Tensor, indices: torch.Tensor) -> "VisualTokens":
-        """Return the tokens at `indices` (G, K) of `images` (G, 1): G images of K tokens, no grid any more."""
+    def part(self, images: torch.Tensor, indices: torch.Tensor, grid: tuple[int, int]) -> "VisualTokens":
+        """Return the tokens at `indices` (G, K) of `images` (G, 1): G images of K tokens, which are such a grid."""
         layers = self.layer_saliency
         layers = None if layers is None else layers.transpose(1, 2)[images, indices].transpose(1, 2)
-        return VisualTokens(self.features[images, indices], self.saliency[images, indices], layers)
+        return VisualTokens(self.features[images, indices], self.saliency[images, indices], layers, grid)
 
 
 def stacked(images: Sequence[VisualTokens]) -> VisualTokens:

@@ -50,6 +50,7 @@ class PrunedVision:
     config: Any
     vision_tower: Any
     vispruner_options: VisPrunerOptions
+    encoder_options: VisPrunerOptions  # the same: an engine prunes behind the encoder alone
     supports_tower_connector_lora = False  # stock counts the rows of tower and projector without pruning
     select: Any = VisPrunerModelMixin.select  # which needs of a model no more than these options and `project`
 
@@ -57,7 +58,7 @@ class PrunedVision:
         options = launch_options(vllm_config.model_config)
         _read_weights_of_base(vllm_config.model_config, options)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.vispruner_options = options
+        self.vispruner_options = self.encoder_options = options
         patches = self.side**2
         logger.info_once("VisPruner keeps %d of %d visual tokens per image or tile", options.budget(patches), patches)
 

@@ -245,6 +245,7 @@ class HubProtocol:
         self.part_size, self.regular_size, self.page_size = 1 << 26, 10_000_000, 1000
         self.users: dict[str, User] = {}
         self.repos: dict[str, Repo] = {}
+        self.collections: dict[str, dict[str, Any]] = {}  # by slug
         self.errors: list[Exception] = []
         self._secret = secrets.token_hex(8)
         self._xet_hashes: dict[str, str] = {}
@@ -417,6 +418,32 @@ class HubProtocol:
         private = wanted.get("visibility") == "private" or wanted.get("private") is True
         self.add_repo(repo_id, private=private)
         return Answer(body={**url, "private": private})
+
+    @route("POST", "/api/collections")
+    def _create_collection(self, request: Request) -> Answer:
+        user, wanted = self._user(request), request.json()
+        if user is None or wanted["namespace"] not in (user.name, *user.organizations):
+            raise Refusal(403, "You don't have the rights to create a collection there")
+        slug = f"{wanted['namespace']}/{wanted['title'].lower().replace(' ', '-')}-0123456789abcdef01234567"
+        if slug in self.collections:
+            raise Refusal(409, "it exists", body={"error": "it exists", "slug": slug})
+        made = {"slug": slug, "title": wanted["title"], "private": wanted["private"], "items": [], "position": 0}
+        owner = {"owner": {"name": wanted["namespace"]}, "theme": "blue", "upvotes": 0}
+        self.collections[slug] = {**made, **owner, "lastUpdated": "2026-01-01T00:00:00.000Z"}
+        return Answer(body=self.collections[slug])
+
+    @route("GET", "/api/collections/{repo}")
+    def _collection(self, request: Request, repo: str) -> Answer:
+        return Answer(body=self.collections[repo])
+
+    @route("POST", "/api/collections/{repo}/items")
+    def _add_to_collection(self, request: Request, repo: str) -> Answer:
+        items, item = self.collections[repo]["items"], request.json()["item"]
+        if any(known["id"] == item["id"] for known in items):
+            raise Refusal(409, "Item already in collection")
+        self._readable(request, item["id"])
+        items.append({"_id": str(len(items)), "id": item["id"], "type": item["type"], "position": len(items)})
+        return Answer(body=self.collections[repo])
 
     @route("POST", "/api/validate-yaml")
     def _validate_yaml(self, request: Request) -> Answer:

@@ -230,6 +230,10 @@ def names_in_modules(names: Names) -> dict[str, str]:
             get_checkpoint_conversion_mapping(model_type /)
             register_checkpoint_conversion_mapping(model_type_or_class_name mapping / overwrite)
         """,
+        "transformers.cache_utils": """
+            DynamicCache().layers
+            QuantizedLayer
+        """,
         "transformers.dynamic_module_utils": "get_relative_import_files(module_file /)",
         "transformers.generation": "utils._slice_mm_encoder_output @5.23",
         "transformers.generation.utils": f"""
@@ -237,6 +241,10 @@ def names_in_modules(names: Names) -> dict[str, str]:
             GenerateDecoderOnlyOutput.{cache}
             GenerateBeamDecoderOnlyOutput.sequences
             GenerateBeamDecoderOnlyOutput.{cache}
+        """,
+        "transformers.masking_utils": f"""
+            create_causal_mask(config inputs_embeds attention_mask / {cache} layer_idx)
+            create_sliding_window_causal_mask(config inputs_embeds attention_mask / {cache} layer_idx)
         """,
         "transformers.modeling_outputs": """
             BaseModelOutputWithPooling.last_hidden_state
@@ -279,12 +287,13 @@ def names_in_modules(names: Names) -> dict[str, str]:
         "transformers.utils": """
             ModelOutput.to_tuple
             cached_file(path_or_repo_id filename / **)
+            is_peft_available
             can_return_tuple
             logging.get_logger
             logging.warning_once
             output_capturing.select_hidden_states @5.23
         """,
-        "transformers.utils.hub": f"cached_files({HUB})",
+        "transformers.utils.hub": f"cached_files({HUB} _commit_hash@-5.17)",
         "transformers.utils.import_utils": "torch_compilable_check(cond msg /)",
         "transformers.vision_utils": "get_vision_window_index(grid_thw spatial_merge_size window_size patch_size /)",
     }
@@ -307,6 +316,15 @@ EVERY_MODEL = """
     config.text_config.vocab_size
     config.get_text_config().hidden_size
     config.get_text_config().pad_token_id
+    config.get_text_config().num_hidden_layers
+    config.get_text_config().sliding_window?
+    config.get_text_config().layer_types?
+    config.get_text_config().rope_parameters?
+    model.language_model|text_model.norm.forward
+    model.language_model|text_model.rotary_emb.forward
+    model.language_model|text_model.layers[0].input_layernorm.forward
+    model.language_model|text_model.layers[0].self_attn.config._attn_implementation
+    model.language_model|text_model.layers[0].self_attn.forward(hidden_states position_embeddings attention_mask)
     config.get_text_config()._attn_implementation
 """
 ON_MODELS = {
@@ -352,7 +370,7 @@ ON_MODELS = {
         model.visual.patch_size
     """,
     "qwen2_vl": f"{GRIDS} config.video_token_id",
-    "qwen3_vl": f"{GRIDS} config.video_token_id",
+    "qwen3_vl": f"{GRIDS} config.video_token_id config.vision_config.deepstack_visual_indexes",
     "smolvlm": f"{TILES} model.text_model.generation_config",
     "video_llava": f"""
         {TOWER.format("image_tower")} {TOWER.format("video_tower")} {PATCHES} {FEATURE_CHOICE}

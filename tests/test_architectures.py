@@ -40,6 +40,8 @@ from transformers import AutoModelForImageTextToText
 
 import vispruner
 from vispruner.conversion.codebook import save_codebook
+from vispruner.selectors import ENCODER_METHODS
+from vispruner.token_selection import select_uniform_grid
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -278,10 +280,13 @@ def test_a_thin_repo_takes_its_weights_from_the_base(model: Model, tmp_path: Pat
     model.pruned.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     config = json.loads((tmp_path / "config.json").read_text())
-    base = {"base_model_name_or_path": str(model.folder), "base_model_revision": "main"}
+    base = {"base_model_name_or_path": "someone/base", "base_model_revision": 40 * "0"}
     config["vispruner_config"] |= {"weights": "thin", **base}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    thin = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True, attn_implementation="eager")
+    named = {"base_model_name_or_path": str(model.folder)}  # a folder is no base unless the caller says so
+    thin = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, trust_remote_code=True, attn_implementation="eager", vispruner_config=named
+    )
     assert torch.equal(logits(thin.eval(), model.prompt(ONE)), logits(model.pruned, model.prompt(ONE)))
 
 
@@ -293,7 +298,7 @@ def test_attention_functions_rank_alike(model: Model) -> None:
     torch.testing.assert_close(logits(other, model.prompt(ONE)), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", [name for name in vispruner.SELECTORS if name != "vispruner"])
+@pytest.mark.parametrize("method", [name for name in ENCODER_METHODS if name != "vispruner"])
 @pytest.mark.parametrize("model", ROWS, indirect=True)
 def test_every_method_prunes_as_much_or_says_what_it_lacks(model: Model, method: str, tmp_path: Path) -> None:
     inputs = model.prompt(*model.prompts())
@@ -308,6 +313,35 @@ def test_every_method_prunes_as_much_or_says_what_it_lacks(model: Model, method:
         return
     assert model.counts(inputs)[1] == kept
     assert torch.equal(answers(model.pruned, inputs), answers(model.pruned, inputs))
+
+
+@pytest.mark.parametrize("model", ROWS, indirect=True)
+def test_even_spacing_knows_the_grid_of_every_image_tile_and_frame(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.pruned.set_vispruner_config(method="uniform_grid")
+    base, grids = model.pruned.model, []
+
+    def select(tokens: Any, budget: int) -> torch.Tensor:
+        kept = type(base).select(base, tokens, budget)
+        expected = select_uniform_grid(tokens.features, tokens.saliency, budget, tokens.grid)
+        assert torch.equal(kept, expected)
+        grids.append(tokens.grid)
+        return kept
+
+    monkeypatch.setattr(base, "select", select)
+    for prompt in [ONE, *([CLIP] if "video" in model.row.modalities else [])]:
+        logits(model.pruned, model.prompt(prompt))
+    assert grids and None not in grids
+    assert GRIDS_OF_ONE.get(model.row.model_type, grids[0]) in grids
+
+
+# Rows and columns of tokens that stand for the picture of `ONE` or a part of it, where it is not made square.
+GRIDS_OF_ONE = {
+    "llava_next": (4, 3),
+    "llava_onevision": (5, 8),
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], (2, 3)),
+}
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -699,6 +699,11 @@ def test_progress_is_shown_unless_switched_off(base: Path, tmp_path: Path, capsy
 
 def test_a_mistral_text_model_builds(tmp_path: Path) -> None:
     base = write_tiny_llava(tmp_path / "mistral", image_size=56, text_model="mistral")
-    out = build_repo(write_yaml(tmp_path), tmp_path / "out", base=base, show_progress=False)
+    out = build_repo(
+        write_yaml(tmp_path, vispruner_config={"visual_token_num": 4}),
+        tmp_path / "out",
+        base=base,
+        show_progress=False,
+    )
     _, report = ARCHITECTURES["llava"].model_class.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

@@ -17,7 +17,7 @@ import vispruner
 from vispruner.conversion import build, cli, convert, demo, picture, verify
 from vispruner.conversion.questions import Question, is_right, scene_questions
 
-COMMANDS = ("demo", "build", "verify", "convert", "show", "codebook")
+COMMANDS = ("demo", "build", "verify", "publish", "convert", "show", "codebook")
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +271,27 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         cli.main(["demo"])
 
 
-def test_it_runs_as_a_module() -> None:
-    command = [sys.executable, "-m", "vispruner.conversion", "build", "no-such-config", "--out", "nowhere"]
+def test_json_is_all_there_is_on_stdout(
+    repo: Path, photo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def result(*arguments: str, status: int = 0) -> dict[str, Any]:
+        capsys.readouterr()
+        assert cli.main([*arguments, "--json"]) == status
+        return json.loads(capsys.readouterr().out)
+
+    out = tmp_path / "kept.png"
+    assert result("show", str(photo_file), "--repo", str(repo), "--out", str(out)) == {"picture": str(out)}
+    built = result("build", "tiny-llava-vispruner", "--out", str(tmp_path / "built"))
+    assert built == {"folder": str(tmp_path / "built")}
+    assert "no such" in result("build", "none.yaml", "--out", str(tmp_path / "x"), status=2)["error"]
+    (tmp_path / "built" / "config.json").unlink()
+    found = result("verify", str(tmp_path / "built"), status=1)
+    assert found["passed"] is False and found["checks"][0]["status"] == "fail"
+
+
+@pytest.mark.parametrize("module", ["vispruner", "vispruner.conversion"])
+def test_it_runs_as_a_module(module: str) -> None:
+    command = [sys.executable, "-m", module, "build", "no-such-config", "--out", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "vispruner: error: 'no-such-config'" in done.stderr

@@ -9,8 +9,8 @@ import torch
 from cases import NEW, NONE, ONE, TWO, answers, generate, packed_as_stock
 from transformers import StaticCache
 
+from vispruner.selectors import SELECTORS
 from vispruner.stock_versions import TAKES_FEATURES
-from vispruner.token_selection import SELECTORS
 
 WHY = "USER: <image>\nWhy is it so? ASSISTANT:"
 

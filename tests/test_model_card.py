@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TINY = "tiny-llava-vispruner"
-EMBEDDED = (TINY, "tiny-llava-divprune")
+EMBEDDED = (TINY, "tiny-llava-divprune", "tiny-llava-fastv")
 FIGURES = ("99.6 %", "96.6 %", "91.5 %", "98.6 %", "93.3 %", "86.7 %", "43.6", "1440")
 
 

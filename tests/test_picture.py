@@ -28,7 +28,8 @@ from vispruner.conversion.picture import (
     view_kept_patches,
 )
 from vispruner.conversion.questions import Question, ask
-from vispruner.token_selection import SELECTORS, select_vispruner
+from vispruner.selectors import ENCODER_METHODS, SELECTORS
+from vispruner.token_selection import select_vispruner
 
 IMPORTANT, DIVERSE = SELECTORS["vispruner"].kinds
 LEFT = GAP + TEXT_WIDTH + COLUMN_GAP  # of the first panel
@@ -76,7 +77,7 @@ def test_tiles_stand_as_in_the_image_with_the_base_tile_on_the_left(
     assert [(tile.row, tile.column) for tile in square] == [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
 
 
-@pytest.mark.parametrize("method", sorted(set(SELECTORS) - {"codebook"}))
+@pytest.mark.parametrize("method", sorted(set(ENCODER_METHODS) - {"codebook"}))
 def test_every_kept_patch_has_one_reason(method: str, tiny_llava_repo: Path, photo: Image.Image) -> None:
     (tile,), _ = views(tiny_llava_repo, photo, visual_token_num=9, method=method, seed=1)
     assert int(tile.kept.sum()) == 9

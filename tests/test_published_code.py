@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_build import write_yaml
 from transformers import AutoProcessor
 
 import vispruner
 from vispruner import ARCHITECTURES, SELECTORS, code_files, register_selector
+from vispruner.conversion.build import build_repo
 
 PACKAGE = Path(vispruner.__file__).parent
 ALLOWED = frozenset(sys.stdlib_module_names) | {"torch", "transformers"}
@@ -92,7 +94,7 @@ def test_code_files_are_the_modeling_file_and_all_it_reaches(architecture: str) 
 
 def test_every_file_of_the_package_is_published_by_some_architecture() -> None:
     published = {file.name for architecture in ARCHITECTURES for file in code_files(architecture)}
-    assert {file.name for file in PACKAGE.glob("*.py")} == published | {"__init__.py"}
+    assert {file.name for file in PACKAGE.glob("*.py")} == published | {"__init__.py", "__main__.py"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -141,6 +143,22 @@ def test_a_new_method_is_a_function_and_a_decorator(
     assert torch.equal(features.kept_indices[0], torch.arange(0, 16, 2))
     outputs = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     assert outputs.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] - (64 - 8) + 3 - 1
+
+
+def test_a_method_that_no_repo_carries_is_neither_saved_nor_built(
+    every_other: str, tiny_llava_repo: Path, tmp_path: Path
+) -> None:
+    model = vispruner.load(tiny_llava_repo, method=every_other, visual_token_num=8)
+    refusal = r'vispruner_config.method "every_other" was registered by test_published_code, which no repo carries'
+    with pytest.raises(ValueError, match=refusal):
+        model.save_pretrained(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    config = write_yaml(tmp_path, vispruner_config={"method": every_other, "visual_token_num": 8})
+    with pytest.raises(ValueError, match=refusal):
+        build_repo(config, tmp_path / "built", base=tiny_llava_repo)
+    model.set_vispruner_config(method="divprune")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "related_selectors.py").is_file()
 
 
 def test_a_method_is_gone_once_unregistered(tiny_llava_repo: Path, photo: Image.Image) -> None:

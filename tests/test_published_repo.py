@@ -174,7 +174,10 @@ def test_the_readme_s_commands_end_in_a_repo_that_loads_and_prunes(site: Site) -
     (site.folder / "mine.yaml").write_text(shipped.replace("repo_id: someone/", "repo_id: user/"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```\n(hf auth login\n.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
-    here = {"hf auth login": f"hf auth login --token {TOKEN}", "upload.py": str(ROOT / "upload.py")}
+    here = {
+        "hf auth login": f"hf auth login --token {TOKEN}",
+        "vispruner publish": f"{sys.executable} -m vispruner publish",
+    }
     for published, local in {**here, "llava-1.5-7b-vispruner": "mine.yaml"}.items():
         assert published in block
         block = block.replace(published, local)

@@ -34,8 +34,9 @@ from vispruner.related_selectors import (
     select_scope,
     select_vtc_cls,
 )
+from vispruner.selectors import SELECTORS, kinds_of_kept, register_selector, select_tokens
 from vispruner.similarity import cosines
-from vispruner.token_selection import SELECTORS, kinds_of_kept, register_selector, select_cls_attention, select_tokens
+from vispruner.token_selection import select_cls_attention
 
 RECORDED = Path(__file__).parent / "data" / "selectors.safetensors"
 with safe_open(RECORDED, "pt") as recorded:
@@ -631,8 +632,8 @@ def test_every_depth_has_layers_to_ask_for(declared):
         assert asked == sorted(asked) and asked[0] >= 0 and asked[-1] == feature_layer
 
 
-@pytest.mark.parametrize("first", ["token_selection", "related_selectors"])
+@pytest.mark.parametrize("first", ["token_selection", "related_selectors", "decoder_selectors", "selectors"])
 def test_every_method_is_registered_whichever_file_is_imported_first(first):
-    code = f"import vispruner.{first}; from vispruner.token_selection import SELECTORS; print(*SELECTORS)"
+    code = f"import vispruner.{first}; from vispruner.selectors import SELECTORS; print(*SELECTORS)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert set(METHODS) < set(run.stdout.split()), run.stderr

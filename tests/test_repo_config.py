@@ -76,6 +76,7 @@ def test_the_shipped_configs_cover_every_architecture_and_one_base_without_netwo
     assert {repo.architecture for repo in repos} == set(ARCHITECTURES)
     assert [repo.repo_id for repo in repos if repo.base_model.startswith("embedded/")] == [
         "someone/tiny-llava-divprune",
+        "someone/tiny-llava-fastv",
         "someone/tiny-llava-vispruner",
     ]
 
@@ -96,9 +97,11 @@ def test_a_file_is_found_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert find_repo_config(f"{prefix}repo.yaml").resolve() == tmp_path / "repo.yaml"
 
 
-def test_an_unknown_stem_lists_the_known_ones() -> None:
-    with pytest.raises(RepoConfigError, match=r"tiny-llava-vispruner.*did you mean llava-1\.5-7b-vispruner"):
+def test_an_unknown_stem_lists_the_known_ones_or_names_the_one_that_was_meant() -> None:
+    with pytest.raises(RepoConfigError, match=r"hub_configs; did you mean llava-1\.5-7b-vispruner\?$"):
         load_repo_config("llava-1.5-7b-vispruner-")
+    with pytest.raises(RepoConfigError, match=r"the configs are .*tiny-llava-vispruner"):
+        load_repo_config("none")
 
 
 @pytest.mark.parametrize("given", ["absent.yaml", "folder/absent"])
@@ -133,7 +136,7 @@ REFUSED = [
     ({"vispruner_config": {"visual_token_num": "64"}}, "visual_token_num must be an integer >= 1, got '64'"),
     ({"vispruner_config": {"visual_token_num": 64, "keep_ratio": 0.5}}, "exactly one of them"),
     ({"vispruner_config": {"visual_token_nums": 64}}, "unknown fields.*visual_token_nums"),
-    ({"vispruner_config": {"method": "best", "visual_token_num": 4}}, "method must be one of none, .*got 'best'"),
+    ({"vispruner_config": {"method": "best", "visual_token_num": 4}}, "method must be one of .*'none'], got 'best'"),
     (
         {"vispruner_config": {"visual_token_num": 4, "base_model_revision": "main"}},
         "vispruner_config.base_model_revision is written by the build",
@@ -153,7 +156,10 @@ REFUSED = [
     ({"budgets": ["v64"]}, "budgets must hold branches, for example {v64"),
     ({"budgets": {64: {"visual_token_num": 64}}}, r"budgets.64 must be text, got 64 \(int\): put it in quotes"),
     ({"budgets": {"main": {"visual_token_num": 64}}}, "budgets.main: .* has the budget of vispruner_config"),
-    ({"budgets": {"v64": 64}}, r"budgets.v64 must hold exactly one of visual_token_num, keep_ratio, got 64 \(int\)"),
+    (
+        {"budgets": {"v64": 64}},
+        r"budgets.v64 must hold exactly one of visual_token_num, keep_ratio, stage_token_nums, got 64 \(int\)",
+    ),
     ({"budgets": {"v64": {}}}, "budgets.v64 must hold exactly one of"),
     ({"budgets": {"v64": {"seed": 4}}}, "budgets.v64 must hold exactly one of"),
     ({"budgets": {"v64": {"visual_token_num": 64, "keep_ratio": 0.5}}}, "budgets.v64 must hold exactly one of"),
@@ -200,6 +206,11 @@ def test_an_embedded_base_needs_neither_revision_nor_card(tmp_path: Path, name: 
         ("", "must hold the fields repo_id"),
         ("repo_id: a/b\nrepo_id: c/d\n", "repo_id is given twice"),
         ("repo_id: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+        ("base_revision: 2026-02-30\n", "is not valid YAML: day"),
+        ("0000-00-00", "is not valid YAML: year"),
+        ("weights: !!int x\n", "is not valid YAML"),
+        ("weights: !!bool x\n", "is not valid YAML"),
+        ("weights: !!timestamp x\n", "is not valid YAML"),
     ],
 )
 def test_what_is_not_a_mapping_of_fields_is_refused(tmp_path: Path, text: str, reason: str) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import vispruner
 from vispruner.conversion import verify_worker
-from vispruner.token_selection import SELECTORS, Selector
+from vispruner.selectors import ENCODER_METHODS, SELECTORS, Selector
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -36,7 +36,7 @@ def counted(method: str, tokens: int, channels: int = 64, features: str = "rando
 
 
 @pytest.mark.parametrize("features", ["random", "smooth"])
-@pytest.mark.parametrize("method", list(SELECTORS))
+@pytest.mark.parametrize("method", ENCODER_METHODS)
 @pytest.mark.parametrize("tokens", [600, 3000])
 def test_a_method_multiplies_all_rows_with_all_rows_about_once(method, tokens, features):
     """...or not at all; the codebook's 64 rows are not all."""
@@ -45,7 +45,7 @@ def test_a_method_multiplies_all_rows_with_all_rows_about_once(method, tokens, f
     assert products <= 1.15
 
 
-@pytest.mark.parametrize("method", list(SELECTORS))
+@pytest.mark.parametrize("method", ENCODER_METHODS)
 def test_the_operations_of_a_method_grow_no_faster_than_what_it_keeps(method):
     """Twice the tokens: twice the picks, and rows that are multiplied in twice as many blocks of half as many rows."""
     few, many = (counted(method, tokens, channels=4).operations for tokens in (2200, 4400))
@@ -55,7 +55,7 @@ def test_the_operations_of_a_method_grow_no_faster_than_what_it_keeps(method):
 # Many at once
 
 
-@pytest.mark.parametrize("method", list(SELECTORS))
+@pytest.mark.parametrize("method", ENCODER_METHODS)
 def test_64_small_images_take_hardly_more_operations_than_one(method):
     one, many = (counted(method, 64, images=images).operations for images in (1, 64))
     draws = 2 * 63 if method == "random" else 0  # image by image on the host
@@ -106,7 +106,7 @@ class Seen:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        monkeypatch.setitem(SELECTORS, "leading", Selector(self.select, frozenset()))
+        monkeypatch.setitem(SELECTORS, "leading", Selector(self.select, {}))
 
     def select(self, features, saliency, visual_token_num):
         self.calls.append(tuple(saliency.shape))
@@ -142,14 +142,14 @@ def test_the_quick_mode_fills_every_table(tmp_path):
         rows = result["sizes"][features]
         assert [(row["tokens"], row["kept"]) for row in rows] == [(64, 16), (128, 32), (256, 64)]
         for row in rows:
-            assert row["ratio"].keys() == SELECTORS.keys()
-            assert row["milliseconds"].keys() == {scaling.PRODUCT, *SELECTORS}
+            assert row["ratio"].keys() == set(ENCODER_METHODS)
+            assert row["milliseconds"].keys() == {scaling.PRODUCT, *ENCODER_METHODS}
             assert row["products"][scaling.PRODUCT] == 1 and row["operations"]["scope"] > row["operations"]["random"]
         assert result["exponents"][features].keys() == rows[0]["milliseconds"].keys()
     assert {(row["tokens"], row["images"]) for row in result["batches"]} == {(64, 1), (64, 4), (256, 1), (256, 4)}
     assert [row["patches"] for row in result["attention"]] == [64, 256]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert all(f"\n{method} " in run.stdout for method in SELECTORS)
+    assert all(f"\n{method} " in run.stdout for method in ENCODER_METHODS)
 
 
 def test_an_exponent_is_fitted_to_the_logarithms():
@@ -288,3 +288,44 @@ def test_the_recorded_conversions_held_less_than_a_shard_or_two():
     assert convert["written_bytes"] < 1.01 * convert["result_bytes"]
     assert thin["weights"] > 72e9
     assert thin["peak_mib"] < 512 and thin["written_bytes"] < 2**20
+
+
+# The recorded run
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return json.loads((BENCHMARKS / "results" / "scaling.json").read_text())
+
+
+@pytest.mark.parametrize("features", ["random", "smooth"])
+def test_the_recorded_run_stays_below_the_bars(recorded, features):
+    rows = {row["tokens"]: row for row in recorded["sizes"][features]}
+    assert list(rows) == scaling.SIZES and recorded["settings"]["channels"] == 1280
+    for tokens, most in scaling.BARS.items():
+        assert all(ratio["median"] <= most for ratio in rows[tokens]["ratio"].values())
+    assert all(exponent <= scaling.MOST_EXPONENT for exponent in recorded["exponents"][features].values())
+
+
+def test_the_readme_shows_the_recorded_run(recorded):
+    assert scaling.markdown(recorded) in (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_recorded_share_of_the_first_token_is_small(recorded):
+    assert recorded["first_token"]["tokens"] == 5184
+    assert max(recorded["first_token"]["share"].values()) < 0.03
+
+
+def test_the_recorded_run_holds_no_more_than_the_bound(recorded):
+    """A matrix of 2^27 cosines, the lists of SCOPE, twice the features, and blocks; what lies scattered takes more."""
+    bound = 512 + 192 + 2 * 16384 * 1280 * 4 / 2**20 + 6 * 16
+    most = dict.fromkeys(ENCODER_METHODS, bound) | {"scope": 1.3 * bound, "gprune": 2.2 * bound}
+    assert recorded["sizes"]["random"][-1]["tokens"] == 16384
+    for sizes in recorded["sizes"].values():
+        assert all(row["peak_mib"][method] <= most[method] for row in sizes for method in ENCODER_METHODS)
+
+
+def test_reading_attention_took_about_one_more_attention_of_the_layer(recorded):
+    assert {row["patches"]: row["ratio"]["median"] <= 1.25 for row in recorded["attention"]} == {
+        1024: True, 4096: True, 16384: True, 40000: True
+    }  # fmt: skip

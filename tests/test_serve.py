@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from PIL import Image
+from test_thin import in_cache
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
 import vispruner
-from vispruner.conversion.build import build_repo
+from vispruner.conversion.build import budget_config, build_repo
 from vispruner.conversion.questions import SCENE, ask, scene_questions
+from vispruner.conversion.repo_config import DEMO_CONFIG
 
 needs_server = pytest.mark.skipif(
     not is_serve_available(), reason="`transformers serve` needs `pip install 'vispruner[serve]'`"
@@ -192,3 +195,23 @@ def test_without_trust_remote_code_nothing_is_pruned(
     with serving(repo, tmp_path / "log.txt") as server:
         assert [text_of(server.ask(question)) for question in QUESTIONS] == expected["dense"]
         assert not server.shortened()
+
+
+def test_a_branch_behind_the_name_is_the_budget_that_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `transformers serve someone/tiny@v4` loads, asked of the part of it that loads models."""
+    manager = pytest.importorskip("transformers.cli.serving.model_manager")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = build_repo(DEMO_CONFIG, tmp_path / "repo", show_progress=False)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for number, (branch, kept) in enumerate({"main": 18, "v4": 4}.items()):
+        other = budget_config(config, {"visual_token_num": kept})
+        (folder / "config.json").write_text(json.dumps(other), encoding="utf-8")
+        in_cache(tmp_path / "cache", "someone/tiny", folder, commit=f"{number}" * 40, branch=branch)
+    models = manager.ModelManager(device="cpu", trust_remote_code=True)
+    budgets = {}
+    for name in ("someone/tiny", "someone/tiny@v4"):
+        model = models._load_model(models.process_model_name(name))
+        budgets[name] = model.config.vispruner_config["visual_token_num"]
+    assert budgets == {"someone/tiny": 18, "someone/tiny@v4": 4}

@@ -21,12 +21,13 @@ from test_build import write_yaml
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vispruner import ARCHITECTURES, SELECTORS, VisPrunerOptions, load, serving
+from vispruner import ARCHITECTURES, VisPrunerOptions, load, serving
 from vispruner.conversion.build import BuildError, build_repo
 from vispruner.conversion.repo_config import RepoConfigError
 from vispruner.conversion.verify import verify_repo
 from vispruner.engine_interface import ENGINE_ATTENTION, ENGINE_PROCESSORS, require_servable
 from vispruner.pruned_encoder import VisPrunerModelMixin
+from vispruner.selectors import ENCODER_METHODS
 from vispruner.serving.launch_options import merged_options, readings, tokens_of_tiles
 from vispruner.serving.vllm_plugin import MODELS, register
 from vispruner.visual_attention import Reading
@@ -57,11 +58,13 @@ def vllm_registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return registered
 
 
-@pytest.mark.parametrize("method", sorted(set(SELECTORS) - {"codebook", "hiprune", "vtc_cls"}))
+@pytest.mark.parametrize("method", sorted(set(ENCODER_METHODS) - {"codebook", "hiprune", "vtc_cls"}))
 def test_selecting_needs_of_a_model_no_more_than_the_plugins_has(method: str) -> None:
     """`PrunedVision` of the plugin borrows `select`: it has the options and a projector, and is no pruned model."""
+    options = VisPrunerOptions(visual_token_num=4, method=method, seed=1)
     model = SimpleNamespace(
-        vispruner_options=VisPrunerOptions(visual_token_num=4, method=method, seed=1),
+        vispruner_options=options,
+        encoder_options=options,
         project=lambda features: features,
     )
     tokens = VisualTokens(torch.randn(2, 9, 8), torch.rand(2, 9), grid=(3, 3))
@@ -177,7 +180,7 @@ def test_the_layer_that_ranks_is_the_models(llava_config: Any, given: int | None
     assert readings(llava_config, options) == [Reading(layer, "cls")]
 
 
-@pytest.mark.parametrize("method", sorted(SELECTORS))
+@pytest.mark.parametrize("method", ENCODER_METHODS)
 def test_every_method_reads_what_the_model_reads_or_is_refused(tiny_llava_repo: Path, method: str) -> None:
     given = {"method": method, "visual_token_num": 8, "seed": 0}
     config = AutoConfig.from_pretrained(tiny_llava_repo)

@@ -671,6 +671,31 @@ def test_get_image_features_gives_what_stock_gives_beside_the_tokens(model: Mode
 
 
 @every_model
+def test_get_image_features_gives_the_hidden_states_that_the_config_asks_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = model.prompt(ONE)
+    image = model.pruned.modalities[0]
+    given = {name: inputs[name] for name in (image.pixels, *image.described_by) if name in inputs}
+    shapes = []
+    for which in (model.stock, model.pruned):
+        for config in (which.config, which.config.vision_config, which.model.config.vision_config):
+            monkeypatch.setattr(config, "output_hidden_states", True)
+        states = which.get_image_features(**given, return_dict=True).hidden_states
+        shapes.append([None if state is None else state.shape for state in states or ()])
+    theirs, ours = shapes
+    assert len(ours) == len(theirs) and all(shape in (None, own) for shape, own in zip(theirs, ours, strict=True))
+
+
+@every_model
+def test_labels_change_nothing_that_is_generated(model: Model) -> None:
+    inputs = model.prompt(ONE)
+    expected = answers(model.pruned, inputs)
+    for labels in (inputs["input_ids"], inputs["input_ids"][:, :3]):
+        assert torch.equal(answers(model.pruned, {**inputs, "labels": labels}), expected)
+
+
+@every_model
 def test_printing_an_attribute_does_not_print_the_model(model: Model) -> None:
     assert len(repr(model.pruned.visual_token_counts)) < 200
 

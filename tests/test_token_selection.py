@@ -13,14 +13,12 @@ from hypothesis import strategies as st
 from oracle import vispruner_oracle
 from safetensors.torch import load_file, safe_open
 
-from vispruner import token_selection
+from vispruner import selector_registry
+from vispruner.selectors import ENCODER_METHODS, SELECTORS, register_selector, run_selector, select_tokens
 from vispruner.token_selection import (
-    SELECTORS,
     important_tokens,
-    register_selector,
     select_cls_attention,
     select_random,
-    select_tokens,
     select_uniform_grid,
     select_vispruner,
 )
@@ -167,7 +165,7 @@ def test_one_tie_broken_the_other_way_would_be_seen():
 
 
 def test_these_selectors_are_registered():
-    assert sorted(SELECTORS) == sorted([*METHODS, *RELATED])
+    assert sorted(ENCODER_METHODS) == sorted([*METHODS, *RELATED])
 
 
 images = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(0, 1000))
@@ -204,6 +202,27 @@ def test_an_image_is_judged_alone_and_whatever_its_scale(method, images, budget,
     ]
     assert torch.equal(kept, torch.cat(singles))
     assert torch.equal(kept, select_tokens(method, features * 2.0**exponent, saliency, budget, **ALL_OPTIONS))
+
+
+@pytest.mark.parametrize("method", sorted(SELECTORS.keys() - {"sparsevlm_v1"}))
+def test_features_of_any_length_are_compared_by_direction(method):
+    """About 1e-4, a power of two so that nothing rounds: far below what features are, far above what float32 can hold.
+
+    The first form of SparseVLM is left out: its clusters are of distances, which are no matter of direction.
+    """
+    scale, generator = 2.0**-14, torch.Generator().manual_seed(3)
+    given = {name: torch.randn(2, 49, 16, generator=generator) for name in ("features", "projected", "keys", "text")}
+    given["codebook"] = torch.randn(3, 16, generator=generator)
+    others = {"saliency": torch.rand(2, 49, generator=generator), "grid": (7, 7), "important_ratio": 0.5, "seed": 3}
+    others |= {
+        "layer_saliency": torch.rand(2, 2, 49, generator=generator),
+        "text_saliency": torch.rand(2, 49, generator=generator),
+    }
+    expected = run_selector(method, visual_token_num=13, **given, **others)
+    found = run_selector(method, visual_token_num=13, **{name: t * scale for name, t in given.items()}, **others)
+    assert torch.equal(found.indices, expected.indices)
+    if expected.merge is not None:
+        assert all(torch.equal(a, b) for a, b in zip(found.merge, expected.merge, strict=True))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -335,6 +354,74 @@ def test_uniform_grid_spreads_over_rows_and_columns(tokens, budget, expected):
     assert kept.tolist() == [expected, expected]
 
 
+@pytest.mark.parametrize(
+    "grid, budget, expected",
+    [
+        ((2, 8), 4, [9, 11, 13, 15]),  # as a square of 4 x 4 it would be two columns
+        ((8, 2), 4, [3, 7, 11, 15]),  # the same, turned
+        ((1, 9), 3, [1, 4, 7]),
+        ((9, 1), 3, [1, 4, 7]),
+        ((3, 3), 9, list(range(9))),
+        ((5, 2), 3, [1, 5, 9]),  # no row twice
+    ],
+)
+def test_uniform_grid_spreads_over_the_grid_that_it_is_given(grid, budget, expected):
+    rows, columns = grid
+    tokens = torch.zeros(2, rows * columns)
+    kept = select_uniform_grid(tokens[..., None], tokens, budget, grid)
+    assert kept.tolist() == [expected, expected]
+
+
+def test_uniform_grid_needs_no_grid_where_the_tokens_are_a_square():
+    features, saliency = torch.zeros(1, 144, 1), torch.zeros(1, 144)
+    for budget in range(1, 145):
+        kept = select_uniform_grid(features, saliency, budget)
+        assert torch.equal(kept, select_uniform_grid(features, saliency, budget, (12, 12)))
+        assert torch.equal(kept, select_tokens("uniform_grid", features, saliency, budget, grid=(12, 12)))
+
+
+def test_uniform_grid_keeps_rows_and_columns_equally_far_apart():
+    """Of a 12 x 48 grid, which has as many tokens as one of 24 x 24."""
+    kept = select_uniform_grid(torch.zeros(1, 576, 1), torch.zeros(1, 576), 36, (12, 48))[0]
+    assert kept.div(48, rounding_mode="floor").unique().diff().tolist() == [4, 4]
+    assert kept[:12].diff().tolist() == [4] * 11
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (0, 0), (-3, -3)])
+def test_uniform_grid_refuses_another_grid(grid):
+    with pytest.raises(ValueError, match=r"grid must be the \(rows, columns\) of the 9 tokens, got"):
+        select_uniform_grid(torch.zeros(1, 9, 1), torch.zeros(1, 9), 3, grid)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), budget=st.integers(1, 400))
+def test_uniform_grid_is_exact_for_every_grid(rows, columns, budget):
+    tokens = torch.zeros(1, rows * columns)
+    kept = select_uniform_grid(tokens[..., None], tokens, budget, (rows, columns))[0]
+    assert len(kept) == min(budget, rows * columns)
+    assert (kept.diff() > 0).all() and kept.min() >= 0 and kept.max() < rows * columns
+
+
+def test_a_grid_with_the_default_none_is_given_where_there_is_one(empty_registry):
+    @register_selector("maybe")
+    def select_maybe(features, saliency, visual_token_num, grid=None):
+        return torch.full((1, visual_token_num), 0 if grid is None else grid[1])
+
+    selector = selector_registry.SELECTORS["maybe"]
+    assert selector.options == {} and selector.needs == frozenset() and selector.uses == {"grid"}
+    features, saliency = exact_images(1, 9)
+    assert select_tokens("maybe", features, saliency, 1).tolist() == [[0]]
+    assert select_tokens("maybe", features, saliency, 1, grid=(3, 3)).tolist() == [[3]]
+
+
+@pytest.mark.parametrize("name, default", [("codebook", None), ("grid", (3, 3))])
+def test_no_other_default_of_an_input_is_taken(empty_registry, name, default):
+    namespace = {}
+    exec(f"def select(features, saliency, visual_token_num, {name}={default!r}): ...", namespace)
+    with pytest.raises(TypeError, match=f"selector 'maybe' has a default for {name}: of its inputs grid alone"):
+        register_selector("maybe")(namespace["select"])
+
+
 def test_uniform_grid_is_exact_for_every_budget_of_a_real_grid():
     features, saliency = torch.zeros(1, 576, 1), torch.zeros(1, 576)
     for budget in range(1, 577):
@@ -429,7 +516,7 @@ def test_random_needs_exactly_one_source_of_randomness():
 
 @pytest.fixture
 def empty_registry(monkeypatch):
-    monkeypatch.setattr(token_selection, "SELECTORS", {})
+    monkeypatch.setattr(selector_registry, "SELECTORS", {})
 
 
 def test_an_unknown_method_is_refused_with_the_names_that_exist():
@@ -473,8 +560,9 @@ def test_a_method_is_given_the_inputs_that_its_signature_names(empty_registry):
         assert layer_saliency.shape == (2, 2, 9) and grid == (3, 3)
         return torch.arange(offset, offset + visual_token_num).repeat(len(saliency), 1)
 
-    assert token_selection.SELECTORS["further"] == (
-        select_further, {"offset"}, {"layer_saliency", "grid"}, layers, "received", (), None,
+    assert selector_registry.SELECTORS["further"] == (
+        select_further, {"offset": 0}, {"layer_saliency", "grid"}, layers, "received", (), None, None, None,
+        frozenset(),
     )  # fmt: skip
     features, saliency = exact_images(2, 9)
     given = {"layer_saliency": torch.zeros(2, 2, 9), "grid": (3, 3), "projected": features, "codebook": None}

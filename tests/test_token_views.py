@@ -15,7 +15,7 @@ from transformers import AutoProcessor
 
 import vispruner
 from vispruner.conversion.picture import open_picture, show, view_kept_patches
-from vispruner.token_selection import SELECTORS
+from vispruner.selectors import SELECTORS
 from vispruner.visual_features import tokens_of
 
 ROWS = {row.model_type: row for row in rows()}

@@ -25,7 +25,7 @@ import yaml
 from huggingface_hub import constants
 from local_hub import LocalHub, Refusal, Request
 
-from vispruner.conversion import hub_access, publish, upload_plan
+from vispruner.conversion import cli, hub_access, publish, upload_plan
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.hub_access import ExitCode, HubAccess, PublishError
 from vispruner.conversion.publish import PublishJob
@@ -621,6 +621,45 @@ def test_a_foreign_budget_branch_is_refused_too(
     assert "at v8 holds notes.md" in refused(run, ExitCode.FOREIGN_CONTENT)
 
 
+def test_repos_go_into_a_collection_once(
+    hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], waits: list[float]
+) -> None:
+    status, text = run("--collection", "My pruned models")
+    assert status == 0 and "would put it into the collection My pruned models" in text
+    assert hub.collections == {}
+    for _ in range(2):  # as after an interruption
+        status, text = run("--push", "--collection", "My pruned models")
+        assert status == 0, text
+        (slug,) = hub.collections
+        assert [(item["id"], item["type"]) for item in hub.collections[slug]["items"]] == [("user/tiny", "model")]
+        assert f"{hub.endpoint}/collections/{slug}" in text
+
+
+def test_publish_is_upload_for_those_who_installed_with_pip(
+    hub: LocalHub, ready: None, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["publish", str(config), "--out", str(tmp_path / "out"), "--json"]
+    assert cli.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["repos"][0]["commits"] == {} and hub.repos == {}
+    assert cli.main([*arguments, "--push"]) == 0
+    printed = capsys.readouterr()
+    (done,) = json.loads(printed.out)["repos"]
+    assert done["url"] == f"{hub.endpoint}/user/tiny"
+    assert done["commits"] == {branch: hub.refs("user/tiny")[branch] for branch in done["commits"]}
+    assert set(done["commits"]) == {"main", *BUDGETS}
+    assert "read back main" in printed.err
+
+
+def test_publish_tells_its_errors_as_upload_does(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = cli.main(["publish", str(config), "--out", str(tmp_path), "--revision", "bad name..", "--json"])
+    printed = capsys.readouterr()
+    assert status == ExitCode.BAD_INPUT
+    assert "no good branch name" in json.loads(printed.out)["error"]
+    assert printed.err.startswith("vispruner publish: error: --revision")
+
+
 @pytest.mark.parametrize("files", [{}, {"README.md": b"---\nlicense: mit\n---\n"}, {"LICENSE": b"MIT"}])
 def test_a_repo_fresh_from_the_website_is_not_foreign(
     hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], files: dict[str, bytes]
@@ -891,30 +930,38 @@ def test_a_refusal_on_the_way_through_xet(
 # Killed at any request, run again: nothing is lost and nothing is half there
 
 
-def die_at(hub: LocalHub, number: int | Callable[[Request], bool], answered: bool, push: Callable[[], Any]) -> bool:
-    """Push in a child that is killed at its request of this number; return whether there was one."""
+def die_at(
+    hub: LocalHub,
+    number: int | Callable[[Request], bool],
+    answered: bool,
+    push: Callable[[], Any],
+    by: signal.Signals = signal.SIGKILL,
+) -> int:
+    """Push in a child that gets a signal at its request of this number; return how it ended, as `os.waitpid` says."""
     child: list[int] = []
     forked = threading.Event()
 
     def kill(request: Request) -> None:
         forked.wait()
-        os.kill(child[0], signal.SIGKILL)
+        os.kill(child[0], by)
         if not answered:
             raise Refusal(503, "nobody reads this")
 
     hub.fail_at(number, kind=kill, after=answered)
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = 0
         try:
-            push()
+            status = push()
         except BaseException:
             traceback.print_exc()
-        os._exit(0)
+        os._exit(status if isinstance(status, int) else 0)
     child.append(pid)
     forked.set()
     _, status = os.waitpid(pid, 0)
     hub.heal()
-    return os.WIFSIGNALED(status)
+    return status
 
 
 def require_whole(hub: LocalHub, repo_id: str, *builds: Path) -> None:
@@ -951,7 +998,7 @@ def test_a_kill_at_any_request(
     assert count > 20
     for number in range(1, count + 1):
         own = prepare(f"killed-at-{number}")
-        assert die_at(hub, number, answered, lambda own=own: job(own).push(newer))
+        assert os.WIFSIGNALED(die_at(hub, number, answered, lambda own=own: job(own).push(newer)))
         if own.repo_id in hub.repos:
             require_whole(hub, own.repo_id, built, newer)
         job(own).push(newer)
@@ -960,8 +1007,73 @@ def test_a_kill_at_any_request(
 
 
 def test_uploaded_weights_are_not_sent_again_after_a_kill(hub: LocalHub, repo: RepoConfig, built: Path) -> None:
-    assert die_at(hub, is_commit, False, lambda: job(repo).push(built))
+    assert os.WIFSIGNALED(die_at(hub, is_commit, False, lambda: job(repo).push(built)))
     sent = [path for method, path in hub.requests if method == "PUT"]
     assert len(sent) == 1
     job(repo).push(built)
     assert [path for method, path in hub.requests if method == "PUT"] == sent
+
+
+INTERRUPTED_AT = {
+    "the account": lambda request: "whoami" in request.path,
+    "the upload of weights": is_upload,
+    "a commit": is_commit,
+    "a new branch": lambda request: request.method == "POST" and "/branch/" in request.path,
+    "the listing that is read back": 18,
+}
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["before the answer", "after the Hub did it"])
+@pytest.mark.parametrize("moment", INTERRUPTED_AT.values(), ids=INTERRUPTED_AT)
+def test_ctrl_c_leaves_what_the_next_run_completes(
+    hub: LocalHub,
+    ready: None,
+    run: Callable[..., tuple[int, str]],
+    config: Path,
+    tmp_path: Path,
+    repo: RepoConfig,
+    built: Path,
+    moment: Any,
+    answered: bool,
+) -> None:
+    undisturbed = replace(repo, repo_id="user/undisturbed")
+    job(undisturbed).push(built)
+    command = [str(config), "--out", str(tmp_path / "out"), "--push"]
+    status = die_at(hub, moment, answered, lambda: upload.main(command), by=signal.SIGINT)
+    assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == ExitCode.INTERRUPTED
+    if "user/tiny" in hub.repos:
+        require_whole(hub, "user/tiny", built)
+    assert run("--push")[0] == 0
+    assert state(hub, "user/tiny") == state(hub, "user/undisturbed")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_full_disk_under_the_hub_s_cache_leaves_what_the_next_run_completes(
+    number: int,
+    hub: LocalHub,
+    ready: None,
+    run: Callable[..., tuple[int, str]],
+    repo: RepoConfig,
+    built: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older = newer_build(built, tmp_path / "older", weights=True)
+    for name in ("user/tiny", "user/undisturbed"):
+        job(replace(repo, repo_id=name)).push(older)
+    job(replace(repo, repo_id="user/undisturbed")).push(built)
+    download, calls = hub_access.HfApi.hf_hub_download, []
+
+    def full(*arguments: Any, **options: Any) -> str:
+        calls.append(arguments)
+        if len(calls) >= number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "cache" / "blob"))
+        return download(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_access.HfApi, "hf_hub_download", full)
+        text = refused(run, ExitCode.DISK_FULL)
+    assert f"{tmp_path}/cache/blob" in text and "HF_HOME" in text
+    require_whole(hub, "user/tiny", older, built)
+    assert run("--push")[0] == 0
+    assert state(hub, "user/tiny") == state(hub, "user/undisturbed")

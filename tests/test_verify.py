@@ -14,8 +14,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+import vispruner
 from vispruner import ARCHITECTURES, code_files
-from vispruner.conversion import verify, verify_worker
+from vispruner.conversion import released_code, verify, verify_worker
 from vispruner.conversion.base_checkpoint import BaseCheckpoint
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.checkpoint_io import read_tensor_headers, write_checkpoint
@@ -294,11 +295,45 @@ def test_a_broken_repo_is_refused_for_its_reason(
     assert report.table().splitlines()[-1].startswith(f"refused: {repo}")
 
 
+def older(repo: Path) -> None:
+    """Make the repo one that version 0.0.9 built, when a file was another one."""
+    path = repo / "config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(f'"{vispruner.__version__}"', '"0.0.9"'))
+    (repo / "similarity.py").write_text((repo / "similarity.py").read_text(encoding="utf-8") + "\n# as it was\n")
+
+
+@pytest.mark.usefixtures("no_process")
+def test_code_of_another_version_is_refused_by_its_name(repo: Path) -> None:
+    older(repo)
+    (failure,) = verify_repo(repo).failures
+    assert failure.name == "code files"
+    assert f"vispruner 0.0.9 built the repo and this is {vispruner.__version__}: verify it with that" in failure.detail
+
+
+def test_a_repo_of_an_older_release_is_verified_by_what_is_on_record_of_it(
+    repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older(repo)
+    recorded = tmp_path / "released.json"
+    recorded.write_text("{}")
+    monkeypatch.setattr(released_code, "RELEASED", recorded)
+    released_code.record()
+    files = json.loads(recorded.read_text())
+    assert files[vispruner.__version__]["llava_encoder.py"] == released_code.digest(repo / "llava_encoder.py")
+    files["0.0.9"] = {**files[vispruner.__version__], "similarity.py": released_code.digest(repo / "similarity.py")}
+    recorded.write_text(json.dumps(files))
+    report = verify_repo(repo)
+    assert report.passed, report.table()
+    assert any("equal those of vispruner 0.0.9, which built the repo" in check.detail for check in report.checks)
+    (repo / "similarity.py").write_text("# another")
+    assert {failure.name for failure in verify_repo(repo).failures} == {"code files"}
+
+
 @pytest.mark.usefixtures("no_process")
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     report = verify_repo(tmp_path / "absent")
     assert [(failure.name, failure.detail) for failure in report.failures] == [
-        ("config.json", f"{tmp_path / 'absent'} is not a folder")
+        ("config.json", f"{tmp_path / 'absent'} is not a folder: give one that `vispruner build` wrote")
     ]
 
 

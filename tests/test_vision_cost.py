@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import vispruner
-from vispruner.token_selection import SELECTORS, Selector
+from vispruner.selectors import SELECTORS, Selector
 
 
 def pixels_of(inputs):

@@ -27,13 +27,14 @@ from transformers.models.clip.modeling_clip import CLIPAttention, eager_attentio
 import vispruner
 from vispruner import cpu_workarounds, visual_attention
 from vispruner.cpu_workarounds import FAST_ROWS, SLOW_ROWS
-from vispruner.token_selection import SELECTORS
+from vispruner.selectors import SELECTORS
 from vispruner.visual_attention import (
     Reading,
     SaliencyTap,
     cls_saliency,
     make_tappable,
     received_attention,
+    received_attention_of_patches,
 )
 
 HEADS, LAYERS, N = 4, 4, 64  # of the tiny tower; N patches beside the [CLS] token
@@ -638,6 +639,17 @@ def test_received_attention_is_the_mean_over_heads_and_queries_however_little_is
     expected = torch.stack([attention[image, seen[image]].mean(dim=0) for image in range(2)])
     found = received_attention(q, k, seen=seen if padded else None)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-7)  # float32 against float64
+
+
+def test_patches_are_asked_about_by_cls_too() -> None:
+    """The mean is over all 1+N queries. Here [CLS] alone ranks: the patches ask about all alike."""
+    q, k = (torch.randn(2, 3, 1 + 9, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    q[:, :, 1:] = 0
+    attention = (q.double() @ k.double().mT / 8**0.5).softmax(-1)
+    expected = attention.mean(dim=(1, 2))[:, 1:]
+    found = received_attention_of_patches(q, k)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-7)  # float32 against float64
+    assert torch.equal(found.argsort(dim=-1), cls_saliency(q, k).argsort(dim=-1))
 
 
 class ProductsOf(TorchDispatchMode):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rows import Part, Reference, Video, left_padded, noise, shortened
-from vispruner.token_selection import select_tokens
+from vispruner.selectors import select_tokens
 
 PATCH, MERGE, PAD = 14, 2, 0
 VISION_START, VISION_END, IMAGE, VIDEO = 90, 91, 92, 93

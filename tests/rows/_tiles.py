@@ -10,7 +10,7 @@ import torch
 
 from rows import noise
 from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
-from vispruner.token_selection import select_tokens
+from vispruner.selectors import select_tokens
 
 
 def drawn_tiles(count: int, side: int, seed: int) -> list[torch.Tensor]:

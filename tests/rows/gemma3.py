@@ -9,7 +9,7 @@ import torch
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
 from rows import Image, Part, Reference, left_padded, noise, shortened
-from vispruner.token_selection import select_tokens
+from vispruner.selectors import select_tokens
 
 IMAGE, BEGIN, END, PAD = 90, 91, 92, 0
 SIZE, SIDE, POOLED = 112, 8, 4  # pixels, patches and tokens along an image

@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from rows import Image, Part, Reference, left_padded, noise, shortened
-from vispruner.token_selection import select_tokens
+from vispruner.selectors import select_tokens
 
 IMAGE, PAD, PATCHES = 90, 0, 64
 

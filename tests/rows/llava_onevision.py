@@ -19,7 +19,7 @@ from transformers import (
 from transformers.image_processing_utils import select_best_resolution
 
 from rows import Image, Part, Reference, Video, left_padded, noise, shortened
-from vispruner.token_selection import select_tokens
+from vispruner.selectors import select_tokens
 
 IMAGE, VIDEO, PAD = 90, 91, 0
 SIDE, TILE, POOLED = 7, 98, 4  # patches along a tile, pixels along it, tokens along a pooled frame

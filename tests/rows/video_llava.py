@@ -11,7 +11,7 @@ from transformers import VideoLlavaConfig, VideoLlavaForConditionalGeneration, V
 
 from rows import Image, Part, Reference, Video, left_padded, noise, shortened
 from rows.llava import LlavaRow
-from vispruner.token_selection import select_tokens
+from vispruner.selectors import select_tokens
 
 IMAGE, VIDEO, PAD = 90, 91, 0
 SIZE, PATCHES, FRAMES = 56, 16, 8

@@ -1,0 +1,144 @@
+"""What a decoder layer's queries and keys say of the visual tokens in a prompt: pure functions, no attention map kept.
+
+Only rows that rank are ever multiplied with the keys. Logits and softmax run in float32 at least.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .similarity import without_autocast
+
+ATTENTION_AT_ONCE = 2**25  # entries of attention that exist at a time: 128 MiB
+
+
+@dataclass(frozen=True)
+class DecoderReading:
+    """What was read in one decoder layer of B prompts of S columns, H query heads and G key heads.
+
+    query, key   (B, H, S, d), (B, G, S, d)  after rotary embedding
+    scaling      of the logits
+    seen         (B, S)     False for padding
+    last         (B,)       column of the last token of the prompt
+    visual       (B, S)     True for visual tokens
+    raters       (B, S)     True for the words that rate visual tokens (SparseVLM); None where nobody asked
+    rotary       cos and sin (B, S, d) of the positions; None where nobody asked
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    scaling: float
+    seen: torch.Tensor
+    last: torch.Tensor
+    visual: torch.Tensor
+    raters: torch.Tensor | None = None
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attention(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return what some rows attend to: columns (B, R) -> (B, H, R, S), causal, nothing for padding."""
+        at = rows[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3])
+        asking = self.query.gather(2, at).float()
+        key = self.key.float()
+        grouped = asking.unflatten(1, (key.shape[1], -1))  # (B, G, H/G, R, d)
+        with without_autocast(key.device):
+            logits = torch.matmul(grouped, key[:, :, None].mT) * self.scaling
+        columns = torch.arange(key.shape[2], device=key.device)
+        visible = (columns <= rows[..., None]) & self.seen[:, None]
+        logits = logits.masked_fill(~visible[:, None, None], torch.finfo(logits.dtype).min)
+        return logits.softmax(dim=-1).flatten(1, 2)
+
+    def mean_attention(self, asking: torch.Tensor) -> torch.Tensor:
+        """Return the mean over heads and over the rows that `asking` (B, S) names, in pieces: (B, S)."""
+        rows, weight = _rows_of(asking)
+        batch, heads, _, _ = self.query.shape
+        at_once = max(16, ATTENTION_AT_ONCE // (batch * heads * self.key.shape[2]))
+        total = torch.zeros(self.seen.shape, device=self.key.device)
+        for part, share in zip(rows.split(at_once, 1), weight.split(at_once, 1), strict=True):
+            total = total + (self.attention(part).mean(1) * share[..., None]).sum(1)
+        return total / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def _rows_of(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns (B, R) where `flags` (B, S) is true, and 1 where one is, 0 where a row has fewer."""
+    most = max(1, int(flags.sum(1).max()))
+    order = (~flags).int().argsort(dim=1, stable=True)[:, :most]
+    return order, flags.gather(1, order).float()
+
+
+def last_row(reading: DecoderReading) -> torch.Tensor:
+    """Attention that the last token of the prompt pays, mean over heads (FastV, PyramidDrop): (B, S)."""
+    return reading.attention(reading.last[:, None]).mean(1)[:, 0]
+
+
+def visual_rows(reading: DecoderReading) -> torch.Tensor:
+    """Attention that all visual tokens pay, mean over heads and rows (VisionDrop): (B, S)."""
+    return reading.mean_attention(reading.visual)
+
+
+def rater_rows(reading: DecoderReading) -> torch.Tensor:
+    """Attention that the raters pay, mean over heads and rows (SparseVLM 1.5): (B, S)."""
+    return reading.mean_attention(_raters(reading))
+
+
+def level_rater_rows(reading: DecoderReading, heads: int = 14) -> torch.Tensor:
+    """As `rater_rows`, freed of what rotary positions alone give near tokens, in the most attentive heads: (B, S).
+
+    heads  how many heads count: those that attend most to visual tokens (SparseVLM 2 takes 14 of every model)
+    """
+    rows, weight = _rows_of(_raters(reading))
+    attention = reading.attention(rows) / _gravity(reading, rows)[:, None]
+    attention = attention * weight[:, None, :, None]
+    of_head = (attention * reading.visual[:, None, None]).sum((2, 3))  # (B, H)
+    best = of_head.argsort(dim=1, descending=True, stable=True)[:, :heads]
+    chosen = attention.sum(2).gather(1, best[..., None].expand(-1, -1, attention.shape[-1]))
+    return chosen.mean(1) / weight.sum(1, keepdim=True).clamp(min=1)
+
+
+def key_norms(reading: DecoderReading) -> torch.Tensor:
+    """Sum of the absolute values of each column's keys, over all heads (DART): (B, S)."""
+    return reading.key.float().abs().sum((1, 3))
+
+
+def _raters(reading: DecoderReading) -> torch.Tensor:
+    if reading.raters is None:
+        raise RuntimeError("raters were not found when the prompt began")
+    return reading.raters
+
+
+def _gravity(reading: DecoderReading, rows: torch.Tensor) -> torch.Tensor:
+    """Return the logits (B, R, S) that two vectors of ones have by their positions alone."""
+    if reading.rotary is None:
+        raise RuntimeError("positions were not read")
+    cos, sin = (part.float() for part in reading.rotary)
+    low, high = sin.chunk(2, dim=-1)
+    ones = cos + torch.cat([-low, high], dim=-1)  # a vector of ones, rotated
+    asking = ones.gather(1, rows[..., None].expand(-1, -1, ones.shape[-1]))
+    return asking @ ones.mT / ones.shape[-1] ** 0.5
+
+
+def find_raters(embeds: torch.Tensor, visual: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Return the words behind a prompt's visual tokens that resemble these more than the average (SparseVLM): (B, S).
+
+    embeds  (B, S, C)  the prompt as embedded
+    visual  (B, S)     True for visual tokens
+    seen    (B, S)     False for padding
+    """
+    raters = torch.zeros_like(visual)
+    for row, (tokens, is_visual, is_seen) in enumerate(zip(embeds.detach().float(), visual, seen, strict=True)):
+        behind = is_seen & (is_visual.flip(0).cumsum(0).flip(0) == 0) & is_visual.any()
+        words = tokens[behind]
+        if len(words):
+            share = (tokens[is_visual] @ words.mT).softmax(dim=-1).mean(0)
+            chosen = share > share.mean()
+            raters[row, behind] = chosen if bool(chosen.any()) else torch.ones_like(chosen)
+    return raters
+
+
+RANKINGS: dict[str, Callable[..., torch.Tensor]] = {
+    "last_row": last_row,
+    "visual_rows": visual_rows,
+    "rater_rows": rater_rows,
+    "level_rater_rows": level_rater_rows,
+    "key_norms": key_norms,
+}

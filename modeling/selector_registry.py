@@ -1,0 +1,253 @@
+"""What a method is: a selector, the inputs and options it declares, and where it prunes. Knows no method and no model.
+
+Every selector is called as `select(features, saliency, visual_token_num, **further)` and says which tokens stay: an
+index tensor (B, T), ascending, T = min(visual_token_num, N), or a `Selection`. It never changes its inputs. Its
+further parameters are inputs it needs (see `FURTHER_INPUTS`) and its options. With the default None, `grid` is an
+input that it gets where the tokens are a whole grid, and can do without.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+
+class Merge(NamedTuple):
+    """What is folded into the tokens that stay: E edges an image, in any order, several to or from one token.
+
+    source  (B, E)  the token of the N that is added
+    target  (B, E)  the place among the T kept ones of the token that it is added to
+    weight  (B, E)  what it is multiplied by; 0 where an image has fewer edges
+    own     (B, T)  what each kept token itself is multiplied by
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+    own: torch.Tensor
+
+
+class Selection(NamedTuple):
+    """What a selector decided for B images of N tokens.
+
+    indices   (B, T)  the tokens that stay, ascending; the last `appended` apart. Of merged ones, the token whose place
+                      and position they take
+    merge     what is folded into them, None for nothing
+    appended  how many of them, at the end, go behind the others in the prompt
+    """
+
+    indices: torch.Tensor
+    merge: Merge | None = None
+    appended: int = 0
+
+    def take(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the tokens that stay, each with what is folded into it: (B, N, C) -> (B, T, C).
+
+        Tokens that nothing is folded into are the same bits; sums run in float32 at least.
+        """
+        width = tokens.shape[-1]
+        kept = tokens.gather(1, self.indices[..., None].expand(-1, -1, width))
+        if self.merge is None:
+            return kept
+        source, target, weight, own = self.merge
+        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        added = wide.gather(1, source[..., None].expand(-1, -1, width)) * weight[..., None].to(wide.dtype)
+        merged = (kept.to(wide.dtype) * own[..., None].to(wide.dtype)).scatter_add(
+            1, target[..., None].expand(-1, -1, width), added
+        )
+        is_merged = torch.zeros_like(own, dtype=torch.bool).scatter_reduce(1, target, weight != 0, "amax") | (own != 1)
+        return torch.where(is_merged[..., None], merged.to(tokens.dtype), kept)
+
+
+class DecoderPlace(NamedTuple):
+    """Where in the language model a method prunes, and by what.
+
+    layers     the layers before which visual tokens leave, ascending, of a model of so many layers
+    ranking    which of decoder_attention's `RANKINGS` its `saliency` is
+    of_layer   "previous": read in the layer before; "own": in the layer to come, computed for it
+    positions  "original": what stays keeps its position; "renumber": all are counted anew at every stage
+    normed     whether its features are the hidden states after the model's last norm
+    """
+
+    layers: Callable[[int], list[int]]
+    ranking: str = "last_row"
+    of_layer: Literal["previous", "own"] = "previous"
+    positions: Literal["original", "renumber"] = "original"
+    normed: bool = False
+
+
+class Selector(NamedTuple):
+    """A registered method and what it declares.
+
+    options          the names of its options, and their defaults
+    needs            which of `FURTHER_INPUTS` it is to be given
+    saliency_layers  which encoder layers it wants `layer_saliency` of, as a function of how many layers there are and
+                     of the one that produces the features, all counted from 0
+    saliency_kind    what that is: "cls", the attention of the [CLS] query, or "received", the mean over all queries
+    kinds            why it keeps a token, a line for each reason: "name: what that is"
+    kind_of          where it has several, which it was: called with `kept` (B, T) and `saliency` (B, N), then by name
+                     with `layer_saliency`, `grid` and options of its own, it returns places in `kinds`, (B, T) int64
+    place            where in the language model it prunes; None for behind the encoder
+    experimental     what of it is this package's own choice, because no code of its authors exists
+    uses             which of `FURTHER_INPUTS` it is to be given where there is one
+    """
+
+    function: Callable[..., torch.Tensor | Selection]
+    options: Mapping[str, Any]
+    needs: frozenset[str] = frozenset()
+    saliency_layers: Callable[[int, int], list[int]] | None = None
+    saliency_kind: Literal["cls", "received"] = "cls"
+    kinds: tuple[str, ...] = ()
+    kind_of: Callable[..., torch.Tensor] | None = None
+    place: DecoderPlace | None = None
+    experimental: str | None = None
+    uses: frozenset[str] = frozenset()
+
+
+SELECTORS: dict[str, Selector] = {}
+
+_INPUTS = ["features", "saliency", "visual_token_num"]
+
+# What a selector is given when its signature has a parameter of this name:
+#   projected       (B, N, D)        features after the projector
+#   grid            (rows, columns)  of the N tokens, which are in raster order
+#   layer_saliency  (B, L, N)        saliency of the L encoder layers that the selector asks for, in its order
+#   codebook        (M, D)           prototypes of redundant projected features
+#   keys            (B, N, d)        keys of the decoder layer that ranks, mean over heads
+#   text            (B, L, C)        features of the prompt's columns
+#   text_saliency   (B, L)           saliency of these; -inf where a column is no word behind the image
+FURTHER_INPUTS = frozenset({"projected", "grid", "layer_saliency", "codebook", "keys", "text", "text_saliency"})
+USABLE_INPUTS = frozenset({"grid"})  # of these, the ones that may have a default: not every place has them
+DECODER_INPUTS = frozenset({"projected", "keys", "text", "text_saliency"})  # what a decoder layer can give
+
+
+def register_selector(
+    name: str,
+    *,
+    saliency_layers: Callable[[int, int], list[int]] | None = None,
+    saliency_kind: Literal["cls", "received"] = "cls",
+    kinds: tuple[str, ...] = (),
+    kind_of: Callable[..., torch.Tensor] | None = None,
+    place: DecoderPlace | None = None,
+    experimental: str | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Name a selector, so that `vispruner_config.method` can ask for it; for the keywords see `Selector`."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function).parameters
+        parameters = list(signature)
+        if parameters[:3] != _INPUTS:
+            raise TypeError(f"selector {name!r} must take {', '.join(_INPUTS)} first, got {', '.join(parameters)}")
+        further = frozenset(parameters[3:])
+        if ("layer_saliency" in further) != (saliency_layers is not None):
+            raise TypeError(f"selector {name!r} must both take layer_saliency and say saliency_layers, or neither")
+        if (kind_of is not None) != (len(kinds) > 1):
+            raise TypeError(f"selector {name!r} must say kind_of where it has several kinds, and only there")
+        asked = set() if kind_of is None else set(list(inspect.signature(kind_of).parameters)[2:])
+        if unknown := sorted(asked - {"layer_saliency", "grid"} - (further - FURTHER_INPUTS)):
+            raise TypeError(f"kind_of of selector {name!r} asks for {', '.join(unknown)}, which it is not given")
+        if name in SELECTORS:
+            raise ValueError(f"a selector named {name!r} is registered already; choose another name")
+        inputs = further & FURTHER_INPUTS
+        uses = frozenset(given for given in inputs if signature[given].default is not inspect.Parameter.empty)
+        if wrong := sorted(
+            given for given in uses if given not in USABLE_INPUTS or signature[given].default is not None
+        ):
+            raise TypeError(
+                f"selector {name!r} has a default for {', '.join(wrong)}: of its inputs grid alone may have one, None"
+            )
+        options = {option: signature[option].default for option in parameters[3:] if option not in inputs}
+        SELECTORS[name] = Selector(
+            function, options, inputs - uses, saliency_layers, saliency_kind, kinds, kind_of, place, experimental, uses
+        )
+        return function
+
+    return register
+
+
+def selector_named(method: Any) -> Selector:
+    """Return the selector registered as `method`; ValueError names those there are."""
+    if method not in SELECTORS:
+        close = difflib.get_close_matches(str(method), SELECTORS, n=1)
+        if close:
+            raise ValueError(f"vispruner_config.method {method!r} is not a method: did you mean {close[0]}?")
+        allowed = [*sorted(SELECTORS), "none"]
+        raise ValueError(f"vispruner_config.method must be one of {allowed}, got {method!r}")
+    return SELECTORS[method]
+
+
+def require_published(method: Any) -> None:
+    """Raise ValueError for a method whose code is not one of the files that repos carry: it would be missing there."""
+    module = getattr(selector_named(method).function, "__module__", "")
+    if module.rpartition(".")[0] != __name__.rpartition(".")[0]:
+        raise ValueError(
+            f'vispruner_config.method "{method}" was registered by {module}, which no repo carries: it could not '
+            "be loaded. Choose a method of the package first, by set_vispruner_config(method=...), or add yours to it"
+        )
+
+
+def run_selector(
+    method: str, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, **further: object
+) -> Selection:
+    """Run the selector registered as `method`.
+
+    features  (B, N, C)  features of the place where it prunes
+    saliency  (B, N)     attention each token receives, higher is more important
+    further              the inputs of `FURTHER_INPUTS` that the selector needs, and its options: it gets those it
+                         names and the others are left out, so the caller may pass every option of vispruner_config
+                         whatever the method; one that no selector names is an error
+    returns              T = min(visual_token_num, N) tokens of each image
+    """
+    selector = selector_named(method)
+    if missing := [name for name in sorted(selector.needs) if further.get(name) is None]:
+        raise ValueError(
+            f'vispruner_config.method "{method}" needs {", ".join(missing)}, which this architecture does not give'
+        )
+    known = FURTHER_INPUTS.union(*(other.options for other in SELECTORS.values()))
+    if unknown := [name for name in further if name not in known]:
+        raise TypeError(f"no registered selector takes the option(s) {unknown}; check the spelling")
+    taken = selector.needs.union(selector.uses, selector.options)
+    chosen = {name: value for name, value in further.items() if name in taken}
+    made = selector.function(features, saliency, visual_token_num, **chosen)
+    return made if isinstance(made, Selection) else Selection(made)
+
+
+def select_tokens(
+    method: str, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, **further: object
+) -> torch.Tensor:
+    """Return the kept indices (B, T) of `run_selector`, which takes the same."""
+    return run_selector(method, features, saliency, visual_token_num, **further).indices
+
+
+def check_method_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key of vispruner_config.method_options that the method does not have."""
+    own = selector_named(method).options
+    for name in options:
+        if name not in own:
+            close = difflib.get_close_matches(str(name), own, n=1)
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            has = f"its options are {sorted(own)}" if own else "it has none"
+            raise ValueError(
+                f'vispruner_config.method_options: method "{method}" has no option {name!r}; {has}{meant}'
+            )
+
+
+def kinds_of_kept(
+    method: str, kept: torch.Tensor, saliency: torch.Tensor, **options: object
+) -> dict[str, torch.Tensor]:
+    """Say why each token stays that the selector registered as `method` kept, to be shown.
+
+    kept      (B, T)  what the selector returned
+    saliency  (B, N)  what it was given
+    options           what else it was given
+    returns           by kind, in the order of `Selector.kinds`, the tokens (B, T) of `kept` that are of it, every
+                      token in one; empty where the method names no kind
+    """
+    selector = SELECTORS[method]
+    if selector.kind_of is None:
+        return {kind: torch.ones_like(kept, dtype=torch.bool) for kind in selector.kinds}
+    named = inspect.signature(selector.kind_of).parameters
+    kind = selector.kind_of(kept, saliency, **{name: value for name, value in options.items() if name in named})
+    return {name: kind == number for number, name in enumerate(selector.kinds)}

@@ -1,0 +1,446 @@
+"""Visual tokens that leave between decoder layers, on every architecture, against a full-length masked reference.
+
+The reference is the stock model with eager attention: nothing is shortened, but from a stage's layer on nobody attends
+to what was dropped. What is dropped is computed from the attention maps that stock returns.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matrix import ONE, ROWS, SEVERAL, TEXT, TOKEN_TYPES, TOLERANCE, Model, generate
+from rows import draw_weights
+from torch.nn import functional as F
+
+import vispruner
+from vispruner.pruning_plan import layer_counts, stage_counts
+from vispruner.stock_versions import CACHE
+
+DEPTH, FIRST = 6, 3  # FIRST: the first layer that Qwen3-VL lets visual tokens leave before
+BATCH = [ONE, SEVERAL, TEXT]
+RENUMBERS = ("pyramiddrop", "sparsevlm_v1", "visiondrop")
+METHODS = ("fastv", "sparsevlm", "dart", *RENUMBERS)
+ANYWHERE = ("vispruner", "divprune", "scope", "cls_attention")  # methods for the encoder that a decoder layer can run
+HAS_AXES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*model-agnostic default.*")
+
+
+@pytest.fixture(scope="session")
+def deep_models() -> dict[str, Model]:
+    return {}
+
+
+@pytest.fixture
+def deep(
+    request: pytest.FixtureRequest, deep_models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Model]:
+    """A row's models with six decoder layers."""
+    name = request.param
+    if name not in deep_models:
+        row = ROWS[name]
+        config = row.config()
+        text = config.get_text_config()
+        if getattr(text, "layer_types", None):
+            text.layer_types = [kind for kind, _ in zip(itertools.cycle(text.layer_types), range(DEPTH), strict=False)]
+        text.num_hidden_layers = DEPTH
+        stock = row.stock_class(config).eval()
+        draw_weights(stock)
+        folder = tmp_path_factory.mktemp(name) / "deep"
+        stock.save_pretrained(folder)
+        stock = row.stock_class.from_pretrained(folder, attn_implementation="eager").eval()
+        pruned = vispruner.load(folder, keep_ratio=0.5, attn_implementation="eager").eval()
+        deep_models[name] = Model(row, folder, stock, pruned)
+    model = deep_models[name]
+    before = dict(model.pruned.config.vispruner_config)
+    with torch.set_grad_enabled("gradients" in request.keywords):
+        yield model
+    model.pruned.config.vispruner_config = before
+
+
+every_model = pytest.mark.parametrize("deep", ROWS, indirect=True)
+some_models = pytest.mark.parametrize("deep", ["llava", "qwen2_5_vl", "gemma3"], indirect=True)
+
+
+def use(model: Model, method: str, **options: Any) -> Any:
+    """Let the model prune by `method`, at layers that every architecture allows."""
+    if not {"visual_token_num", "keep_ratio", "stage_token_nums"} & set(options):
+        options["keep_ratio"] = 0.6
+    if method in ("fastv", "dart", *ANYWHERE):
+        options.setdefault("prune_layers", [FIRST])
+    if method == "sparsevlm":
+        options.setdefault("prune_layers", [FIRST, FIRST + 1, FIRST + 2])
+        options["keep_ratio"] = 0.7
+    model.pruned.set_vispruner_config(method=method, **options)
+    return model.pruned
+
+
+def visual(model: Model, inputs: dict[str, Any]) -> torch.Tensor:
+    return torch.isin(inputs["input_ids"], torch.tensor(model.pruned.model.placeholder_ids))
+
+
+def lengths(cache: Any) -> list[int]:
+    return [int(cache.get_seq_length(layer)) for layer in range(DEPTH)]
+
+
+def seen_at(cache: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
+    """By stage's layer, the columns (B, S) that its cache holds."""
+    nothing = torch.zeros_like(inputs["attention_mask"], dtype=torch.bool)
+    return {stage.layer: nothing.scatter(1, stage.columns, stage.seen) for stage in cache.vispruner_stages}
+
+
+@contextmanager
+def dropping(stock: Any, held: dict[int, torch.Tensor]) -> Iterator[None]:
+    """Let nobody attend, from each layer on, to columns that it does not hold: nothing is shortened."""
+    base = stock.model
+    text = base.text_model if hasattr(base, "text_model") else base.language_model
+
+    def mask_of(dropped: torch.Tensor) -> Callable:
+        def hook(_: Any, args: tuple, kwargs: dict) -> tuple:
+            width, lowest = args[0].shape[1], torch.finfo(args[0].dtype).min
+            mask = kwargs["attention_mask"].expand(len(dropped), -1, -1, -1)
+            blocked = dropped[:, None, None] & ~torch.eye(width, dtype=torch.bool)
+            return args, {**kwargs, "attention_mask": mask.masked_fill(blocked, lowest)}
+
+        return hook
+
+    handles = []
+    for number, layer in enumerate(text.layers):
+        stages = [columns for first, columns in held.items() if first <= number]
+        if stages:
+            handles.append(layer.register_forward_pre_hook(mask_of(~stages[-1]), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def rescored(model: Any, inputs: dict[str, Any], sequences: torch.Tensor) -> torch.Tensor:
+    """The logits of an answer, computed in one pass over prompt and answer: (B, new, vocabulary)."""
+    prompt, new = inputs["input_ids"].shape[1], sequences.shape[1] - inputs["input_ids"].shape[1]
+    mask = F.pad(inputs["attention_mask"], (0, new), value=1)
+    further = {name: F.pad(inputs[name], (0, new)) for name in TOKEN_TYPES & set(inputs)}
+    if "mm_token_type_ids" not in inputs:
+        further["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    full = {**inputs, **further, "input_ids": sequences, "attention_mask": mask}
+    return model(**full, prompt_lengths=torch.full((len(mask),), prompt)).logits[:, prompt - 1 : -1]
+
+
+def answered(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
+    return generate(model, inputs, return_dict_in_generate=True, output_logits=True, **options)
+
+
+class TestAgainstStock:
+    @every_model
+    def test_fastv_keeps_what_stocks_attention_says_and_computes_as_if_the_rest_were_masked(self, deep: Model) -> None:
+        inputs = deep.prompt(*BATCH)
+        outputs = use(deep, "fastv")(**inputs)
+        held = seen_at(outputs[CACHE], inputs)
+        stock = deep.stock(**inputs, output_attentions=True)
+        attention = stock.attentions[FIRST - 1].mean(1)[:, -1]
+        for row, (is_visual, stays) in enumerate(zip(visual(deep, inputs), held[FIRST], strict=True)):
+            columns = is_visual.nonzero()[:, 0]
+            count = int((is_visual & stays).sum())
+            best = columns[attention[row, columns].argsort(descending=True, stable=True)[:count]]
+            assert set(best.tolist()) == set((is_visual & stays).nonzero()[:, 0].tolist())
+            assert count < len(columns) or not len(columns)
+        with dropping(deep.stock, held):
+            expected = deep.stock(**inputs).logits
+        assert outputs.logits.shape == expected.shape
+        torch.testing.assert_close(outputs.logits[held[FIRST]], expected[held[FIRST]], rtol=1e-4, atol=2e-4)
+        assert (stock.logits[:2, -1] - expected[:2, -1]).abs().max() > 0.01  # dropping changes something
+
+    @every_model
+    def test_three_stages_compute_as_if_the_rest_were_masked(self, deep: Model) -> None:
+        inputs = deep.prompt(*BATCH)
+        outputs = use(deep, "cls_attention", prune_layers=[FIRST, FIRST + 1, FIRST + 2])(**inputs)
+        held = seen_at(outputs[CACHE], inputs)
+        assert len(held) == 3
+        with dropping(deep.stock, held):
+            expected = deep.stock(**inputs).logits
+        last = list(held.values())[-1]
+        torch.testing.assert_close(outputs.logits[last], expected[last], rtol=1e-4, atol=2e-4)
+
+    @every_model
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_a_budget_that_keeps_all_is_stock_bit_for_bit(self, deep: Model, attention: str) -> None:
+        inputs = deep.prompt(*BATCH)
+        pruned = use(deep, "fastv", keep_ratio=1.0)
+        models = [deep.stock, pruned]
+        try:
+            for model in models:
+                model.set_attn_implementation(attention)
+            assert torch.equal(pruned(**inputs).logits, deep.stock(**inputs).logits)
+            assert torch.equal(generate(pruned, inputs), generate(deep.stock, inputs))
+        finally:
+            for model in models:
+                model.set_attn_implementation("eager")
+
+    @every_model
+    def test_shapes_are_those_of_stock(self, deep: Model) -> None:
+        inputs = deep.prompt(*BATCH)
+        ours = use(deep, "fastv")(**inputs, output_hidden_states=True, output_attentions=True)
+        stock = deep.stock(**inputs, output_hidden_states=True, output_attentions=True)
+        assert [state.shape for state in ours.hidden_states] == [state.shape for state in stock.hidden_states]
+        assert [layer.shape for layer in ours.attentions] == [layer.shape for layer in stock.attentions]
+        assert deep.pruned.model(**inputs).last_hidden_state.shape == stock.hidden_states[-1].shape
+
+
+class TestGenerate:
+    @every_model
+    def test_every_row_of_a_batch_answers_as_alone_and_as_it_is_scored(self, deep: Model) -> None:
+        name = deep.row.model_type
+        methods = (*METHODS, *ANYWHERE) if name in ("llava", "qwen2_5_vl", "gemma3") else ("fastv", "visiondrop")
+        for method in methods:
+            if method in RENUMBERS and name in HAS_AXES:
+                continue
+            pruned, inputs = use(deep, method), deep.prompt(*BATCH)
+            outputs = answered(pruned, inputs)
+            logits = torch.stack(outputs.logits, 1)
+            for row, prompt in enumerate(BATCH):
+                alone = torch.stack(answered(pruned, deep.prompt(prompt)).logits, 1)
+                torch.testing.assert_close(logits[row], alone[0], **TOLERANCE, msg=f"{method}, row {row}")
+            if deep.row.model_type != "paligemma":  # whose prompts see themselves both ways, and answers do not
+                scored = rescored(pruned, inputs, outputs.sequences)
+                torch.testing.assert_close(logits, scored, rtol=1e-3, atol=1e-3, msg=method)
+
+    @every_model
+    def test_the_cache_of_each_layer_holds_what_is_left(self, deep: Model) -> None:
+        inputs = deep.prompt(ONE)
+        pruned = use(deep, "cls_attention", prune_layers=[FIRST, FIRST + 2])
+        outputs = answered(pruned, inputs)
+        tokens = int(visual(deep, inputs).sum())
+        text = outputs.sequences.shape[1] - 1 - tokens
+        (counts,) = {tuple(pruned.model.layer_counts(n)) for n in deep.counts(inputs)[0][placeholder_of(deep)]}
+        images = len(deep.counts(inputs)[0][placeholder_of(deep)])
+        assert lengths(outputs[CACHE]) == [text + count * images for count in counts]
+        assert sum(counts) <= 0.6 * DEPTH * tokens / images
+
+    @some_models
+    @pytest.mark.parametrize(
+        "how",
+        [
+            {"num_beams": 3},
+            {"prompt_lookup_num_tokens": 3},
+            {"cache_implementation": "static", "disable_compile": True},
+            {"cache_implementation": "offloaded"},
+            {"assistant": True},
+        ],
+        ids=["beams", "lookup", "static", "offloaded", "assisted"],
+    )
+    def test_every_way_to_generate_gives_the_same_answer(self, deep: Model, how: dict[str, Any]) -> None:
+        if how == {"cache_implementation": "offloaded"} and not torch.accelerator.is_available():
+            pytest.skip("an offloaded cache needs an accelerator")
+        for method in ("fastv", *([] if deep.row.model_type in HAS_AXES else ["pyramiddrop"])):
+            pruned = use(deep, method)
+            prompts = [ONE] if {"assistant", "prompt_lookup_num_tokens"} & set(how) else BATCH
+            inputs = deep.prompt(*prompts)
+            options = {"assistant_model": pruned} if how == {"assistant": True} else how
+            answer = generate(pruned, inputs, **options)
+            if "num_beams" in how:
+                alone = [generate(pruned, deep.prompt(prompt), **how)[0, -3:] for prompt in prompts]
+                assert torch.equal(answer[:, -3:], torch.stack(alone))
+            else:
+                assert torch.equal(answer, generate(pruned, inputs))
+
+    @some_models
+    def test_a_second_question_goes_on_with_what_the_first_left(self, deep: Model) -> None:
+        pruned, inputs = use(deep, "fastv"), deep.prompt(ONE)
+        first = answered(pruned, inputs)
+        ids = torch.cat([first.sequences, torch.tensor([[21, 22, 23]])], dim=1)
+        new = ids.shape[1] - inputs["input_ids"].shape[1]
+        further = {name: F.pad(inputs[name], (0, new)) for name in TOKEN_TYPES & set(inputs)}
+        later = {**inputs, **further, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        second = answered(pruned, later, **{CACHE: first[CACHE]})
+        scored = pruned(**later, prompt_lengths=[inputs["input_ids"].shape[1]]).logits[:, -1]
+        torch.testing.assert_close(second.logits[0], scored, **TOLERANCE)
+
+    @some_models
+    def test_encoded_images_serve_any_decoder_method(self, deep: Model) -> None:
+        inputs = deep.prompt(ONE)
+        pruned = use(deep, "fastv")
+        names = [n for n in inputs if n not in {"input_ids", "attention_mask", *TOKEN_TYPES}]
+        encoded = pruned.encode_images(**{name: inputs[name] for name in names})
+        others = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
+        assert torch.equal(generate(pruned, others, encoded_images=encoded), generate(pruned, inputs))
+
+    @some_models
+    def test_methods_of_both_places_combine(self, deep: Model) -> None:
+        inputs = deep.prompt(ONE)
+        pruned = use(deep, "vispruner+fastv", stage_token_nums=[4, 2], prune_layers=[FIRST])
+        outputs = answered(pruned, inputs)
+        images = len(deep.counts(inputs)[0][placeholder_of(deep)])
+        text = lengths(outputs[CACHE])[0] - 4 * images
+        assert lengths(outputs[CACHE]) == [text + 4 * images] * FIRST + [text + 2 * images] * (DEPTH - FIRST)
+        assert pruned(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+        if deep.row.model_type not in HAS_AXES:
+            scored = rescored(pruned, inputs, outputs.sequences)
+            torch.testing.assert_close(torch.stack(outputs.logits, 1), scored, rtol=1e-3, atol=1e-3)
+
+
+def placeholder_of(model: Model) -> int:
+    return model.pruned.model.placeholder_ids[0]
+
+
+class TestTraining:
+    @every_model
+    @pytest.mark.gradients
+    def test_checkpoints_change_no_gradient(self, deep: Model) -> None:
+        inputs = deep.prompt(*BATCH)
+        labels = inputs["input_ids"].clone()
+        labels[:, :-3] = -100
+        pruned = use(deep, "fastv").train()
+
+        def gradients() -> tuple[torch.Tensor, list[torch.Tensor]]:
+            pruned.zero_grad()
+            loss = pruned(**inputs, labels=labels, use_cache=False).loss
+            loss.backward()
+            return loss, [p.grad.clone() for p in pruned.parameters() if p.grad is not None]
+
+        try:
+            plain = gradients()
+            for reentrant in (False, True):
+                pruned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+                loss, checkpointed = gradients()
+                assert torch.equal(loss, plain[0]) and len(checkpointed) == len(plain[1])
+                assert all(map(torch.equal, checkpointed, plain[1]))
+        finally:
+            pruned.gradient_checkpointing_disable()
+            pruned.zero_grad()
+            pruned.eval()
+
+    @some_models
+    def test_what_ranks_comes_before_the_labels(self, deep: Model) -> None:
+        inputs = deep.prompt(ONE)
+        labels = inputs["input_ids"].clone()
+        labels[:, :-2] = -100
+        pruned = use(deep, "fastv")
+        prompt = inputs["input_ids"].shape[1] - 2
+        by_labels = pruned(**inputs, labels=labels)
+        told = pruned(**inputs, prompt_lengths=[prompt])
+        assert torch.equal(by_labels.logits, told.logits)
+        expected = F.cross_entropy(told.logits[0, prompt - 1 : -1], labels[0, prompt:])
+        torch.testing.assert_close(by_labels.loss, expected)
+
+
+class TestCopies:
+    @some_models
+    def test_a_copy_and_a_saved_model_prune_alike(self, deep: Model, tmp_path: Path) -> None:
+        inputs = deep.prompt(*BATCH)
+        pruned = use(deep, "fastv")
+        expected = pruned(**inputs).logits
+        assert torch.equal(copy.deepcopy(pruned)(**inputs).logits, expected)
+        pruned.save_pretrained(tmp_path)
+        again = type(pruned).from_pretrained(tmp_path, attn_implementation="eager").eval()
+        assert torch.equal(again(**inputs).logits, expected)
+
+    @some_models
+    def test_another_budget_or_method_for_one_call(self, deep: Model) -> None:
+        inputs = deep.prompt(ONE)
+        pruned = use(deep, "fastv")
+        dense = pruned(**inputs, vispruner_config={"method": "none"}).logits
+        torch.testing.assert_close(dense, deep.stock(**inputs).logits, **TOLERANCE)
+        by_encoder = pruned(**inputs, vispruner_config={"method": "vispruner", "keep_ratio": 0.5})
+        assert not getattr(by_encoder[CACHE], "vispruner_stages", ())
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("deep", ["llava"], indirect=True)
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"prune_layers": [0]}, "prune_layers must be null or decoder layers in rising order, from 1 on"),
+            ({"prune_layers": [3, 2]}, "prune_layers must be null or decoder layers in rising order"),
+            ({"prune_layers": [6]}, "prune_layers must be decoder layers from 1 to 5"),
+            (
+                {"stage_token_nums": [4, 8], "prune_layers": [2, 3]},
+                "stage_token_nums must be null or numbers of tokens",
+            ),
+            (
+                {"stage_token_nums": [4, 2]},
+                'stage_token_nums must have 1 numbers, one for each stage of method "fastv"',
+            ),
+            ({"stage_token_nums": [4], "keep_ratio": 0.5}, "take out visual_token_num and keep_ratio"),
+            ({"method_options": {"head": 3}}, "method \"fastv\" has no option 'head'; it has none"),
+            ({"method": "dart", "method_options": {"image_pivot": 3}}, "did you mean image_pivots"),
+            ({"method": "fastv+vispruner"}, '"fastv" prunes in the language model'),
+            ({"method": "vispruner+divprune", "stage_token_nums": [4, 2]}, "only where prune_layers says"),
+            ({"method": "vispruner+fastv", "keep_ratio": 0.5}, "has several stages"),
+            (
+                {"method": "hiprune", "prune_layers": [2], "keep_ratio": 0.5},
+                "needs grid, layer_saliency, which a decoder",
+            ),
+            ({"method": "vispruner", "stage_token_nums": [4]}, "stage_token_nums is for methods that prune in the"),
+            ({"method": "fastvv", "keep_ratio": 0.5}, "did you mean fastv"),
+        ],
+    )
+    def test_a_wrong_setting_names_its_field(self, deep: Model, options: dict[str, Any], message: str) -> None:
+        given = {"method": "fastv", **options}
+        if not {"keep_ratio", "stage_token_nums"} & set(given):
+            given["keep_ratio"] = 0.5
+        with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+            deep.pruned.set_vispruner_config(**given)
+
+    @pytest.mark.parametrize("deep", ["llava"], indirect=True)
+    def test_a_budget_that_cannot_be_met_says_the_least(self, deep: Model) -> None:
+        pruned = use(deep, "fastv", visual_token_num=9)
+        with pytest.raises(ValueError, match=r"32\.5 is the least"):
+            pruned(**deep.prompt(ONE))
+        use(deep, "fastv", stage_token_nums=[65])
+        with pytest.raises(ValueError, match=r"stage_token_nums asks for 65 .* only 64 are there"):
+            pruned(**deep.prompt(ONE))
+
+    @pytest.mark.parametrize("deep", HAS_AXES, indirect=True)
+    @pytest.mark.parametrize("method", RENUMBERS)
+    def test_positions_with_axes_are_never_counted_anew(self, deep: Model, method: str) -> None:
+        with pytest.raises(ValueError, match="counts positions anew"):
+            deep.pruned.set_vispruner_config(method=method, keep_ratio=0.7, prune_layers=[3, 4, 5])
+
+    @pytest.mark.parametrize("deep", ["qwen3_vl"], indirect=True)
+    def test_qwen3_vl_keeps_all_while_its_encoder_adds_to_them(self, deep: Model) -> None:
+        levels = len(deep.pruned.config.vision_config.deepstack_visual_indexes)
+        with pytest.raises(ValueError, match=f"decoder layers from {levels} to 5"):
+            deep.pruned.set_vispruner_config(method="fastv", keep_ratio=0.7, prune_layers=[levels - 1])
+
+    @some_models
+    def test_what_would_rank_wrongly_is_refused_by_name(self, deep: Model) -> None:
+        pruned, inputs = use(deep, "fastv"), deep.prompt(ONE)
+        for options in ({"prefill_chunk_size": 8}, {"use_cache": False}):
+            with pytest.raises(ValueError, match=f"{next(iter(options))}.* not to be had"):
+                generate(pruned, inputs, **options)
+        cache = pruned(**deep.prompt(TEXT)).get(CACHE)
+        with pytest.raises(ValueError, match="cannot prune new images behind a cache"):
+            pruned(**inputs, **{CACHE: cache})
+
+    @pytest.mark.parametrize("deep", ["gemma3"], indirect=True)
+    def test_a_window_shorter_than_the_prompt(self, deep: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(deep.pruned.config.get_text_config(), "sliding_window", 8)
+        with pytest.raises(ValueError, match="attend over a sliding window of 8"):
+            use(deep, "fastv")(**deep.prompt(ONE))
+
+
+class TestPlan:
+    def test_published_settings_come_out_of_their_mean(self) -> None:
+        assert stage_counts(576, [2], 32, 306) == [288]  # FastV, K = 2, R = 50 %
+        assert stage_counts(576, [8, 16, 24], 32, 270) == [288, 144, 72]  # PyramidDrop
+        assert stage_counts(576, [2], 32, 576) == [576]
+
+    @pytest.mark.parametrize("layers", [[1], [2], [8, 16, 24], [1, 2, 3, 4]])
+    def test_the_mean_is_met_as_closely_as_whole_tokens_allow(self, layers: list[int]) -> None:
+        for tokens in (3, 16, 144, 577):
+            least = sum(layer_counts(tokens, layers, [1] * len(layers), 32))
+            for mean in (least / 32, (least / 32 + tokens) / 2, tokens - 0.5):
+                counts = stage_counts(tokens, layers, 32, mean)
+                held = sum(layer_counts(tokens, layers, counts, 32))
+                assert held <= mean * 32 + 1e-9
+                assert counts == sorted(counts, reverse=True) and min(counts) >= 1
+                more = [min(tokens, counts[0] + len(layers))] + [min(tokens, count + 1) for count in counts[1:]]
+                assert more == counts or sum(layer_counts(tokens, layers, more, 32)) > mean * 32 - 32 * len(layers)
