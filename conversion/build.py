@@ -244,8 +244,10 @@ def _refuse_ineffective(repo: RepoConfig, model: Any, folder: Path) -> None:
 
     model  of the repo, whose tensors are not allocated; its budget is main's again afterwards
     """
+    image_processor = None
     try:
-        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        if "image_grid_thw" in model.modalities[0].described_by:  # what its largest picture is, it alone knows
+            image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as for processors
         if needs_video_packages(error):
             return  # said already where the processor was to be tried

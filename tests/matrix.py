@@ -69,9 +69,6 @@ def model(
         models[name] = Model(row, folder, stock, pruned)
     model = models[name]
     before = dict(model.pruned.config.vispruner_config)
-    for which in (model.stock, model.pruned):  # what stock remembers of the last prompt of whichever test
-        if hasattr(which.model, "rope_deltas"):
-            which.model.rope_deltas = None
     yield model
     model.pruned.config.vispruner_config = before
 

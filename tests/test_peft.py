@@ -18,6 +18,17 @@ from torch.nn import functional as F
 
 from vispruner.stock_versions import CACHE
 
+
+@pytest.fixture(autouse=True)
+def without_the_last_prompt(request: pytest.FixtureRequest) -> None:
+    """Forget what Qwen-VL remembers of the last prompt of whichever test: embedded prompts are numbered by it."""
+    if "model" in request.fixturenames:
+        model = request.getfixturevalue("model")
+        for which in (model.stock, model.pruned):
+            if hasattr(which.model, "rope_deltas"):
+                which.model.rope_deltas = None
+
+
 VIRTUAL = 3
 TEXT_ATTENTION = r".*(language_model|text_model)\..*\.(q_proj|v_proj)"
 SOFT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": VIRTUAL}
