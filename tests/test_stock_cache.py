@@ -238,7 +238,7 @@ def test_the_model_as_its_own_assistant_answers_as_without(model: Model) -> None
     old_qwen = model.row.model_type.startswith("qwen") and not TAKES_FEATURES
     if model.row.model_type == "paligemma" or old_qwen:
         with pytest.raises(
-            ValueError, match="assistant_model is not to be had for a prompt with images: (a prompt|older)"
+            ValueError, match=r"assistant_model is not to be had for a prompt with images: (a prompt|older)"
         ):
             answers(model.pruned, inputs, assistant_model=model.pruned)
         return
