@@ -25,6 +25,7 @@ import vispruner
 from vispruner.codebook_file import KEY, CodebookError
 from vispruner.pruned_encoder import projected_tokens
 from vispruner.related_selectors import select_scope
+from vispruner.selector_registry import rows_at
 
 from .base_checkpoint import resolve_base
 from .checkpoint_io import replacing, writable_file
@@ -108,7 +109,7 @@ def _redundant_tokens(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     def noting_select(tokens: Any, visual_token_num: int) -> torch.Tensor:
         count = int(tokens.saliency.shape[1] * REDUNDANT_SHARE)
         least_attended = tokens.saliency.argsort(dim=-1, stable=True)[:, :count]
-        projected = base.take_tokens(projected_tokens(base, tokens), least_attended)
+        projected = rows_at(projected_tokens(base, tokens), least_attended)
         noted.append(projected.flatten(0, 1).float().cpu())
         return select(tokens, visual_token_num)
 

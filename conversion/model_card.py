@@ -17,6 +17,7 @@ from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPI
 
 from vispruner import ARCHITECTURES, SELECTORS, VisPrunerOptions, __version__
 from vispruner.duplicate_removal import default_step
+from vispruner.selectors import methods_by_place
 from vispruner.stock_versions import OLDEST_SUPPORTED
 
 from .checkpoint_io import read_json
@@ -76,9 +77,8 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
         base=_base(repo, revision),
         thin=thin,
         pruned=options["method"] != DENSE,
-        where=_where(repo),
-        in_decoder=any(_places(options)),
-        experimental=[(name, text) for name in _names(options) if (text := SELECTORS[name].experimental)],
+        where=_where(options),
+        in_decoder=_methods(options)[1] is not None,
         is_vispruner=own_method,
         pruning=PAPER if own_method else f"visual token pruning by the method `{options['method']}` (see below)",
         budget=_budget_text(repo, options),
@@ -183,24 +183,18 @@ def _budget(field: Mapping[str, Any]) -> dict[str, Any]:
     return {"visual_token_num": None, "keep_ratio": None, "stage_token_nums": None, **field}
 
 
-def _names(options: Mapping[str, Any]) -> list[str]:
-    """Return the methods of a repo: one, or one behind the encoder and one in the language model."""
-    return [] if options["method"] == DENSE else options["method"].split("+")
+def _methods(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return the method that prunes behind the encoder, and the one in the language model."""
+    return methods_by_place(VisPrunerOptions.from_dict(dict(options)))
 
 
-def _places(options: Mapping[str, Any]) -> list[bool]:
-    """Return of each method whether it prunes in the language model."""
-    names = _names(options)
-    moved = options["prune_layers"] is not None
-    return [bool(SELECTORS[name].place or (moved and number == len(names) - 1)) for number, name in enumerate(names)]
-
-
-def _where(repo: RepoConfig) -> str:
+def _where(options: Mapping[str, Any]) -> str:
     """Say where tokens are dropped, and by what."""
-    places = _places(repo.vispruner_config)
-    encoder = "between the vision encoder and the projector, without a look at the question"
-    decoder = "between layers of the language model, which has then read the question"
-    return " and ".join(text for text, here in ((encoder, not all(places)), (decoder, any(places))) if here)
+    places = (
+        "between the vision encoder and the projector, without a look at the question",
+        "between layers of the language model, which has then read the question",
+    )
+    return " and ".join(text for text, method in zip(places, _methods(options), strict=True) if method is not None)
 
 
 def _budget_text(repo: RepoConfig, options: Mapping[str, Any]) -> str:
@@ -209,7 +203,7 @@ def _budget_text(repo: RepoConfig, options: Mapping[str, Any]) -> str:
         return "all visual tokens"
     if options["stage_token_nums"] is not None:
         return f"{', then '.join(map(str, options['stage_token_nums']))} visual tokens per image"
-    if any(_places(options)):
+    if _methods(options)[1] is not None:
         count, ratio = options["visual_token_num"], options["keep_ratio"]
         tokens = f"{count} visual tokens per image" if count is not None else f"{100 * ratio:g} % of the visual tokens"
         return f"{tokens}, on average over its layers,"
@@ -219,16 +213,21 @@ def _budget_text(repo: RepoConfig, options: Mapping[str, Any]) -> str:
 
 
 def _other_budget(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return half the budget, as keywords and as a mapping, to show how to change it."""
+    """Return another budget, as keywords and as a mapping, to show how to change it.
+
+    Half of it; more of it in the language model, where half may be less than what the first layers hold.
+    """
     changes: dict[str, Any]
     if options["method"] == DENSE:
         changes = {"method": "vispruner", "keep_ratio": 0.25}
     elif options["stage_token_nums"] is not None:
         changes = {"stage_token_nums": [max(1, count // 2) for count in options["stage_token_nums"]]}
-    elif options["visual_token_num"] is None:
-        changes = {"keep_ratio": options["keep_ratio"] / 2}
     else:
-        changes = {"visual_token_num": max(1, options["visual_token_num"] // 2)}
+        share = 0.5 if _methods(options)[1] is None else 1.25
+        if options["visual_token_num"] is None:
+            changes = {"keep_ratio": min(1.0, options["keep_ratio"] * share)}
+        else:
+            changes = {"visual_token_num": max(1, int(options["visual_token_num"] * share))}
     return {
         "keyword": ", ".join(f"{name}={json.dumps(value)}" for name, value in changes.items()),
         "mapping": json.dumps(changes),
@@ -246,8 +245,8 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
     rows = [("class", f"`{architecture.model_class.__name__}`")]
     if options["method"] == DENSE:
         return [*rows, ("method", "`none`: nothing is dropped")]
-    *earlier, name = _names(options)
-    selector = SELECTORS[earlier[0] if earlier else name]
+    methods = [method for method in _methods(options) if method is not None]
+    selector = SELECTORS[methods[0]]
     whose = "of [CLS]" if architecture.base_class.has_cls_token else "from all tokens of the image, on average"
     layer, policy, tiles = options["attention_layer"], options["position_policy"], options["tile_mode"]
     meanings = {
@@ -263,11 +262,11 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         where = "the layers that the method asks for"
     elif re.search(r"^ *saliency .*not looked at", selector.function.__doc__ or "", re.MULTILINE):
         where = ""
-    if all(_places(options)):
+    if _methods(options)[0] is None:
         where = ""
     return [
         *rows,
-        *(("method", f"`{method}`: {_summary(method)}") for method in _names(options)),
+        *(("method", f"`{method}`: {_summary(method)}") for method in methods),
         ("budget", _budget_text(repo, options).rstrip(",")),
         *_stage_rows(options),
         *((f"`{name}`", f"{_shown(name, options)}: {text}") for name, text in meanings.items() if name in taken),

@@ -5,12 +5,15 @@ Only rows that rank are ever multiplied with the keys. Logits and softmax run in
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from .selector_registry import rows_at
 from .similarity import without_autocast
+from .visual_attention import entries_at_once
 
-ATTENTION_AT_ONCE = 2**25  # entries of attention that exist at a time: 128 MiB
+HEADS = 14  # of every model, as in SparseVLM 2
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,15 @@ class DecoderReading:
     raters: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @cached_property
+    def _wide_key(self) -> torch.Tensor:
+        return self.key.float()
+
     def attention(self, rows: torch.Tensor) -> torch.Tensor:
         """Return what some rows attend to: columns (B, R) -> (B, H, R, S), causal, nothing for padding."""
         at = rows[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3])
         asking = self.query.gather(2, at).float()
-        key = self.key.float()
+        key = self._wide_key
         grouped = asking.unflatten(1, (key.shape[1], -1))  # (B, G, H/G, R, d)
         with without_autocast(key.device):
             logits = torch.matmul(grouped, key[:, :, None].mT) * self.scaling
@@ -48,15 +55,30 @@ class DecoderReading:
         logits = logits.masked_fill(~visible[:, None, None], torch.finfo(logits.dtype).min)
         return logits.softmax(dim=-1).flatten(1, 2)
 
-    def mean_attention(self, asking: torch.Tensor) -> torch.Tensor:
-        """Return the mean over heads and over the rows that `asking` (B, S) names, in pieces: (B, S)."""
+    def mean_attention(self, asking: torch.Tensor, level: bool = False) -> torch.Tensor:
+        """Return what the rows that `asking` (B, S) names attend to on average, in pieces: (B, H, S).
+
+        level  divide by the logits that positions alone give
+        """
         rows, weight = _rows_of(asking)
         batch, heads, _, _ = self.query.shape
-        at_once = max(16, ATTENTION_AT_ONCE // (batch * heads * self.key.shape[2]))
-        total = torch.zeros(self.seen.shape, device=self.key.device)
+        at_once = max(16, entries_at_once(self.key.device) // (batch * heads * self.key.shape[2]))
+        total = torch.zeros((), device=self.key.device)
         for part, share in zip(rows.split(at_once, 1), weight.split(at_once, 1), strict=True):
-            total = total + (self.attention(part).mean(1) * share[..., None]).sum(1)
-        return total / weight.sum(1, keepdim=True).clamp(min=1)
+            attention = self.attention(part)
+            if level:
+                attention = attention / self._gravity(part)[:, None]
+            total = total + (attention * share[:, None, :, None]).sum(2)
+        return total / weight.sum(1).clamp(min=1)[:, None, None]
+
+    def _gravity(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, R, S) that two vectors of ones have by their positions alone."""
+        if self.rotary is None:
+            raise RuntimeError("positions were not read")
+        cos, sin = (part.float() for part in self.rotary)
+        low, high = sin.chunk(2, dim=-1)
+        ones = cos + torch.cat([-low, high], dim=-1)  # a vector of ones, rotated
+        return rows_at(ones, rows) @ ones.mT / ones.shape[-1] ** 0.5
 
 
 def _rows_of(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,26 +95,19 @@ def last_row(reading: DecoderReading) -> torch.Tensor:
 
 def visual_rows(reading: DecoderReading) -> torch.Tensor:
     """Attention that all visual tokens pay, mean over heads and rows (VisionDrop): (B, S)."""
-    return reading.mean_attention(reading.visual)
+    return reading.mean_attention(reading.visual).mean(1)
 
 
 def rater_rows(reading: DecoderReading) -> torch.Tensor:
     """Attention that the raters pay, mean over heads and rows (SparseVLM 1.5): (B, S)."""
-    return reading.mean_attention(_raters(reading))
+    return reading.mean_attention(_raters(reading)).mean(1)
 
 
-def level_rater_rows(reading: DecoderReading, heads: int = 14) -> torch.Tensor:
-    """As `rater_rows`, freed of what rotary positions alone give near tokens, in the most attentive heads: (B, S).
-
-    heads  how many heads count: those that attend most to visual tokens (SparseVLM 2 takes 14 of every model)
-    """
-    rows, weight = _rows_of(_raters(reading))
-    attention = reading.attention(rows) / _gravity(reading, rows)[:, None]
-    attention = attention * weight[:, None, :, None]
-    of_head = (attention * reading.visual[:, None, None]).sum((2, 3))  # (B, H)
-    best = of_head.argsort(dim=1, descending=True, stable=True)[:, :heads]
-    chosen = attention.sum(2).gather(1, best[..., None].expand(-1, -1, attention.shape[-1]))
-    return chosen.mean(1) / weight.sum(1, keepdim=True).clamp(min=1)
+def level_rater_rows(reading: DecoderReading) -> torch.Tensor:
+    """As `rater_rows`, freed of what positions alone give near tokens, in the `HEADS` most attentive heads: (B, S)."""
+    attention = reading.mean_attention(_raters(reading), level=True)
+    best = (attention * reading.visual[:, None]).sum(2).argsort(dim=1, descending=True, stable=True)[:, :HEADS]
+    return rows_at(attention, best).mean(1)
 
 
 def key_norms(reading: DecoderReading) -> torch.Tensor:
@@ -104,17 +119,6 @@ def _raters(reading: DecoderReading) -> torch.Tensor:
     if reading.raters is None:
         raise RuntimeError("raters were not found when the prompt began")
     return reading.raters
-
-
-def _gravity(reading: DecoderReading, rows: torch.Tensor) -> torch.Tensor:
-    """Return the logits (B, R, S) that two vectors of ones have by their positions alone."""
-    if reading.rotary is None:
-        raise RuntimeError("positions were not read")
-    cos, sin = (part.float() for part in reading.rotary)
-    low, high = sin.chunk(2, dim=-1)
-    ones = cos + torch.cat([-low, high], dim=-1)  # a vector of ones, rotated
-    asking = ones.gather(1, rows[..., None].expand(-1, -1, ones.shape[-1]))
-    return asking @ ones.mT / ones.shape[-1] ** 0.5
 
 
 def find_raters(embeds: torch.Tensor, visual: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

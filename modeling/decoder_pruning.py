@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from .decoder_attention import RANKINGS, DecoderReading, find_raters
 from .prompt_shortening import KeptColumns
-from .selector_registry import DecoderPlace, Selection
+from .selector_registry import DecoderPlace, Selection, rows_at
 from .stock_versions import CACHE
 from .visual_attention import TextLayer, listen, make_tappable
 
@@ -108,9 +108,9 @@ def _as_it_is(hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
-def stages_of(cache: Any) -> list[DecoderStage]:
+def stages_of(cache: Any) -> tuple[DecoderStage, ...]:
     """Return what the layers of a cache hold of the prompt it was made of, where that differs."""
-    return list(getattr(cache, "vispruner_stages", ()))
+    return getattr(cache, "vispruner_stages", ())
 
 
 @dataclass
@@ -346,7 +346,7 @@ def _choose(
         else:
             further = _further(reading, rows, places, features[rows], saliency)
             ranked = saliency[rows].gather(1, places)
-            selection = prompt.choose(_rows(features[rows], places), ranked, count, **further)
+            selection = prompt.choose(rows_at(features[rows], places), ranked, count, **further)
         chosen.append(_Chosen(rows, places, selection))
     return chosen
 
@@ -358,8 +358,8 @@ def _further(
     columns = torch.arange(features.shape[1], device=features.device)
     is_word = reading.seen[rows] & (columns > places[:, -1:])
     return {
-        "projected": _rows(features, places),
-        "keys": _rows(reading.key[rows].mean(1), places),
+        "projected": rows_at(features, places),
+        "keys": rows_at(reading.key[rows].mean(1), places),
         "text": features,
         "text_saliency": saliency[rows].masked_fill(~is_word, float("-inf")),
     }
@@ -416,16 +416,12 @@ def _kept_rows(
     hidden: torch.Tensor, index: torch.Tensor, merges: list[tuple[list[int], torch.Tensor, torch.Tensor, Selection]]
 ) -> torch.Tensor:
     """Bring hidden states (B, W, C) to the columns (B, W') that stay, with what is folded into them."""
-    kept = _rows(hidden, index)
+    kept = rows_at(hidden, index)
     for rows, places, targets, selection in merges:
-        merged = selection.take(_rows(hidden[rows], places))
+        merged = selection.take(rows_at(hidden[rows], places))
         at = torch.tensor(rows, device=hidden.device)[:, None].expand_as(targets)
         kept = kept.index_put((at, targets), merged)
     return kept
-
-
-def _rows(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def _gathered(part: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from .selector_registry import DecoderPlace, Merge, Selection, register_selector
+from .selector_registry import DecoderPlace, Merge, Selection, register_selector, rows_at
 from .token_selection import _checked_budget, _most_attended_first
 
 
@@ -92,7 +92,7 @@ def select_sparsevlm_v1(features: torch.Tensor, saliency: torch.Tensor, visual_t
     recycled, clusters = _clusters_of(tokens - kept)
     clusters = budget - kept
     others = order[:, kept : kept + max(recycled, clusters)]
-    states = features.detach().gather(1, others[..., None].expand(-1, -1, features.shape[-1])).float()
+    states = rows_at(features.detach(), others).float()
     centres, nearest = _density_peaks(states, clusters)
     size = F.one_hot(nearest, clusters).sum(1) + 1e-6  # (B, clusters)
     is_centre = torch.zeros_like(others, dtype=torch.bool).scatter(1, centres, True)
@@ -172,7 +172,7 @@ def select_visiondrop(
     is_target[: step * contextual : step] = True
     targets, sources = rest[:, is_target], rest[:, ~is_target]
     unit = F.normalize(keys.detach().float(), dim=-1)
-    near = _rows_at(unit, sources) @ _rows_at(unit, targets).mT
+    near = rows_at(unit, sources) @ rows_at(unit, targets).mT
     nearest = near.argmax(-1)  # (B, sources)
     size = F.one_hot(nearest, contextual).sum(1).float()
     weight = (1 / size.clamp(min=1)).gather(1, nearest)
@@ -221,7 +221,7 @@ def select_dart(
     pivots = _most_attended_first(saliency)[:, : min(image_pivots, budget)]
     words = _most_attended_first(text_saliency)[:, :text_pivots]
     is_word = text_saliency.gather(1, words) > float("-inf")
-    asking = torch.cat([_rows_at(features, pivots), _rows_at(text, words)], dim=1)
+    asking = torch.cat([rows_at(features, pivots), rows_at(text, words)], dim=1)
     usable = torch.cat([torch.ones_like(pivots, dtype=torch.bool), is_word], dim=1)
     return least_similar_to_pivots(features, pivots, asking, usable, budget)
 
@@ -248,7 +248,3 @@ def least_similar_to_pivots(
             taken[order[: each + (number < more)]] = True
         rows.append(taken.nonzero()[:, 0])
     return torch.stack(rows)
-
-
-def _rows_at(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -11,6 +11,7 @@ from .llava_encoder import LlavaEncoderMixin
 from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
+from .selector_registry import rows_at
 from .visual_features import PrunedImageFeatures
 
 
@@ -64,7 +65,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
         return self.pruned_output(
             outputs,
             kwargs,
-            pooler_output=list(self.project(self.take_tokens(tokens.features, indices))),
+            pooler_output=list(self.project(rows_at(tokens.features, indices))),
             kept_indices=list(indices),
             placeholders=list(indices),
             saliency=tokens.saliency,

@@ -28,6 +28,7 @@ from .prompt_reading import Modality, Prompt
 from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
+from .selector_registry import rows_at
 from .stock_versions import TAKES_FEATURES
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
@@ -295,7 +296,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         side = math.ceil(self.side / 2)
         pooled = tokens_in(self.apply_pooling(channels_of(tokens)), tokens, (side, side))
         kept = self.select(pooled, self.encoder_options.budget(self.frame_tokens))
-        visual = self.take_tokens(self.apply_pooling(self.project(tokens.features)), kept)
+        visual = rows_at(self.apply_pooling(self.project(tokens.features)), kept)
         visual = visual.unflatten(0, (videos, frames)).flatten(1, 2)
         start = torch.arange(frames, device=kept.device)[:, None] * self.frame_tokens
         places = (kept.unflatten(0, (videos, frames)) + start).flatten(1)

@@ -24,6 +24,7 @@ from .prompt_reading import Modality
 from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
+from .selector_registry import rows_at
 from .stock_versions import VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES, by_stock_name
 from .visual_attention import make_tappable
 from .visual_features import PrunedImageFeatures, TokenView
@@ -98,7 +99,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         return self.pruned_output(
             outputs,
             kwargs,
-            pooler_output=self.project(self.take_tokens(tokens.features, indices)),
+            pooler_output=self.project(rows_at(tokens.features, indices)),
             kept_indices=list(indices),
             placeholders=list(indices),
             saliency=tokens.saliency,
@@ -140,7 +141,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         return self.pruned_output(
             outputs,
             kwargs,
-            pooler_output=self.project(self.take_tokens(states, places)),
+            pooler_output=self.project(rows_at(states, places)),
             kept_indices=list(places - 1),
             placeholders=list(places),
             saliency=tokens.saliency,

@@ -14,7 +14,15 @@ from .decoder_pruning import DecoderForward, PromptToPrune, make_decoder_prunabl
 from .prompt_reading import Prompt, cached_length
 from .prompt_shortening import KeptColumns, any_of, rows_of_images
 from .pruning_plan import layer_counts, stage_counts
-from .selectors import DECODER_INPUTS, DecoderPlace, Selection, check_method_options, run_selector, selector_named
+from .selectors import (
+    DECODER_INPUTS,
+    DecoderPlace,
+    Selection,
+    check_method_options,
+    methods_by_place,
+    run_selector,
+    selector_named,
+)
 from .stock_versions import CACHE
 
 HERE = DecoderPlace(lambda depth: [])  # of a method for the encoder that `prune_layers` puts into the language model
@@ -23,12 +31,12 @@ HERE = DecoderPlace(lambda depth: [])  # of a method for the encoder that `prune
 class PrunedDecoderMixin(CallOptionsMixin):
     """For the base model. A method prunes behind the encoder, in the language model, or, as "a+b", in both."""
 
+    position_axes = 1  # numbers that the position of a token has
+
     @property
     def first_prunable_layer(self) -> int:
         """The first decoder layer before which visual tokens may leave: layers below this one need all of them."""
         return 1
-
-    position_axes = 1  # numbers that the position of a token has
 
     @property
     def decoder(self) -> Any:
@@ -43,14 +51,7 @@ class PrunedDecoderMixin(CallOptionsMixin):
     @property
     def methods(self) -> tuple[str | None, str | None]:
         """The method that prunes behind the encoder and the one in the language model; None where there is none."""
-        options = self.vispruner_options
-        if options.method == "none":
-            return None, None
-        names = options.methods
-        if len(names) == 2:
-            return names[0], names[1]
-        in_decoder = selector_named(names[0]).place is not None or options.prune_layers is not None
-        return (None, names[0]) if in_decoder else (names[0], None)
+        return methods_by_place(self.vispruner_options)
 
     @property
     def encoder_options(self) -> VisPrunerOptions:
@@ -66,7 +67,13 @@ class PrunedDecoderMixin(CallOptionsMixin):
 
     @property
     def prunes_in_decoder(self) -> bool:
+        """Whether visual tokens leave in the language model."""
         return self.methods[1] is not None
+
+    @property
+    def decoder_place(self) -> DecoderPlace:
+        """Where in the language model the method prunes, and by what."""
+        return selector_named(self.methods[1]).place or HERE
 
     @property
     def wrong_in_decoder(self) -> dict[str, str]:
@@ -77,14 +84,11 @@ class PrunedDecoderMixin(CallOptionsMixin):
     @property
     def decoder_layers(self) -> list[int]:
         """The decoder layers before which visual tokens leave."""
-        _, method = self.methods
-        if method is None:
+        if not self.prunes_in_decoder:
             return []
-        if self.vispruner_options.prune_layers is not None:
-            return list(self.vispruner_options.prune_layers)
-        return (selector_named(method).place or HERE).layers(self.depth)
+        return list(self.vispruner_options.prune_layers or self.decoder_place.layers(self.depth))
 
-    def decoder_counts(self, tokens: int) -> list[int]:
+    def decoder_counts(self, tokens: int) -> Sequence[int]:
         """Return how many of an image's visual tokens are left from each of `decoder_layers` on.
 
         tokens  how many it has when the language model begins
@@ -93,8 +97,8 @@ class PrunedDecoderMixin(CallOptionsMixin):
         options, layers = self.vispruner_options, self.decoder_layers
         if options.stage_token_nums is None:
             mean = float(options.visual_token_num) if options.visual_token_num else tokens * (options.keep_ratio or 1)
-            return stage_counts(tokens, layers, self.depth, mean)
-        counts = list(options.stage_token_nums)[-len(layers) :]
+            return stage_counts(tokens, tuple(layers), self.depth, mean)
+        counts = options.stage_token_nums[-len(layers) :]
         if counts[0] > tokens:
             raise ValueError(
                 f"vispruner_config.stage_token_nums asks for {counts[0]} visual tokens of an image from decoder layer "
@@ -146,7 +150,7 @@ class PrunedDecoderMixin(CallOptionsMixin):
                 f'vispruner_config.method "{method}" needs {", ".join(missing)}, which a decoder layer cannot give: '
                 "take out prune_layers, or choose another method"
             )
-        if (selector.place or HERE).positions == "renumber" and self.position_axes > 1:
+        if self.decoder_place.positions == "renumber" and self.position_axes > 1:
             raise ValueError(
                 f'vispruner_config.method "{method}" counts positions anew, which means nothing where tokens have '
                 f"(time, height, width) positions, as in {type(self).__name__}: choose another method"
@@ -155,12 +159,11 @@ class PrunedDecoderMixin(CallOptionsMixin):
 
     def _check_both(self, encoder: str | None, method: str | None) -> None:
         options = self.vispruner_options
-        for name, at_encoder in ((encoder, True), (method, False)):
-            if at_encoder and selector_named(name).place is not None:
-                raise ValueError(
-                    f'vispruner_config.method "{options.method}": the first method prunes behind the encoder, and '
-                    f'"{name}" prunes in the language model'
-                )
+        if selector_named(encoder).place is not None:
+            raise ValueError(
+                f'vispruner_config.method "{options.method}": the first method prunes behind the encoder, and '
+                f'"{encoder}" prunes in the language model'
+            )
         if selector_named(method).place is None and options.prune_layers is None:
             raise ValueError(
                 f'vispruner_config.method "{options.method}": "{method}" prunes in the language model only where '
@@ -192,31 +195,30 @@ class PrunedDecoderMixin(CallOptionsMixin):
         prompt   what was read of the caller's, where it has images; columns  which of it the inputs have, None for all
         last     (B,) the last column of the caller's prompt that is question, not answer; None for all
         """
-        cache, past = inputs.get(CACHE), cached_length(inputs)
-        stages = stages_of(cache) if past else []
-        if cache is not None and not past:
-            cache.vispruner_stages = ()
-        prunes = prompt is not None and self.prunes_in_decoder
-        if not prunes and not stages:
+        cache = inputs.get(CACHE)
+        prunes, stages = prompt is not None and self.prunes_in_decoder, stages_of(cache)
+        if not prunes and not stages:  # without a look at the cache's length, which a static one has on the device
             return nullcontext()
+        past = cached_length(inputs)
+        if stages and not past:  # it was emptied since
+            cache.vispruner_stages = stages = ()
         ids_or_embeds = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
         length = ids_or_embeds.shape[1]
         seen = _seen_by_last(inputs.get("attention_mask"), past + length)
-        forward = DecoderForward(self.decoder, seen, past, length, stages=stages)
+        forward = DecoderForward(self.decoder, seen, past, length, stages=list(stages))
         if prunes:
             assert prompt is not None
             self._check_call(cache, past, length)
-            forward.prompt = self._prompt_to_prune(prompt, inputs, columns, seen, last)
+            forward.prompt = self._prompt_to_prune(prompt, columns, seen, last)
         return forward
 
     def _prompt_to_prune(
         self,
         prompt: Prompt,
-        inputs: Mapping[str, Any],
         columns: KeptColumns | None,
         seen: torch.Tensor | None,
         last: torch.Tensor | None,
-    ) -> PromptToPrune | None:
+    ) -> PromptToPrune:
         written = prompt.full if prompt.form == "full" else prompt.kept
         of_row: list[list[int]] = [[] for _ in range(prompt.rows)]
         for token, images in written.items():
@@ -224,16 +226,13 @@ class PrunedDecoderMixin(CallOptionsMixin):
             for row, left in zip(rows, prompt.kept[token], strict=True):
                 of_row[row].append(left)
         by_image = {count: self.decoder_counts(count) for count in {n for images in of_row for n in images}}
-        layers = self.decoder_layers
         counts = {
             layer: [sum(by_image[image][stage] for image in images) for images in of_row]
-            for stage, layer in enumerate(layers)
+            for stage, layer in enumerate(self.decoder_layers)
         }
         visual = any_of(list(prompt.is_placeholder.values()))
         if columns is not None:
             visual = columns.take(visual.long(), 0).bool()
-        totals = [sum(images) for images in of_row]
-        texts = self._texts(prompt, seen)
         if last is not None and columns is not None:
             last = _place_of(columns, last)
         _, method = self.methods
@@ -243,8 +242,8 @@ class PrunedDecoderMixin(CallOptionsMixin):
         def choose(features: torch.Tensor, saliency: torch.Tensor, count: int, **further: Any) -> Selection:
             return run_selector(method, features, saliency, count, **options, **further)
 
-        place = selector_named(method).place or HERE
-        return PromptToPrune(visual, texts, totals, counts, place, choose, last)
+        totals = [sum(images) for images in of_row]
+        return PromptToPrune(visual, self._texts(prompt, seen), totals, counts, self.decoder_place, choose, last)
 
     @staticmethod
     def _texts(prompt: Prompt, seen: torch.Tensor | None) -> list[int]:

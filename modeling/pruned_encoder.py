@@ -268,7 +268,3 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         """True when a call, or the config, asks for all hidden states of the encoder."""
         named = asked.get("output_hidden_states")
         return bool(self.config.vision_config.output_hidden_states if named is None else named)
-
-    def take_tokens(self, features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Gather (B, N, C) at (B, T) -> (B, T, C)."""
-        return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))

@@ -322,12 +322,12 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             }
         return super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
 
-    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Stock, without the features once they are in the cache: a stock that knows none hands them to every step."""
-        model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
-        if not TAKES_FEATURES and model_kwargs.get("use_cache", True):
-            model_kwargs.pop(FEATURES, None)
-        return model_kwargs
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if not TAKES_FEATURES and FEATURES in inputs and cached_length(inputs):
+            del inputs[FEATURES]
+        return inputs
 
     def _inferred_mask(self, ids: torch.Tensor, arguments: dict[str, Any], config: Any) -> dict[str, Any]:
         """As stock does without a mask: padding is told by its id, unless that id also ends a sequence."""

@@ -5,6 +5,7 @@ is chosen before the language model holds in all of them; a method within it sta
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 def layer_counts(tokens: int, layers: Sequence[int], counts: Sequence[int], depth: int) -> list[int]:
@@ -20,7 +21,8 @@ def layer_counts(tokens: int, layers: Sequence[int], counts: Sequence[int], dept
     return seen
 
 
-def stage_counts(tokens: int, layers: Sequence[int], depth: int, mean: float) -> list[int]:
+@lru_cache(maxsize=1024)  # asked for each image of each prompt
+def stage_counts(tokens: int, layers: tuple[int, ...], depth: int, mean: float) -> tuple[int, ...]:
     """Return how many visual tokens are left from each of `layers` on, so that `depth` layers hold `mean` on average.
 
     Each stage keeps the same share of the one before: as many as the mean allows, never more. Where there is one
@@ -28,7 +30,7 @@ def stage_counts(tokens: int, layers: Sequence[int], depth: int, mean: float) ->
     Raises ValueError when even one token from the first of `layers` on is too much.
     """
     if mean >= tokens:
-        return [tokens] * len(layers)
+        return (tokens,) * len(layers)
 
     def kept(share: float) -> list[int]:
         return [max(1, round(tokens * share ** (stage + 1))) for stage in range(len(layers))]
@@ -47,4 +49,4 @@ def stage_counts(tokens: int, layers: Sequence[int], depth: int, mean: float) ->
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if total(middle) <= mean * depth else (low, middle)
-    return kept(low)
+    return tuple(kept(low))

@@ -26,9 +26,6 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
     modalities = (GRID_IMAGES, GRID_VIDEOS)
     default_position_policy = "original"
     position_axes = 3
-    wrong_in_stock = (
-        {} if TAKES_FEATURES else {"assistant_model": "older transformers encodes images anew; upgrade it"}
-    )
     has_cls_token = False
     packs_images = True
     budget_unit = "image or frame of a video"

@@ -14,6 +14,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 
+def rows_at(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Gather tokens (B, N, C) at indices (B, T): (B, T, C)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
 class Merge(NamedTuple):
     """What is folded into the tokens that stay: E edges an image, in any order, several to or from one token.
 
@@ -47,15 +52,14 @@ class Selection(NamedTuple):
 
         Tokens that nothing is folded into are the same bits; sums run in float32 at least.
         """
-        width = tokens.shape[-1]
-        kept = tokens.gather(1, self.indices[..., None].expand(-1, -1, width))
+        kept = rows_at(tokens, self.indices)
         if self.merge is None:
             return kept
         source, target, weight, own = self.merge
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        added = wide.gather(1, source[..., None].expand(-1, -1, width)) * weight[..., None].to(wide.dtype)
+        added = rows_at(wide, source) * weight[..., None].to(wide.dtype)
         merged = (kept.to(wide.dtype) * own[..., None].to(wide.dtype)).scatter_add(
-            1, target[..., None].expand(-1, -1, width), added
+            1, target[..., None].expand_as(added), added
         )
         is_merged = torch.zeros_like(own, dtype=torch.bool).scatter_reduce(1, target, weight != 0, "amax") | (own != 1)
         return torch.where(is_merged[..., None], merged.to(tokens.dtype), kept)
@@ -90,7 +94,6 @@ class Selector(NamedTuple):
     kind_of          where it has several, which it was: called with `kept` (B, T) and `saliency` (B, N), then by name
                      with `layer_saliency`, `grid` and options of its own, it returns places in `kinds`, (B, T) int64
     place            where in the language model it prunes; None for behind the encoder
-    experimental     what of it is this package's own choice, because no code of its authors exists
     uses             which of `FURTHER_INPUTS` it is to be given where there is one
     """
 
@@ -102,7 +105,6 @@ class Selector(NamedTuple):
     kinds: tuple[str, ...] = ()
     kind_of: Callable[..., torch.Tensor] | None = None
     place: DecoderPlace | None = None
-    experimental: str | None = None
     uses: frozenset[str] = frozenset()
 
 
@@ -131,7 +133,6 @@ def register_selector(
     kinds: tuple[str, ...] = (),
     kind_of: Callable[..., torch.Tensor] | None = None,
     place: DecoderPlace | None = None,
-    experimental: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Name a selector, so that `vispruner_config.method` can ask for it; for the keywords see `Selector`."""
 
@@ -160,7 +161,7 @@ def register_selector(
             )
         options = {option: signature[option].default for option in parameters[3:] if option not in inputs}
         SELECTORS[name] = Selector(
-            function, options, inputs - uses, saliency_layers, saliency_kind, kinds, kind_of, place, experimental, uses
+            function, options, inputs - uses, saliency_layers, saliency_kind, kinds, kind_of, place, uses
         )
         return function
 

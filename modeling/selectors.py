@@ -24,12 +24,24 @@ ENCODER_METHODS = tuple(sorted(name for name, selector in SELECTORS.items() if s
 DECODER_METHODS = tuple(sorted(name for name, selector in SELECTORS.items() if selector.place is not None))
 
 
-def prunes_in_decoder(options: VisPrunerOptions) -> bool:
-    """Say whether visual tokens leave in the language model under these options."""
+def methods_by_place(options: VisPrunerOptions) -> tuple[str | None, str | None]:
+    """Return the method that prunes behind the encoder and the one in the language model; None where there is none."""
     if options.method == "none":
-        return False
-    methods = options.methods
-    return len(methods) > 1 or options.prune_layers is not None or selector_named(methods[0]).place is not None
+        return None, None
+    first, *second = options.methods
+    if second:
+        return first, second[0]
+    in_decoder = selector_named(first).place is not None or options.prune_layers is not None
+    return (None, first) if in_decoder else (first, None)
+
+
+def require_no_decoder_stage(options: VisPrunerOptions) -> None:
+    """Raise ValueError for a method that prunes in the language model, where each layer caches other tokens."""
+    if methods_by_place(options)[1] is not None:
+        raise ValueError(
+            f'vispruner_config.method "{options.method}" prunes in the language model, which an engine with a paged '
+            "cache cannot: choose a method that prunes behind the encoder"
+        )
 
 
 __all__ = [
@@ -44,8 +56,9 @@ __all__ = [
     "check_method_options",
     "important_tokens",
     "kinds_of_kept",
-    "prunes_in_decoder",
+    "methods_by_place",
     "register_selector",
+    "require_no_decoder_stage",
     "require_published",
     "run_selector",
     "select_tokens",

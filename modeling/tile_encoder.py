@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .pruned_encoder import VisPrunerModelMixin
+from .selector_registry import rows_at
 from .visual_attention import SaliencyTap
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
@@ -60,9 +61,7 @@ class TileEncoderMixin(VisPrunerModelMixin):
             outputs,
             kwargs,
             pooler_output=(
-                self.project(self.take_tokens(features, indices))
-                if projected is None
-                else self.take_tokens(projected, indices)
+                self.project(rows_at(features, indices)) if projected is None else rows_at(projected, indices)
             ),
             kept_indices=list(indices),
             placeholders=list(indices),

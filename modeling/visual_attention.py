@@ -100,7 +100,7 @@ class SaliencyTap:
         if waiting and waiting[0][0].shape != query.shape:
             self._read(reading)
         waiting.append((query.detach(), key.detach()))
-        if (len(waiting) + 1) * query.shape[1] * query.shape[2] ** 2 > _entries_at_once(query.device):
+        if (len(waiting) + 1) * query.shape[1] * query.shape[2] ** 2 > entries_at_once(query.device):
             self._read(reading)
 
     def _read(self, reading: Reading) -> None:
@@ -235,7 +235,7 @@ def received_attention(
                               CPU, `ATTENTION_AT_ONCE` elsewhere, or those of one head for 16 queries
     """
     batch, heads, queries, _ = query.shape
-    at_once = _entries_at_once(query.device)
+    at_once = entries_at_once(query.device)
     some_queries = min(queries, max(16, at_once // (batch * key.shape[2])))
     some_heads = max(1, at_once // (batch * key.shape[2] * some_queries))
     asking = (None,) * queries if seen is None else seen[:, None, :, None].split(some_queries, dim=2)
@@ -249,7 +249,8 @@ def received_attention(
     return received / (heads * seen.sum(dim=1, keepdim=True)).clamp(min=1)
 
 
-def _entries_at_once(device: torch.device) -> int:
+def entries_at_once(device: torch.device) -> int:
+    """Return how many entries of attention may exist at a time on a device."""
     return ATTENTION_IN_CACHE if device.type == "cpu" else ATTENTION_AT_ONCE
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
-from vispruner.selectors import SELECTORS, prunes_in_decoder
+from vispruner.selectors import SELECTORS, require_no_decoder_stage
 from vispruner.visual_attention import Reading
 
 # What a selector may ask for beside features and saliency.
@@ -26,11 +26,7 @@ def merged_options(config: Any, stored: dict[str, Any] | None, given: dict[str, 
     options = VisPrunerOptions.from_dict(merge_vispruner_config(stored, given))
     if options.method == "none":
         return options
-    if prunes_in_decoder(options):
-        raise ValueError(
-            f'vispruner_config.method "{options.method}" prunes in the language model, which an engine with a paged '
-            "cache cannot: choose a method that prunes behind the encoder"
-        )
+    require_no_decoder_stage(options)
     if missing := sorted(SELECTORS[options.method].needs - SELECTOR_INPUTS):
         raise ValueError(f'vispruner_config.method "{options.method}" needs {", ".join(missing)}, which is not served')
     if options.position_policy == "original":

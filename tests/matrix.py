@@ -48,6 +48,31 @@ class Model:
         return [ONE, SEVERAL, TEXT, *([CLIP, MIXED] if "video" in self.row.modalities else [])]
 
 
+def made(name: str, folder: Path, config: Any = None, **options: Any) -> Model:
+    """Write a row's checkpoint into `folder` and load it, by another config or under other options where given."""
+    row = ROWS[name]
+    stock = row.stock_class(row.config() if config is None else config).eval()
+    draw_weights(stock)
+    stock.save_pretrained(folder)
+    stock = row.stock_class.from_pretrained(folder, attn_implementation="eager").eval()
+    pruned = vispruner.load(folder, **(options or row.options), attn_implementation="eager").eval()
+    return Model(row, folder, stock, pruned)
+
+
+def pair(row: Row, change: dict[str, Any] | None = None, **options: Any) -> tuple[Any, Any]:
+    """Return the stock model of a row, with fields of its config changed, and the pruned one of equal weights."""
+    config = row.config()
+    for name, value in (change or {}).items():
+        setattr(config, name, value)
+    stock = row.stock_class(config).eval()
+    draw_weights(stock)
+    architecture = vispruner.architecture_of(row.model_type)
+    own = {**config.to_dict(), "vispruner_config": {**row.options, **options}}
+    pruned = architecture.model_class(architecture.config_class.from_dict(own)).eval()
+    pruned.load_state_dict(stock.state_dict())
+    return stock, pruned
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return {}
@@ -59,14 +84,7 @@ def model(
 ) -> Iterator[Model]:
     name = request.param
     if name not in models:
-        row = ROWS[name]
-        stock = row.stock_class(row.config()).eval()
-        draw_weights(stock)
-        folder = tmp_path_factory.mktemp(name) / "base"
-        stock.save_pretrained(folder)
-        stock = row.stock_class.from_pretrained(folder, attn_implementation="eager").eval()
-        pruned = vispruner.load(folder, **row.options, attn_implementation="eager").eval()
-        models[name] = Model(row, folder, stock, pruned)
+        models[name] = made(name, tmp_path_factory.mktemp(name) / "base")
     model = models[name]
     before = dict(model.pruned.config.vispruner_config)
     yield model

@@ -111,7 +111,7 @@ def names_in_modules(names: Names) -> dict[str, str]:
                 prefix_allowed_tokens_fn assistant_model streamer **)
             GenerationMixin._expand_inputs_for_generation(expand_size input_ids **)
             GenerationMixin._merge_criteria_processor_list(default_list custom_list /)
-            GenerationMixin._update_model_kwargs_for_generation(outputs model_kwargs /)
+            GenerationMixin.prepare_inputs_for_generation(input_ids / **)
             PreTrainedConfig.__post_init__(**)
             PreTrainedConfig.from_dict(config_dict / ** *_commit_hash@-5.17)
             PreTrainedConfig.from_pretrained(pretrained_model_name_or_path / **)

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import ONE, ROWS, SEVERAL, TEXT, TOKEN_TYPES, TOLERANCE, Model, generate
-from rows import draw_weights
+from matrix import ONE, ROWS, SEVERAL, TEXT, TOKEN_TYPES, TOLERANCE, Model, generate, made
 from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import QuantizedLayer
 
-import vispruner
 from vispruner.pruning_plan import layer_counts, stage_counts
 from vispruner.stock_versions import CACHE
 
@@ -45,19 +45,12 @@ def deep(
     """A row's models with six decoder layers."""
     name = request.param
     if name not in deep_models:
-        row = ROWS[name]
-        config = row.config()
+        config = ROWS[name].config()
         text = config.get_text_config()
         if getattr(text, "layer_types", None):
             text.layer_types = [kind for kind, _ in zip(itertools.cycle(text.layer_types), range(DEPTH), strict=False)]
         text.num_hidden_layers = DEPTH
-        stock = row.stock_class(config).eval()
-        draw_weights(stock)
-        folder = tmp_path_factory.mktemp(name) / "deep"
-        stock.save_pretrained(folder)
-        stock = row.stock_class.from_pretrained(folder, attn_implementation="eager").eval()
-        pruned = vispruner.load(folder, keep_ratio=0.5, attn_implementation="eager").eval()
-        deep_models[name] = Model(row, folder, stock, pruned)
+        deep_models[name] = made(name, tmp_path_factory.mktemp(name) / "deep", config, keep_ratio=0.5)
     model = deep_models[name]
     before = dict(model.pruned.config.vispruner_config)
     with torch.set_grad_enabled("gradients" in request.keywords):
@@ -426,21 +419,64 @@ class TestRefusals:
         with pytest.raises(ValueError, match="attend over a sliding window of 8"):
             use(deep, "fastv")(**deep.prompt(ONE))
 
+    @some_models
+    def test_a_quantized_cache_is_refused_by_name(self, deep: Model) -> None:
+        class Quantized(QuantizedLayer):
+            _quantize = _dequantize = None  # those of a library, which is not installed
+
+        cache = DynamicCache()
+        cache.layers = [Quantized.__new__(Quantized)]
+        with pytest.raises(ValueError, match="cannot prune with a quantized cache"):
+            use(deep, "fastv").model._check_call(cache, 0, 4)
+
+
+class TestPath:
+    """What a call costs beside the layers themselves."""
+
+    @some_models
+    def test_a_step_without_stages_never_asks_the_cache_how_long_it_is(self, deep: Model) -> None:
+        class Unasked:
+            def get_seq_length(self) -> int:
+                raise AssertionError("a static cache has its length on the device")
+
+        inputs = {"input_ids": torch.tensor([[5]]), CACHE: Unasked()}
+        with use(deep, "fastv").model.open_decoder(inputs) as forward:
+            assert forward is None
+
+    def test_the_plan_of_an_image_is_made_once(self) -> None:
+        stage_counts.cache_clear()
+        for _ in range(3):
+            stage_counts(576, (8, 16, 24), 32, 270.0)
+        assert stage_counts.cache_info().misses == 1
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("deep", ["llava", "qwen2_5_vl"], indirect=True)
+    def test_compiled_code_leaves_the_stages_out_of_its_graphs(self, deep: Model) -> None:
+        inputs = deep.prompt(ONE)
+        pruned = use(deep, "fastv")
+        expected = pruned(**inputs).logits
+        compiled = torch.compile(pruned, backend="eager")
+        outputs = compiled(**inputs)
+        assert outputs[CACHE].vispruner_stages
+        torch.testing.assert_close(outputs.logits, expected, **TOLERANCE)
+
 
 class TestPlan:
     def test_published_settings_come_out_of_their_mean(self) -> None:
-        assert stage_counts(576, [2], 32, 306) == [288]  # FastV, K = 2, R = 50 %
-        assert stage_counts(576, [8, 16, 24], 32, 270) == [288, 144, 72]  # PyramidDrop
-        assert stage_counts(576, [2], 32, 576) == [576]
+        assert stage_counts(576, (2,), 32, 306) == (288,)  # FastV, K = 2, R = 50 %
+        assert stage_counts(576, (8, 16, 24), 32, 270) == (288, 144, 72)  # PyramidDrop
+        assert stage_counts(576, (2,), 32, 576) == (576,)
 
-    @pytest.mark.parametrize("layers", [[1], [2], [8, 16, 24], [1, 2, 3, 4]])
-    def test_the_mean_is_met_as_closely_as_whole_tokens_allow(self, layers: list[int]) -> None:
+    @pytest.mark.parametrize("layers", [(1,), (2,), (8, 16, 24), (1, 2, 3, 4)])
+    def test_the_mean_is_met_as_closely_as_whole_tokens_allow(self, layers: tuple[int, ...]) -> None:
         for tokens in (3, 16, 144, 577):
             least = sum(layer_counts(tokens, layers, [1] * len(layers), 32))
             for mean in (least / 32, (least / 32 + tokens) / 2, tokens - 0.5):
-                counts = stage_counts(tokens, layers, 32, mean)
+                counts = list(stage_counts(tokens, layers, 32, mean))
                 held = sum(layer_counts(tokens, layers, counts, 32))
                 assert held <= mean * 32 + 1e-9
                 assert counts == sorted(counts, reverse=True) and min(counts) >= 1
-                more = [min(tokens, counts[0] + len(layers))] + [min(tokens, count + 1) for count in counts[1:]]
-                assert more == counts or sum(layer_counts(tokens, layers, more, 32)) > mean * 32 - 32 * len(layers)
+                shares = [number / 20_000 for number in range(20_001)]
+                family = {tuple(max(1, round(tokens * s ** (i + 1))) for i in range(len(layers))) for s in shares}
+                fitting = [sum(layer_counts(tokens, layers, some, 32)) for some in family]
+                assert held == max(total for total in fitting if total <= mean * 32 + 1e-9)

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from matrix import ASK, HELLO, SEVERAL, TOLERANCE, Model, answers, generate, greedy_reference, logits
+from matrix import ASK, HELLO, SEVERAL, TOLERANCE, Model, answers, generate, greedy_reference, logits, made
 from PIL import Image as Picture
-from rows import Image, Video, draw_weights, rows
+from rows import Image, Video, rows
 from rows._qwen_vl import IMAGE, MERGE, PATCH, VIDEO
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -29,34 +28,6 @@ every_model = pytest.mark.parametrize("model", ROWS, indirect=True)
 
 ONE = [HELLO, Image((56, 84), seed=1), ASK]
 BIG_BESIDE_CLIP = [HELLO, Image((84, 112), seed=2), [18], Video(8, (56, 56), seed=3), ASK]
-
-
-def made(name: str, folder: Path, config: Any = None, **options: Any) -> Model:
-    row = ROWS[name]
-    stock = row.stock_class(row.config() if config is None else config).eval()
-    draw_weights(stock)
-    stock.save_pretrained(folder)
-    stock = row.stock_class.from_pretrained(folder, attn_implementation="eager").eval()
-    pruned = vispruner.load(folder, **(options or row.options), attn_implementation="eager").eval()
-    return Model(row, folder, stock, pruned)
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, Model]:
-    return {}
-
-
-@pytest.fixture
-def model(
-    request: pytest.FixtureRequest, models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Model]:
-    name = request.param
-    if name not in models:
-        models[name] = made(name, tmp_path_factory.mktemp(name) / "base")
-    model = models[name]
-    before = dict(model.pruned.config.vispruner_config)
-    yield model
-    model.pruned.config.vispruner_config = before
 
 
 def image_features(model: Model, inputs: dict[str, Any], which: Any = None) -> Any:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rows import Image, Video, draw_weights, rows
+from matrix import pair
+from rows import Image, Video, rows
 from safetensors.torch import save_file
 
-import vispruner
 from vispruner.conversion import verify_worker
 from vispruner.selectors import ENCODER_METHODS, SELECTORS, Selector
 
@@ -62,18 +62,6 @@ def test_64_small_images_take_hardly_more_operations_than_one(method):
     assert many <= one + draws + 4
 
 
-def tiny_pair(row, **options):
-    """The stock model of a row, and the pruned one of equal weights."""
-    config = row.config()
-    stock = row.stock_class(config).eval()
-    draw_weights(stock)
-    architecture = vispruner.architecture_of(row.model_type)
-    own = {**config.to_dict(), "vispruner_config": {**row.options, **options}}
-    pruned = architecture.model_class(architecture.config_class.from_dict(own)).eval()
-    pruned.load_state_dict(stock.state_dict())
-    return stock, pruned
-
-
 def features_of(model, inputs):
     """Encode the images or, where they go by a name of their own, the videos of a prompt."""
     pixels = [
@@ -90,7 +78,7 @@ def features_of(model, inputs):
 @pytest.mark.parametrize("row", [row for row in rows() if "video" in row.modalities], ids=lambda row: row.model_type)
 def test_pruning_a_video_adds_as_many_operations_for_256_frames_as_for_64(row):
     """Stock's own, which some encoders repeat for every frame, are taken off."""
-    models = tiny_pair(row)
+    models = pair(row)
     added = []
     for frames in (64, 256):
         inputs = row.inputs([[[11], Video(frames, (56, 56)), [12]]])
@@ -120,7 +108,7 @@ class Seen:
 def test_the_encoder_runs_once_and_the_method_once_per_size(row, tile_mode, monkeypatch):
     """Three times the same pictures of two sizes: no more calls than of those once, of three times as many images."""
     seen, runs = Seen(monkeypatch), []
-    _, pruned = tiny_pair(row, method="leading", tile_mode=tile_mode)
+    _, pruned = pair(row, method="leading", tile_mode=tile_mode)
     pruned.model.vision_attentions[0].register_forward_hook(lambda *_: runs.append(1))
     calls = []
     for times in (1, 3):

@@ -36,7 +36,7 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache
 
 from vispruner.pruned_forward import _require_length
-from vispruner.stock_versions import CACHE, CACHE_NAMES, NEWEST_TESTED, SLICES_FEATURES, TAKES_FEATURES
+from vispruner.stock_versions import CACHE, CACHE_NAMES, NEWEST_TESTED, SLICES_FEATURES
 
 every_model = pytest.mark.parametrize("model", ROWS, indirect=True)
 with_either_name = pytest.mark.parametrize("name", CACHE_NAMES)
@@ -235,10 +235,9 @@ BOTH_WAYS = {"gemma3", "paligemma"}
 def test_the_model_as_its_own_assistant_answers_as_without(model: Model) -> None:
     inputs = model.prompt(ONE)
     expected = answers(model.pruned, inputs)
-    old_qwen = model.row.model_type.startswith("qwen") and not TAKES_FEATURES
-    if model.row.model_type == "paligemma" or old_qwen:
+    if model.row.model_type == "paligemma":
         with pytest.raises(
-            ValueError, match=r"assistant_model is not to be had for a prompt with images: (a prompt|older)"
+            ValueError, match="assistant_model is not to be had for a prompt with images: a prompt sees"
         ):
             answers(model.pruned, inputs, assistant_model=model.pruned)
         return

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matrix import pair
 from PIL import Image as PILImage
-from rows import Image, Row, draw_weights
+from rows import Image, Row
 from rows._tiles import with_attention_maps
 from rows.idefics3 import ROW as IDEFICS3
 from rows.idefics3 import tile_grid
@@ -23,26 +24,11 @@ from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
-import vispruner
 from vispruner.visual_features import tokens_of
 
 SIZES = [(56, 84), (84, 112), (112, 56), (32, 32), (33, 32), (20, 200), (200, 20), (96, 95), (31, 64), (150, 149)]
 # Sums run in another order than in the loops of the reference.
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-def pair(row: Row, change: Any = None, **options: Any) -> tuple[Any, Any]:
-    """Return the stock model of a row, with one field of its config changed, and the pruned one of equal weights."""
-    config = row.config()
-    for name, value in (change or {}).items():
-        setattr(config, name, value)
-    stock = row.stock_class(config).eval()
-    draw_weights(stock)
-    architecture = vispruner.architecture_of(row.model_type)
-    own = {**config.to_dict(), "vispruner_config": {**row.options, **options}}
-    pruned = architecture.model_class(architecture.config_class.from_dict(own)).eval()
-    pruned.load_state_dict(stock.state_dict())
-    return stock, pruned
 
 
 def photo(size: tuple[int, int]) -> PILImage.Image:

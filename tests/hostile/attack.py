@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+from vispruner.conversion import verify
+from vispruner.conversion.verify import verify_repo
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BASE = "llava-hf/tiny"
@@ -55,6 +60,16 @@ class Attack:
         """Change entries of one part of config.json."""
         config = json.loads((self.repo / "config.json").read_text())
         self.edit("config.json", **{part: {**config[part], **changes}})
+
+
+def refusal_unloaded(
+    spoil: Callable[[Attack], None], repo: Path, attack_on: Callable[[Path], Attack], monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """What `verify` prints of a spoiled copy of a repo, which it must not load."""
+    monkeypatch.setattr(verify, "_run_worker", lambda *arguments: pytest.fail("it was loaded"))
+    attack = attack_on(repo)
+    spoil(attack)
+    return verify_repo(attack.repo).table()
 
 
 def write_yaml(folder: Path, **changes: Any) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from attack import BASE, Attack
+from attack import BASE, Attack, refusal_unloaded
 
 from vispruner.conversion import verify, verify_worker
 from vispruner.conversion.built_folder import verified_copy
@@ -515,9 +515,6 @@ def test_an_endless_folder_is_refused_soon(
     attack_on: Callable[[Path], Attack],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(verify, "_run_worker", lambda *arguments: pytest.fail("it was loaded"))
-    attack = attack_on(good_repo)
-    spoil(attack)
-    report = verify_repo(attack.repo)
-    assert message in report.table()
-    assert len(report.table()) < 20_000
+    table = refusal_unloaded(spoil, good_repo, attack_on, monkeypatch)
+    assert message in table
+    assert len(table) < 20_000

@@ -15,14 +15,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from attack import Attack, write_yaml
+from attack import Attack, refusal_unloaded, write_yaml
 from transformers import AutoProcessor
 
-from vispruner.conversion import verify
 from vispruner.conversion.checkpoint_io import CheckpointError, read_tensor_headers
 from vispruner.conversion.model_card import model_card
 from vispruner.conversion.repo_config import RepoConfigError, load_repo_config
-from vispruner.conversion.verify import verify_repo
 
 
 class Leaving:
@@ -92,11 +90,7 @@ def test_a_folder_is_refused_without_being_loaded(
     attack_on: Callable[[Path], Attack],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(verify, "_run_worker", lambda *arguments: pytest.fail("it was loaded"))
-    attack = attack_on(good_repo)
-    spoil(attack)
-    report = verify_repo(attack.repo)
-    assert message in report.table()
+    assert message in refusal_unloaded(spoil, good_repo, attack_on, monkeypatch)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
