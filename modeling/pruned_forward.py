@@ -174,7 +174,14 @@ class PrunedForwardMixin(PrunedDecoderMixin):
             given[FEATURES] = images
         if given.get(FEATURES) is not None:
             given[FEATURES] = features_of(given[FEATURES], self.modalities[0].name, self.encoder_options.to_dict())
+            if not TAKES_FEATURES and self._has_cached_prompt(given):  # stock's `generate` hands them to every step
+                del given[FEATURES]
         return given
+
+    def _has_cached_prompt(self, inputs: Mapping[str, Any]) -> bool:
+        """True where `generate` has read its prompt and only what comes behind it is to be read."""
+        call = self.open_call
+        return call is not None and call.prompt_length is not None and cached_length(inputs) >= call.prompt_length
 
     def renamed_as_stock(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return inputs with what stock has had several names for under the one of this version."""

@@ -322,13 +322,6 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             }
         return super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Stock, without the features once they are in the cache: a stock that knows none hands them to every step."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        if not TAKES_FEATURES and FEATURES in inputs and cached_length(inputs):
-            del inputs[FEATURES]
-        return inputs
-
     def _inferred_mask(self, ids: torch.Tensor, arguments: dict[str, Any], config: Any) -> dict[str, Any]:
         """As stock does without a mask: padding is told by its id, unless that id also ends a sequence."""
         pad, eos = (self._option(name, arguments, config) for name in ("pad_token_id", "eos_token_id"))
