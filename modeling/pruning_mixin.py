@@ -197,6 +197,8 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             prompt = self._read_prompt(inputs, arguments, generation_config)
             call.is_short = True
             if prompt is None:
+                given = inputs if inputs is not None else arguments.get("input_ids", arguments.get("inputs_embeds"))
+                call.prompt_length = None if given is None else given.shape[1]
                 return super().generate(inputs, generation_config, **hooks, **arguments)
             base.note_pruning(prompt)
             arguments, columns = self._shorten(prompt, generation_config)
