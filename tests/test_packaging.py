@@ -25,6 +25,7 @@ from vispruner.conversion.repo_config import HUB_CONFIGS, hub_config_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 COMMANDS = ("pip install . && vispruner demo", 'pip install -e ".[test]" && pytest')
 
 
@@ -40,8 +41,8 @@ def table_after(header: str) -> list[list[str]]:
 
 
 def file_tree() -> dict[str, str]:
-    """Return path -> remark of the README's tree."""
-    (tree,) = (block for block in code_blocks("") if block.startswith("modeling/"))
+    """Return path -> remark of CONTRIBUTING's map."""
+    (tree,) = re.findall(r"^```\n(modeling/.*?)^```$", CONTRIBUTING, flags=re.MULTILINE | re.DOTALL)
     paths, folder = {}, ""
     for line in tree.splitlines():
         name, _, remark = line.strip().partition(" ")
@@ -58,28 +59,22 @@ def test_readme_gives_each_command_alone_in_a_block(command: str) -> None:
     assert f"{command}\n" in code_blocks("")
 
 
-def test_everything_in_the_readme_s_tree_exists() -> None:
+def test_everything_on_the_map_exists() -> None:
     assert [path for path in file_tree() if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("folder", ["modeling", "conversion"])
-def test_every_module_is_in_the_readme_s_tree(folder: str) -> None:
+def test_every_module_is_on_the_map(folder: str) -> None:
     modules = {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     assert modules - set(file_tree()) == set()
 
 
-def test_every_folder_of_the_repository_is_in_the_readme_s_tree() -> None:
+def test_every_folder_of_the_repository_is_on_the_map() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not listed:
         pytest.skip("not a git checkout")
     folders = {path.split("/")[0] + "/" for path in listed if "/" in path and not path.startswith(".")}
     assert folders - set(file_tree()) == set()
-
-
-def test_the_reading_order_covers_the_published_files() -> None:
-    order = re.findall(r"^\d+\. `(modeling/\w+\.py)`", README, flags=re.MULTILINE)
-    published = {f"modeling/{path.name}" for path in (ROOT / "modeling").glob("*.py") if path.stem[:2] != "__"}
-    assert sorted(order) == sorted(published)
 
 
 def test_the_readme_s_fields_and_defaults_are_the_config_s() -> None:
