@@ -54,12 +54,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate_scene
 
 from vispruner import SELECTORS, __version__
+from vispruner.choosing import Choice
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.checkpoint_io import replacing
 from vispruner.conversion.questions import is_right
 from vispruner.conversion.repo_config import ASSETS
 from vispruner.stock_versions import CACHE
-from vispruner.visual_features import VisualTokens
 
 CONFIG = "tiny-llava-vispruner"
 CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpoint
@@ -285,20 +285,15 @@ class PublishedModel:
 
     @contextmanager
     def _recorded_selections(self) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Note what `generate` itself selects, rather than encoding once more to ask."""
-        base, recorded = self.model.model, []
-        select: Callable[..., torch.Tensor] = base.select
+        """Note what `generate` itself selects behind the encoder, rather than encoding once more to ask."""
+        recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-        def recorded_select(tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
-            kept = select(tokens, visual_token_num)
-            recorded.append((kept, tokens.saliency))
-            return kept
+        def note(choice: Choice) -> None:
+            if choice.layer is None and choice.selection is not None:
+                recorded.append((choice.selection.indices, choice.tokens.saliency))
 
-        base.select = recorded_select
-        try:
+        with self.model.model.watch_choices(after=note):
             yield recorded
-        finally:
-            del base.select
 
     @contextmanager
     def _any_picture_size(self) -> Iterator[None]:

@@ -160,10 +160,13 @@ def counted_stage_flops(
             layer.values = layer.keys.clone()
         model.lm_head(base.language_model(inputs_embeds=embeds[:, -1:], **{CACHE: cache}).last_hidden_state)
 
-    ranked = (features, saliency) if row == PEER else (VisualTokens(features, saliency),)
+    chosen = {
+        PEER: lambda: base.selection(features, saliency, kept),
+        OURS: lambda: base.select(VisualTokens(features, saliency), kept),
+    }
     runs = {
         "vision": encode[row],
-        "select": lambda: None if row == STOCK or kept == patches else base.select(*ranked, kept),
+        "select": lambda: None if row == STOCK or kept == patches else chosen[row](),
         "project": lambda: base.multi_modal_projector(projected),
         "prefill": prefill,
         "logits": lambda: model.lm_head(embeds[:, -1:]),

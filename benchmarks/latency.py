@@ -399,8 +399,8 @@ def compare_selections(plan: Plan, models: Models) -> dict[str, Any]:
     for budget in plan.budgets[1:]:
         models.models[OURS].set_vispruner_config(visual_token_num=budget)
         kept = [
-            models.models[PEER].model.select(features, saliency, budget),
-            models.models[OURS].model.select(VisualTokens(features, saliency), budget),
+            models.models[PEER].model.selection(features, saliency, budget),
+            models.models[OURS].model.select(VisualTokens(features, saliency), budget).indices,
         ]
         alike[str(budget)] = float((kept[0] == kept[1]).float().mean())
         if alike[str(budget)] != 1.0:

@@ -38,6 +38,17 @@ def select_per_round(features: torch.Tensor, attention: torch.Tensor, visual_tok
     return torch.cat([important, residual], dim=1).sort(dim=-1).values
 
 
+class PerRound(torch.nn.Module):
+    """The choice, as a module so that hooks see when it is made."""
+
+    def forward(self, features: torch.Tensor, attention: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+        """Return the kept indices (B, T), ascending."""
+        batch, tokens = attention.shape
+        if visual_token_num >= tokens:
+            return torch.arange(tokens, device=features.device).expand(batch, -1)
+        return select_per_round(features, attention, visual_token_num)
+
+
 class PeerLlavaModel(LlavaModel):
     """`LlavaModel` that prunes while it splices the prompt."""
 
@@ -45,6 +56,7 @@ class PeerLlavaModel(LlavaModel):
         super().__init__(config)
         self.vision_tower.set_attn_implementation("eager")
         self.visual_token_num = 128
+        self.selection = PerRound()
 
     def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, 3, height, width) -> patch features (B, N, C), attention (B, N) that [CLS] pays to each patch."""
@@ -52,17 +64,10 @@ class PeerLlavaModel(LlavaModel):
         layer = self.config.vision_feature_layer
         return outputs.hidden_states[layer][:, 1:], outputs.attentions[layer][:, :, 0, 1:].mean(dim=1)
 
-    def select(self, features: torch.Tensor, attention: torch.Tensor, visual_token_num: int) -> torch.Tensor:
-        """Return the kept indices (B, T), ascending."""
-        batch, tokens = attention.shape
-        if visual_token_num >= tokens:
-            return torch.arange(tokens, device=features.device).expand(batch, -1)
-        return select_per_round(features, attention, visual_token_num)
-
     def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embed prompts (B, S) of one image a row, of which only the kept visual tokens stay: (B, S - N + T, D)."""
         features, attention = self.encode(pixel_values)
-        kept = self.select(features, attention, self.visual_token_num)
+        kept = self.selection(features, attention, self.visual_token_num)
         projected = self.multi_modal_projector(features)
         images = projected.gather(1, kept[..., None].expand(-1, -1, projected.shape[-1]))
         rows = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -135,6 +135,7 @@ class Watch:
         self._cuda = on_cuda(model.device)
         self._begun: dict[str, tuple[Any, int, int]] = {}
         self._hooks: list[Any] = []
+        self._choices: AbstractContextManager[Any] = nullcontext()
         self.puts: list[float] = []
 
     def __enter__(self) -> Watch:
@@ -145,11 +146,15 @@ class Watch:
             "language": base.language_model,
             "logits": self.model.lm_head,
         }
+        if hasattr(base, "selection"):  # the peer's
+            modules["select"] = base.selection
+            self._hooks.append(base.selection.register_forward_hook(lambda *call: self._note(call[-1])))
         for stage, module in modules.items():
             self._hooks.append(module.register_forward_pre_hook(lambda *_, stage=stage: self._begin(stage)))
             self._hooks.append(module.register_forward_hook(lambda *_, stage=stage: self._end(stage)))
-        if hasattr(base, "select"):
-            base.select = self._watched_select(base.select)
+        if hasattr(base, "watch_choices"):
+            self._choices = base.watch_choices(self._after_choice, self._before_choice)
+        self._choices.__enter__()
         return self
 
     def __exit__(
@@ -157,17 +162,19 @@ class Watch:
     ) -> None:
         for hook in self._hooks:
             hook.remove()
-        vars(self.model.model).pop("select", None)
+        self._choices.__exit__(kind, error, trace)
 
-    def _watched_select(self, select: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def _before_choice(self, choice: Any) -> None:
+        if choice.layer is None:  # what the language model chooses is a part of prefill
             self._begin("select")
-            kept = select(*args, **kwargs)
-            self._end("select")
-            self.kept = kept.shape[1]
-            return kept
 
-        return watched
+    def _after_choice(self, choice: Any) -> None:
+        if choice.layer is None:
+            self._end("select")
+            self._note(choice.selection.indices)
+
+    def _note(self, kept: torch.Tensor) -> None:
+        self.kept = kept.shape[1]
 
     def _now(self) -> Any:
         if not self._cuda:

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import vispruner
+from vispruner.choosing import Choice
 from vispruner.codebook_file import KEY, CodebookError
-from vispruner.pruned_encoder import projected_tokens
 from vispruner.related_selectors import select_scope
-from vispruner.selector_registry import rows_at
+from vispruner.selector_registry import Selection
 
 from .base_checkpoint import resolve_base
 from .checkpoint_io import replacing, writable_file
@@ -103,22 +103,21 @@ def build_codebook(
 def _redundant_tokens(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """Note the redundant tokens (n, D) of everything that the model selects from, in float32 on the CPU."""
     base: Any = model.model
-    stored, select = model.config.vispruner_config, base.select
+    stored = model.config.vispruner_config
     noted: list[torch.Tensor] = []
 
-    def noting_select(tokens: Any, visual_token_num: int) -> torch.Tensor:
+    def note(choice: Choice) -> None:
+        tokens = choice.tokens
         count = int(tokens.saliency.shape[1] * REDUNDANT_SHARE)
-        least_attended = tokens.saliency.argsort(dim=-1, stable=True)[:, :count]
-        projected = rows_at(projected_tokens(base, tokens), least_attended)
-        noted.append(projected.flatten(0, 1).float().cpu())
-        return select(tokens, visual_token_num)
+        least_attended = Selection(tokens.saliency.argsort(dim=-1, stable=True)[:, :count])
+        projected = base.project(tokens.features) if tokens.projected is None else tokens.projected
+        noted.append(least_attended.take(projected).flatten(0, 1).float().cpu())
 
     model.set_vispruner_config(method="cls_attention", visual_token_num=1)
-    base.select = noting_select
     try:
-        yield noted
+        with base.watch_choices(after=note):
+            yield noted
     finally:
-        del base.select
         model.config.vispruner_config = stored
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import vispruner
 from vispruner import merge_vispruner_config
+from vispruner.choosing import Choice
 from vispruner.stock_versions import CACHE
 
 from .base_checkpoint import resolve_base
@@ -323,13 +324,14 @@ def _stage_clock(model: Any) -> Iterator[dict[str, float]]:
         stop("decode" if prefilled else "prefill")
         prefilled = True
 
-    def timed_select(*args: Any, **kwargs: Any) -> Any:
-        start()
-        kept = select(*args, **kwargs)
-        stop("select")
-        return kept
+    def start_choice(choice: Choice) -> None:
+        if choice.layer is None:  # what the language model chooses is a part of prefill
+            start()
 
-    select: Callable[..., Any] = base.select
+    def stop_choice(choice: Choice) -> None:
+        if choice.layer is None:
+            stop("select")
+
     ends = {
         base.vision_tower: lambda *_: stop("vision"),
         base.multi_modal_projector: lambda *_: stop("project"),
@@ -338,11 +340,10 @@ def _stage_clock(model: Any) -> Iterator[dict[str, float]]:
     }
     hooks = [module.register_forward_pre_hook(start) for module in ends]
     hooks += [module.register_forward_hook(end) for module, end in ends.items()]
-    base.select = timed_select
     try:
-        yield seconds
+        with base.watch_choices(after=stop_choice, before=start_choice):
+            yield seconds
     finally:
-        del base.select
         for hook in hooks:
             hook.remove()
 

@@ -20,6 +20,7 @@ from .prompt_shortening import KeptColumns
 from .selector_registry import DecoderPlace, Selection, rows_at
 from .stock_versions import CACHE
 from .visual_attention import TextLayer, listen, make_tappable
+from .visual_features import VisualTokens
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PromptToPrune:
     totals    of each row, how many visual tokens it has
     counts    by layer: of each row, how many are left from there on
     place     where and by what the method ranks them
-    choose    called with features (G, N, C), saliency (G, N), how many to keep, and what else the method asks for
+    choose    `choose` of choosing.py, given the options and the method
     last      (B,) the column that ranks, None for the last that is no padding
     """
 
@@ -221,7 +222,7 @@ class DecoderForward:
         with torch.no_grad():
             reading = self._reading(number, layer, hidden, visual, seen, columns, kwargs)
             features = self.decoder.norm(hidden) if prompt.place.normed else hidden
-            chosen = _choose(prompt, features.detach(), reading, left, keep)
+            chosen = _choose(prompt, number, features.detach(), reading, left, keep)
             index, stays = _index_of(visual, seen, chosen, keep, prompt.texts)
         stage = DecoderStage(
             number,
@@ -326,7 +327,12 @@ class _Chosen(NamedTuple):
 
 
 def _choose(
-    prompt: PromptToPrune, features: torch.Tensor, reading: DecoderReading, left: list[int], keep: list[int]
+    prompt: PromptToPrune,
+    layer: int,
+    features: torch.Tensor,
+    reading: DecoderReading,
+    left: list[int],
+    keep: list[int],
 ) -> list[_Chosen]:
     """Choose in rows with as many visual tokens together; features (B, W, C)."""
     place = prompt.place
@@ -345,8 +351,9 @@ def _choose(
             selection = Selection(places[:, :0])
         else:
             further = _further(reading, rows, places, features[rows], saliency)
-            ranked = saliency[rows].gather(1, places)
-            selection = prompt.choose(rows_at(features[rows], places), ranked, count, **further)
+            states = rows_at(features[rows], places)
+            tokens = VisualTokens(states, saliency[rows].gather(1, places), projected=states)
+            selection = prompt.choose(tokens, count, layer=layer, **further)
         chosen.append(_Chosen(rows, places, selection))
     return chosen
 
@@ -354,11 +361,10 @@ def _choose(
 def _further(
     reading: DecoderReading, rows: list[int], places: torch.Tensor, features: torch.Tensor, saliency: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return what else a decoder layer can give of G rows: `DECODER_INPUTS` of the registry."""
+    """Return what else a decoder layer can give of G rows: `DECODER_INPUTS` of the registry beside `projected`."""
     columns = torch.arange(features.shape[1], device=features.device)
     is_word = reading.seen[rows] & (columns > places[:, -1:])
     return {
-        "projected": rows_at(features, places),
         "keys": rows_at(reading.key[rows].mean(1), places),
         "text": features,
         "text_saliency": saliency[rows].masked_fill(~is_word, float("-inf")),

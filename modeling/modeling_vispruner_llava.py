@@ -11,7 +11,6 @@ from .llava_encoder import LlavaEncoderMixin
 from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
-from .selector_registry import rows_at
 from .visual_features import PrunedImageFeatures
 
 
@@ -60,18 +59,9 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
             return self.keep_everything(outputs)
         self.require_patches(vision_feature_select_strategy)
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
-        images, patches = tokens.saliency.shape
-        indices = self.select(tokens, self.encoder_options.budget(patches))
-        return self.pruned_output(
-            outputs,
-            kwargs,
-            pooler_output=list(self.project(rows_at(tokens.features, indices))),
-            kept_indices=list(indices),
-            placeholders=list(indices),
-            saliency=tokens.saliency,
-            layer_saliency=tokens.layer_saliency,
-            full_counts=[patches] * images,
-        )
+        pruned = self.prune(outputs, tokens, kwargs)
+        pruned.pooler_output = list(pruned.pooler_output)
+        return pruned
 
 
 class VisPrunerLlavaForConditionalGeneration(VisPrunerMixin, LlavaForConditionalGeneration, GenerationMixin):

@@ -18,6 +18,7 @@ from .llava_encoder import LlavaEncoderMixin
 from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
+from .selector_registry import Selection
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
 NEWLINE = -1
@@ -139,7 +140,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
         if options.tile_mode == "paper":
-            placeholders, kept = None, self.select(tokens, options.budget(patches)).split(tiles)
+            placeholders, kept = None, self.select(tokens, options.budget(patches)).unmerged.split(tiles)
             grids = map(self.tile_grid, sizes)
             orders = [paper_order(image, *grid, self.side) for image, grid in zip(kept, grids, strict=True)]
             newlines = [0] * len(orders)
@@ -149,11 +150,10 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         return self.pruned_output(
             outputs,
             kwargs,
+            tokens,
             pooler_output=self._project(tokens.features, orders, tiles, newlines),
             kept_indices=orders,
             placeholders=placeholders,
-            saliency=tokens.saliency,
-            layer_saliency=tokens.layer_saliency,
             full_counts=[len(packing) for packing in packings],
         )
 
@@ -174,7 +174,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             group = torch.tensor(numbers)[:, None].to(keep.device, non_blocking=True)
             columns = torch.stack([survivors[number] for number in numbers]).to(keep.device, non_blocking=True)
             budget = min(self.encoder_options.budget(keep.shape[1]), count)
-            chosen = self.select(tokens.part(group, columns, grid), budget)
+            chosen = self.select(tokens.part(group, columns, grid), budget).unmerged
             keep[group, columns.gather(1, chosen)] = True
         placeholders, orders = [], []
         for packing, image in zip(packings, keep.split(tiles), strict=True):
@@ -202,10 +202,10 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         self, features: torch.Tensor, orders: list[torch.Tensor], tiles: list[int], newlines: list[int]
     ) -> list[torch.Tensor]:
         """Project the patches that `orders` name and put the newline embedding where they say so."""
-        patches, whole = [], self.side**2
+        patches = []
         for image, order, lines in zip(features.split(tiles), orders, newlines, strict=True):
             named = order[_true_places(order != NEWLINE, len(order) - lines)] if lines else order
-            patches.append(image[named // whole, named % whole])
+            patches.append(Selection(named[None]).take(image.flatten(0, 1)[None])[0])
         projected = self.project(torch.cat(patches)).split([len(patch) for patch in patches])
         if not any(newlines):
             return list(projected)

@@ -28,7 +28,7 @@ from .prompt_reading import Modality, Prompt
 from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
-from .selector_registry import rows_at
+from .selector_registry import Selection
 from .stock_versions import TAKES_FEATURES
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
@@ -221,11 +221,10 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         return self.pruned_output(
             outputs,
             kwargs,
+            tokens,
             pooler_output=[self._tokens_at(*image) for image in images],
             kept_indices=[order[places] for order, places in zip(orders, placeholders, strict=True)],
             placeholders=placeholders,
-            saliency=tokens.saliency,
-            layer_saliency=tokens.layer_saliency,
             full_counts=[len(packing.order) for packing in packings],
         )
 
@@ -234,7 +233,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         base, device = self.side**2, tokens.features.device
         tiles = channels_of(tokens).split([packing.tiles for packing in packings])
         first = tokens_in(torch.stack([image[0] for image in tiles]), tokens, (self.side, self.side))
-        kept_of_base = self.select(first, self.encoder_options.budget(base))
+        kept_of_base = self.select(first, self.encoder_options.budget(base)).unmerged
         rests, budgets = [], []
         for image, packing in zip(tiles, packings, strict=True):
             rows, columns = packing.rest(base)
@@ -249,7 +248,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
             places = [kept, (packing.order == NEWLINE).nonzero()[:, 0].to(device, non_blocking=True)]
             rows, columns = packing.rest(base)
             if rows * columns:
-                rest = next(kept_of_rests)
+                rest = next(kept_of_rests).unmerged[0]
                 places.append(base + rest + rest // columns)
             chosen.append(torch.cat(places).sort().values)
         return chosen
@@ -257,9 +256,11 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
     def _tokens_at(self, features: torch.Tensor, packing: Packing, places: torch.Tensor) -> torch.Tensor:
         """Project one image's features (tiles, N, C) to its visual tokens at `places` of the packing."""
         if packing.scaled:  # stock interpolates what is projected
-            return self._pack(self.project(features), packing.size, self.image_newline)[places]
+            packed = self._pack(self.project(features), packing.size, self.image_newline)
+            return Selection(places[None]).take(packed[None])[0]
         order = packing.order.to(places.device, non_blocking=True)[places]
-        tokens = self.project(features.flatten(0, 1)[order.clamp(min=0)])
+        patches = Selection(order.clamp(min=0)[None]).take(features.flatten(0, 1)[None])[0]
+        tokens = self.project(patches)
         return torch.where((order == NEWLINE)[:, None], self.image_newline.to(tokens), tokens)
 
     def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
@@ -295,20 +296,19 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         outputs, tokens = self.encode(pixel_values_videos.flatten(0, 1), vision_feature_layer, **kwargs)
         side = math.ceil(self.side / 2)
         pooled = tokens_in(self.apply_pooling(channels_of(tokens)), tokens, (side, side))
-        kept = self.select(pooled, self.encoder_options.budget(self.frame_tokens))
-        visual = rows_at(self.apply_pooling(self.project(tokens.features)), kept)
+        selection = self.select(pooled, self.encoder_options.budget(self.frame_tokens))
+        visual = selection.take(self.apply_pooling(self.project(tokens.features)))
         visual = visual.unflatten(0, (videos, frames)).flatten(1, 2)
-        start = torch.arange(frames, device=kept.device)[:, None] * self.frame_tokens
-        places = (kept.unflatten(0, (videos, frames)) + start).flatten(1)
+        start = torch.arange(frames, device=visual.device)[:, None] * self.frame_tokens
+        places = (selection.indices.unflatten(0, (videos, frames)) + start).flatten(1)
         full = frames * self.frame_tokens
         return self.pruned_output(
             outputs,
             kwargs,
+            pooled,
             pooler_output=torch.cat([visual, newline.to(visual)], dim=1),
             kept_indices=list(nn.functional.pad(places, (0, 1), value=NEWLINE)),
             placeholders=list(nn.functional.pad(places, (0, 1), value=full)),
-            saliency=pooled.saliency,
-            layer_saliency=pooled.layer_saliency,
             full_counts=[full + 1] * videos,
         )
 

@@ -24,7 +24,6 @@ from .prompt_reading import Modality
 from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
-from .selector_registry import rows_at
 from .stock_versions import VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES, by_stock_name
 from .visual_attention import make_tappable
 from .visual_features import PrunedImageFeatures, TokenView
@@ -94,18 +93,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
             return self.keep_everything(outputs)
         self.require_patches(vision_feature_select_strategy)
         outputs, _, tokens = self.encode_with(self.image_tower, pixels, vision_feature_layer, **kwargs)
-        images, patches = tokens.saliency.shape
-        indices = self.select(tokens, self.encoder_options.budget(patches))
-        return self.pruned_output(
-            outputs,
-            kwargs,
-            pooler_output=self.project(rows_at(tokens.features, indices)),
-            kept_indices=list(indices),
-            placeholders=list(indices),
-            saliency=tokens.saliency,
-            layer_saliency=tokens.layer_saliency,
-            full_counts=[patches] * images,
-        )
+        return self.prune(outputs, tokens, kwargs)
 
     def video_views(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
         """Return every frame as an image of its own; [CLS] has no place in it."""
@@ -136,16 +124,16 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         frames = pixel_values_videos.flatten(0, 1)
         outputs, states, tokens = self.encode_with(self.video_tower, frames, vision_feature_layer, **kwargs)
         patches = tokens.saliency.shape[1]
-        indices = self.select(tokens, self.encoder_options.budget(patches))
-        places = nn.functional.pad(1 + indices, (1, 0))
+        selection = self.select(tokens, self.encoder_options.budget(patches))
+        places = nn.functional.pad(1 + selection.indices, (1, 0))
+        with_cls = torch.cat([states[:, :1], selection.take(tokens.features)], dim=1)
         return self.pruned_output(
             outputs,
             kwargs,
-            pooler_output=self.project(rows_at(states, places)),
+            tokens,
+            pooler_output=self.project(with_cls),
             kept_indices=list(places - 1),
             placeholders=list(places),
-            saliency=tokens.saliency,
-            layer_saliency=tokens.layer_saliency,
             full_counts=[1 + patches] * len(frames),
         )
 

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.cache_utils import QuantizedLayer
 
 from .call_options import CallOptionsMixin
+from .choosing import choose
 from .configuration_vispruner import VisPrunerOptions
 from .decoder_pruning import DecoderForward, PromptToPrune, make_decoder_prunable, stages_of
 from .prompt_reading import Prompt, cached_length
@@ -17,10 +19,8 @@ from .pruning_plan import layer_counts, stage_counts
 from .selectors import (
     DECODER_INPUTS,
     DecoderPlace,
-    Selection,
     check_method_options,
     methods_by_place,
-    run_selector,
     selector_named,
 )
 from .stock_versions import CACHE
@@ -195,7 +195,7 @@ class PrunedDecoderMixin(CallOptionsMixin):
         prompt   what was read of the caller's, where it has images; columns  which of it the inputs have, None for all
         last     (B,) the last column of the caller's prompt that is question, not answer; None for all
         """
-        cache = inputs.get(CACHE)
+        cache: Any = inputs.get(CACHE)
         prunes, stages = prompt is not None and self.prunes_in_decoder, stages_of(cache)
         if not prunes and not stages:  # without a look at the cache's length, which a static one has on the device
             return nullcontext()
@@ -236,14 +236,9 @@ class PrunedDecoderMixin(CallOptionsMixin):
         if last is not None and columns is not None:
             last = _place_of(columns, last)
         _, method = self.methods
-        assert method is not None
-        options = self.vispruner_options.selector_options
-
-        def choose(features: torch.Tensor, saliency: torch.Tensor, count: int, **further: Any) -> Selection:
-            return run_selector(method, features, saliency, count, **options, **further)
-
+        chooser = partial(choose, self.vispruner_options, method=method)
         totals = [sum(images) for images in of_row]
-        return PromptToPrune(visual, self._texts(prompt, seen), totals, counts, self.decoder_place, choose, last)
+        return PromptToPrune(visual, self._texts(prompt, seen), totals, counts, self.decoder_place, chooser, last)
 
     @staticmethod
     def _texts(prompt: Prompt, seen: torch.Tensor | None) -> list[int]:

@@ -11,10 +11,11 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
+from .choosing import choose, watch_choices
 from .codebook_file import find_codebook, read_codebook
 from .configuration_vispruner import used_vision_layers
 from .pruned_forward import PrunedForwardMixin
-from .selectors import SELECTORS, run_selector, selector_named
+from .selectors import SELECTORS, Selection, selector_named
 from .visual_attention import Reading, SaliencyTap, make_tappable
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, kept_counts_of, stacked
 
@@ -34,11 +35,6 @@ def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str)
             f"transformers has no checkpoint conversion named {stock_name!r}; this version is unsupported"
         )
     register_checkpoint_conversion_mapping(model_class.__name__, mapping, overwrite=True)
-
-
-def projected_tokens(model: Any, tokens: VisualTokens) -> torch.Tensor:
-    """Return all `tokens` as visual tokens (B, N, D); `model` is the base model."""
-    return model.project(tokens.features) if tokens.projected is None else tokens.projected.detach()
 
 
 class VisPrunerModelMixin(PrunedForwardMixin):
@@ -65,6 +61,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     budget_unit = "image"
     _keys_to_ignore_on_load_unexpected: Any
     codebook_path: str | None = None  # of the file that the buffer `codebook` was read from
+    watch_choices = staticmethod(watch_choices)  # of the code that this model runs, which may be a repo's own
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]  # the stock model comes next in the MRO
@@ -174,24 +171,29 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         layers = map(self.saliency_layer, selector.saliency_layers(len(attentions), feature_layer))
         return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers], seen, self.packs_images)
 
-    def select(self, tokens: VisualTokens, visual_token_num: int) -> torch.Tensor:
-        """Return the kept indices (B, T), ascending, by the configured method."""
+    def select(self, tokens: VisualTokens, visual_token_num: int) -> Selection:
+        """Return which tokens stay, T of each image, by the configured method."""
         options = self.encoder_options
-        inputs: dict[str, Any] = {"grid": tokens.grid, "layer_saliency": tokens.layer_saliency}
-        needs = SELECTORS[options.method].needs
-        if "projected" in needs:
-            with torch.no_grad():
-                inputs["projected"] = projected_tokens(self, tokens)
-        if "codebook" in needs:
-            inputs["codebook"] = self._codebook_on(inputs.get("projected", tokens.features).device)
-        return run_selector(
-            options.method,
-            tokens.features.detach(),
-            tokens.saliency,
-            visual_token_num,
-            **options.selector_options,
-            **{name: value for name, value in inputs.items() if value is not None},
-        ).indices
+        codebook = self._read_codebook() if "codebook" in SELECTORS[options.method].needs else None
+        selection = choose(options, tokens, visual_token_num, project=self.project, codebook=codebook)
+        if selection.appended:
+            raise ValueError(
+                f'vispruner_config.method "{options.method}" puts tokens behind the others, which only the language '
+                "model can: give it prune_layers"
+            )
+        return selection
+
+    def prune(self, outputs: Any, tokens: VisualTokens, asked: Mapping[str, Any]) -> PrunedImageFeatures:
+        """Select from every image by one budget and project what stays; `pooler_output` is one tensor (B, T, D).
+
+        outputs  of the encoder; asked  the further arguments of `get_image_features`
+        """
+        images, count = tokens.saliency.shape
+        selection = self.select(tokens, self.encoder_options.budget(count))
+        projected = tokens.projected
+        kept = self.project(selection.take(tokens.features)) if projected is None else selection.take(projected)
+        indices = list(selection.indices)
+        return self.pruned_output(outputs, asked, tokens, kept, indices, list(indices), [count] * images)
 
     def load_codebook(self, repo: str | None, **hub_options: Any) -> None:
         """Hold the codebook that the configuration names, if it names one; a bare name is looked up in `repo`."""
@@ -203,21 +205,21 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         self.register_buffer("codebook", codebook, persistent=False)
         self.codebook_path = path
 
-    def _codebook_on(self, device: torch.device) -> torch.Tensor:
+    def _read_codebook(self) -> torch.Tensor:
         codebook = getattr(self, "codebook", None)
         if codebook is None:
             raise ValueError(
                 f"vispruner_config.codebook {self.vispruner_options.codebook!r} was not read, because this model did "
                 "not come from from_pretrained: give it by set_vispruner_config(codebook=...)"
             )
-        return codebook.to(device)
+        return codebook
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Turn features (B, N, C) into visual tokens (B, N, D); the same thing where features are merged tokens."""
         return features
 
-    def select_each(self, images: Sequence[VisualTokens], budgets: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """Return the kept indices (T,) of images (1, N, C) of any sizes; those of one size are selected from together.
+    def select_each(self, images: Sequence[VisualTokens], budgets: Sequence[int] | None = None) -> list[Selection]:
+        """Return which tokens stay of images (1, N, C) of any sizes; those of one size are selected from together.
 
         Each keeps as many as `budgets` says, by default what the configured budget leaves of its own N.
         """
@@ -226,12 +228,11 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         groups: dict[tuple[int, tuple[int, int] | None, int], list[int]] = {}
         for number, (image, budget) in enumerate(zip(images, budgets, strict=True)):
             groups.setdefault((image.features.shape[1], image.grid, budget), []).append(number)
-        kept: list[torch.Tensor] = [image.saliency for image in images]
+        kept: dict[int, Selection] = {}
         for (_, _, budget), numbers in groups.items():
             chosen = self.select(stacked([images[number] for number in numbers]), budget)
-            for number, indices in zip(numbers, chosen, strict=True):
-                kept[number] = indices
-        return kept
+            kept |= {number: chosen.of_image(place) for place, number in enumerate(numbers)}
+        return [kept[number] for number in range(len(images))]
 
     def keeps_all(self, visual_tokens: int) -> bool:
         """True when the budget leaves nothing to drop from the `visual_tokens` tokens of an image or tile."""
@@ -252,16 +253,40 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         fields = {**outputs, "pooler_output": outputs.pooler_output}  # which the mapping may lack, set afterwards
         return PrunedImageFeatures(**fields, kept_indices=kept_indices, placeholders=placeholders, full_counts=counts)
 
-    def pruned_output(self, outputs: Any, asked: Mapping[str, Any], **pruned: Any) -> PrunedImageFeatures:
-        """Return what `get_image_features` does: of the encoder's output what stock gives, and the fields of `pruned`.
+    def pruned_output(
+        self,
+        outputs: Any,
+        asked: Mapping[str, Any],
+        tokens: VisualTokens | Sequence[VisualTokens],
+        pooler_output: torch.Tensor | list[torch.Tensor],
+        kept_indices: list[torch.Tensor],
+        placeholders: list[torch.Tensor] | None,
+        full_counts: list[int],
+        deepstack_features: list[list[torch.Tensor]] | None = None,
+    ) -> PrunedImageFeatures:
+        """Return what `get_image_features` does: of the encoder's output what stock gives, and what was kept.
 
-        asked  the further arguments of `get_image_features`
+        asked   the further arguments of `get_image_features`
+        tokens  what was chosen from: all images together, or each by itself where they differ in size
         """
+        saliency: Any
+        layers: Any
+        if isinstance(tokens, VisualTokens):
+            saliency, layers = tokens.saliency, tokens.layer_saliency
+        else:
+            saliency = [image.saliency[0] for image in tokens]
+            layers = [image.layer_saliency[0] for image in tokens if image.layer_saliency is not None] or None
         return PrunedImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
+            pooler_output=pooler_output,
             hidden_states=outputs.hidden_states if self.wants_hidden_states(asked) else None,
             attentions=outputs.attentions,
-            **pruned,
+            kept_indices=kept_indices,
+            placeholders=placeholders,
+            saliency=saliency,
+            layer_saliency=layers,
+            full_counts=full_counts,
+            deepstack_features=deepstack_features,
         )
 
     def wants_hidden_states(self, asked: Mapping[str, Any]) -> bool:

@@ -6,7 +6,6 @@ pictures, which the encoder takes together); each frame is pruned on its own.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.utils import can_return_tuple
 
 from .mrope_positions import GRID_IMAGES, GRID_VIDEOS, MRoPE
 from .pruned_encoder import VisPrunerModelMixin
+from .selector_registry import in_a_row
 from .stock_versions import TAKES_FEATURES
 from .visual_attention import SaliencyTap
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
@@ -141,18 +141,21 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         features = torch.cat(list(outputs.pooler_output))
         images = self._images(features, tap, grid_thw, frames)
         kept = self.select_each(images)
-        levels = _joined_levels(outputs)
-        visual, *of_levels = _taken([features, *(levels or [])], counts, kept)
+        indices = [one.indices[0] for one in kept]
+        all_kept, numbers = in_a_row(kept, counts), [len(stays) for stays in indices]
+        visual, *of_levels = [
+            list(all_kept.take(tensor[None])[0].split(numbers))
+            for tensor in [features, *(_joined_levels(outputs) or [])]
+        ]
         return self.pruned_output(
             outputs,
             kwargs,
+            images,
             pooler_output=visual,
-            kept_indices=kept,
-            placeholders=kept,
-            saliency=[image.saliency[0] for image in images],
-            layer_saliency=[image.layer_saliency[0] for image in images if image.layer_saliency is not None] or None,
+            kept_indices=indices,
+            placeholders=indices,
             full_counts=counts,
-            deepstack_features=None if levels is None else of_levels,
+            deepstack_features=of_levels or None,
         )
 
     def _images(
@@ -187,14 +190,6 @@ def _split_levels(outputs: Any, counts: list[int]) -> list[list[torch.Tensor]] |
     """Return the deepstack features per level and image or frame."""
     levels = _joined_levels(outputs)
     return None if levels is None else [list(level.split(counts)) for level in levels]
-
-
-def _taken(tensors: list[torch.Tensor], counts: list[int], kept: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Take what stays of tensors (N, D), in which images of so many tokens stand in a row: per image, in one go."""
-    numbers = [len(stays) for stays in kept]
-    starts = torch.tensor([0, *accumulate(counts[:-1])]).repeat_interleave(torch.tensor(numbers))
-    places = torch.cat(kept) + starts.to(kept[0].device, non_blocking=True)
-    return [list(tensor[places].split(numbers)) for tensor in tensors]
 
 
 def _in_one_tensor_per_level(features: Any) -> PrunedImageFeatures:

@@ -30,12 +30,11 @@ MOST_ASKED = 512  # gains that `select_scope` measures at a time
 LISTED = 2**24  # cosines of `select_scope`, each with an index of twice its size: 192 MiB
 
 
-def _vtc_cls_layers(layers: int, feature_layer: int, start_layer: int | None = None) -> list[int]:
+def _vtc_cls_layers(layers: int, feature_layer: int) -> list[int]:
     # LLaVA's features come from the second-last layer. Counting from there, not from the last layer, gives the same
     # answer for an encoder whose unused layers were dropped. The authors' start is layer 16 of 24.
     depth = feature_layer + 2
-    start = min(depth * 2 // 3, depth - 2) if start_layer is None else start_layer
-    return list(range(depth))[start:-1]
+    return list(range(depth))[min(depth * 2 // 3, depth - 2) : -1]
 
 
 @register_selector("vtc_cls", saliency_layers=_vtc_cls_layers, kinds=("important: attended in many layers",))
@@ -276,7 +275,6 @@ def select_hiprune(
     layer_saliency: torch.Tensor,
     grid: tuple[int, int],
     anchor_share: float = 0.1,
-    repick: bool = False,
 ) -> torch.Tensor:
     """Keep anchors attended in a middle layer, their neighbours, and tokens attended late (HiPrune, arXiv 2508.00553).
 
@@ -285,13 +283,12 @@ def select_hiprune(
     layer_saliency  (B, 2, N)        attention received from all queries, in a middle layer and in the features' one
     grid            (rows, columns)  of the N tokens
     anchor_share                     alpha: share of the budget for anchors with their neighbours, 0 to 1
-    repick                           do as the authors' code for Qwen2.5-VL, which counts a token twice that is both a
-                                     neighbour and much attended late: takes one image, and may keep fewer than T
     returns         (B, T)           kept indices, ascending; T = min(visual_token_num, N)
 
     As in the authors' code, the left and right neighbours of a token at the edge lie in the adjacent row, and those
     above the first or below the last row are the first or last token. Where neighbours alone exceed the budget, which
-    that code does not allow for, anchors come first and then the most attended neighbours.
+    that code does not allow for, anchors come first and then the most attended neighbours. Their code for Qwen2.5-VL
+    counts a token twice that is both a neighbour and much attended late, and so keeps fewer; here T are kept.
     """
     budget = _checked_budget(features, saliency, visual_token_num)
     middle, late = _checked_layers(layer_saliency, saliency, 2).unbind(dim=1)
@@ -301,18 +298,7 @@ def select_hiprune(
     rank = _hiprune_rank(middle, columns, round(budget * anchor_share / 5))
     order = _most_attended_first(late)
     order = order.gather(1, _most_attended_first(rank.gather(1, order)))[:, :budget]
-    return _picked_twice(order, rank > 0, late) if repick else order.sort(dim=-1).values
-
-
-def _picked_twice(order: torch.Tensor, is_first: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
-    """Pick the first ones in `order` and the rest among all tokens: (1, T), (1, N), (1, N) -> (1, T or fewer)."""
-    if len(late) != 1:
-        raise ValueError(f"repick keeps a different number of tokens in each image: give one image, got {len(late)}")
-    first = order[is_first.gather(1, order)]
-    # The authors' attention is summed over the queries, so 1 on average, when they lower it by 1.
-    lowered = late * late.shape[1] - is_first.to(late.dtype)
-    again = _most_attended_first(lowered)[0, : order.shape[1] - len(first)]
-    return torch.cat([first, again]).unique()[None]
+    return order.sort(dim=-1).values
 
 
 @register_selector("scope", kinds=("covering: resembles many",))

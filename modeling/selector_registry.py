@@ -8,7 +8,8 @@ input that it gets where the tokens are a whole grid, and can do without.
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -63,6 +64,36 @@ class Selection(NamedTuple):
         )
         is_merged = torch.zeros_like(own, dtype=torch.bool).scatter_reduce(1, target, weight != 0, "amax") | (own != 1)
         return torch.where(is_merged[..., None], merged.to(tokens.dtype), kept)
+
+    def of_image(self, number: int) -> "Selection":
+        """Return what was decided of one image."""
+        merge = None if self.merge is None else Merge(*(part[number : number + 1] for part in self.merge))
+        return Selection(self.indices[number : number + 1], merge, self.appended)
+
+    @property
+    def unmerged(self) -> torch.Tensor:
+        """The indices, for code that lines tokens up itself; ValueError where others are folded into them."""
+        if self.merge is not None:
+            raise ValueError(
+                "vispruner_config.method folds tokens together, which the packing of an image's tiles cannot carry "
+                "here: choose a method that only drops tokens"
+            )
+        return self.indices
+
+
+def in_a_row(selections: Sequence[Selection], tokens: Sequence[int]) -> Selection:
+    """Join selections of one image each, of so many tokens, to one of all these tokens in a row."""
+    starts = [0, *accumulate(tokens[:-1])]
+    indices = torch.cat([one.indices + start for one, start in zip(selections, starts, strict=True)], dim=1)
+    if all(one.merge is None for one in selections):
+        return Selection(indices)
+    places = [0, *accumulate(one.indices.shape[1] for one in selections[:-1])]
+    merges = []
+    for one, start, place in zip(selections, starts, places, strict=True):
+        none = one.indices[:, :0]
+        source, target, weight, own = one.merge or Merge(none, none, none, torch.ones_like(one.indices))
+        merges.append(Merge(source + start, target + place, weight, own))
+    return Selection(indices, Merge(*(torch.cat(parts, dim=1) for parts in zip(*merges, strict=True))))
 
 
 class DecoderPlace(NamedTuple):

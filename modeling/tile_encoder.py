@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from .pruned_encoder import VisPrunerModelMixin
-from .selector_registry import rows_at
 from .visual_attention import SaliencyTap
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
@@ -48,24 +47,12 @@ class TileEncoderMixin(VisPrunerModelMixin):
     def prune_tiles(self, outputs: Any, patches: torch.Tensor, tap: SaliencyTap, **kwargs: Any) -> PrunedImageFeatures:
         """Merge `patches` (tiles, N, C), select and project; `pooler_output` is one tensor (tiles, T, D)."""
         features, layers, projected = self.merge_patches(patches), tap.layer_saliency, self.project_patches(patches)
-        tiles, count = features.shape[:2]
+        side = math.isqrt(features.shape[1])
         tokens = VisualTokens(
             features,
             self.merge_saliency(tap.saliency),
             None if layers is None else self.merge_saliency(layers),
-            (math.isqrt(count), math.isqrt(count)),
+            (side, side),
             projected,
         )
-        indices = self.select(tokens, self.encoder_options.budget(count))
-        return self.pruned_output(
-            outputs,
-            kwargs,
-            pooler_output=(
-                self.project(rows_at(features, indices)) if projected is None else rows_at(projected, indices)
-            ),
-            kept_indices=list(indices),
-            placeholders=list(indices),
-            saliency=tokens.saliency,
-            layer_saliency=tokens.layer_saliency,
-            full_counts=[count] * tiles,
-        )
+        return self.prune(outputs, tokens, kwargs)

@@ -2,7 +2,7 @@
 
 Every selector is called as `select(features, saliency, visual_token_num, **options)` and returns the kept indices,
 ascending, exactly min(visual_token_num, N) per image. It knows no model and no config object, never changes its inputs
-and draws random numbers only from the seed or generator it is given. To add a method, write such a function below and
+and draws random numbers only by the seed it is given. To add a method, write such a function below and
 put `@register_selector("its name")` on it: its further parameters are the inputs it needs (see `FURTHER_INPUTS`) and
 the options that `select_tokens` hands to it. Selectors of related work are in related_selectors.py.
 """
@@ -90,30 +90,19 @@ def select_cls_attention(features: torch.Tensor, saliency: torch.Tensor, visual_
 
 @register_selector("random", kinds=("drawn: at random",))
 def select_random(
-    features: torch.Tensor,
-    saliency: torch.Tensor,
-    visual_token_num: int,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
+    features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, seed: int | None = None
 ) -> torch.Tensor:
     """Keep tokens drawn without replacement, each image its own draw: the baseline that ignores the image.
 
     features   (B, N, C)  not looked at
     saliency   (B, N)     not looked at
-    seed                  every call with it draws the same tokens; exactly one of seed and generator must be given
-    generator             a CPU generator, advanced by one draw per image
+    seed                  every call with it draws the same tokens, on every device; it must be given
     returns    (B, T)     kept indices, ascending; T = min(visual_token_num, N)
     """
     budget = _checked_budget(features, saliency, visual_token_num)
-    if (seed is None) == (generator is None):
-        given = "neither" if seed is None else "both"
-        raise ValueError(f'method "random" needs exactly one of vispruner_config.seed and a generator, got {given}')
-    if generator is None:
-        if not _is_int(seed):
-            raise ValueError(f"vispruner_config.seed must be an integer, got {seed!r}")
-        generator = torch.Generator().manual_seed(seed)
-    elif generator.device.type != "cpu":
-        raise ValueError(f"generator must live on the CPU, so that every device draws alike; got {generator.device}")
+    if not _is_int(seed):
+        raise ValueError(f'method "random" draws by vispruner_config.seed, which must be an integer, got {seed!r}')
+    generator = torch.Generator().manual_seed(seed)
     batch, tokens = saliency.shape
     kept = torch.empty(batch, budget, dtype=torch.int64)
     for row in kept:

@@ -39,5 +39,5 @@ class VisPrunerLlavaForConditionalGeneration(PrunedVision, LlavaForConditionalGe
     def _image_pixels_to_features(self, vision_tower: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         if self.keeps_all:
             return super()._image_pixels_to_features(vision_tower, pixel_values)
-        features, indices = self.select_features(pixel_values)
-        return features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
+        features, selection = self.select_features(pixel_values)
+        return selection.take(features)

@@ -16,8 +16,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
+from vispruner.choosing import choose
 from vispruner.configuration_vispruner import VisPrunerOptions
-from vispruner.pruned_encoder import VisPrunerModelMixin
+from vispruner.selector_registry import Selection
 from vispruner.visual_attention import SALIENCY_KINDS
 from vispruner.visual_features import VisualTokens
 
@@ -50,15 +51,13 @@ class PrunedVision:
     config: Any
     vision_tower: Any
     vispruner_options: VisPrunerOptions
-    encoder_options: VisPrunerOptions  # the same: an engine prunes behind the encoder alone
     supports_tower_connector_lora = False  # stock counts the rows of tower and projector without pruning
-    select: Any = VisPrunerModelMixin.select  # which needs of a model no more than these options and `project`
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         options = launch_options(vllm_config.model_config)
         _read_weights_of_base(vllm_config.model_config, options)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.vispruner_options = self.encoder_options = options
+        self.vispruner_options = options
         patches = self.side**2
         logger.info_once("VisPruner keeps %d of %d visual tokens per image or tile", options.budget(patches), patches)
 
@@ -71,8 +70,8 @@ class PrunedVision:
     def keeps_all(self) -> bool:
         return self.vispruner_options.budget(self.side**2) == self.side**2
 
-    def select_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode images or tiles (B, 3, height, width); return features (B, N, C) and kept indices (B, T)."""
+    def select_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, Selection]:
+        """Encode images or tiles (B, 3, height, width); return features (B, N, C), and which T of the N stay."""
         layers = self.vision_tower.vision_model.encoder.layers
         wanted = readings(self.config, self.vispruner_options)
         attentions = [layers[reading.layer].self_attn for reading in wanted]
@@ -89,7 +88,8 @@ class PrunedVision:
         ]
         further = torch.stack(others, dim=1) if others else None
         tokens = VisualTokens(features, saliency, further, (self.side, self.side))
-        return features, self.select(tokens, self.vispruner_options.budget(features.shape[1]))
+        budget = self.vispruner_options.budget(features.shape[1])
+        return features, choose(self.vispruner_options, tokens, budget, project=self.project)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Turn features (..., C) into visual tokens (..., D), for the selectors that compare those."""

@@ -54,6 +54,16 @@ def hiprune_oracle(middle, late, columns, budget, anchor_share=0.1):
     return sorted((first + [i for i in by_late if i not in first])[:budget])
 
 
+def hiprune_twice_oracle(middle, late, columns, budget, anchor_share=0.1):
+    """As the authors' code for Qwen2.5-VL: a token may be picked for two reasons, so fewer than the budget stay."""
+    last = len(middle) - 1
+    anchors = sorted(range(len(middle)), key=lambda i: middle[i], reverse=True)[: round(budget * anchor_share / 5)]
+    first = {min(max(i + step, 0), last) for i in anchors for step in (0, -1, 1, -columns, columns)}
+    # Their attention is summed over the queries, so 1 on average, when they lower it by 1.
+    lowered = [value * len(late) - (i in first) for i, value in enumerate(late)]
+    return sorted(first.union(_top(lowered, budget - len(first))))
+
+
 def scope_oracle(features, saliency, budget, exponent=1.0):
     tokens = range(len(features))
     near = [[_cosine(x, y) for y in features] for x in features]

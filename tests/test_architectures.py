@@ -39,9 +39,12 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForImageTextToText
 
 import vispruner
+from vispruner.choosing import Choice, watch_choices
 from vispruner.conversion.codebook import save_codebook
-from vispruner.selectors import ENCODER_METHODS
+from vispruner.selector_registry import Merge, Selection, Selector
+from vispruner.selectors import ENCODER_METHODS, SELECTORS
 from vispruner.token_selection import select_uniform_grid
+from vispruner.visual_features import tokens_of
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -316,24 +319,64 @@ def test_every_method_prunes_as_much_or_says_what_it_lacks(model: Model, method:
 
 
 @pytest.mark.parametrize("model", ROWS, indirect=True)
-def test_even_spacing_knows_the_grid_of_every_image_tile_and_frame(
-    model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_even_spacing_knows_the_grid_of_every_image_tile_and_frame(model: Model) -> None:
     model.pruned.set_vispruner_config(method="uniform_grid")
-    base, grids = model.pruned.model, []
-
-    def select(tokens: Any, budget: int) -> torch.Tensor:
-        kept = type(base).select(base, tokens, budget)
+    choices: list[Choice] = []
+    with watch_choices(after=choices.append):
+        for prompt in [ONE, *([CLIP] if "video" in model.row.modalities else [])]:
+            logits(model.pruned, model.prompt(prompt))
+    for tokens, _, selection in choices:
+        budget = selection.indices.shape[1]
         expected = select_uniform_grid(tokens.features, tokens.saliency, budget, tokens.grid)
-        assert torch.equal(kept, expected)
-        grids.append(tokens.grid)
-        return kept
-
-    monkeypatch.setattr(base, "select", select)
-    for prompt in [ONE, *([CLIP] if "video" in model.row.modalities else [])]:
-        logits(model.pruned, model.prompt(prompt))
+        assert torch.equal(selection.indices, expected)
+    grids = [choice.tokens.grid for choice in choices]
     assert grids and None not in grids
     assert GRIDS_OF_ONE.get(model.row.model_type, grids[0]) in grids
+
+
+def _last(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+    tokens = saliency.shape[1]
+    return torch.arange(tokens - visual_token_num, tokens).expand(len(saliency), -1)
+
+
+def _first_made_of_last(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> Selection:
+    """Keep the first tokens, and put into each of them the one that lies as far from the end."""
+    last = _last(features, saliency, visual_token_num)
+    places = torch.arange(visual_token_num).expand_as(last)
+    ones = torch.ones_like(last, dtype=torch.float32)
+    return Selection(places, Merge(last.flip(1), places, ones, torch.zeros_like(ones)))
+
+
+@pytest.mark.parametrize("model", ROWS, indirect=True)
+def test_what_a_method_folds_together_is_what_comes_out_or_is_refused(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but `Selection.take` gathers tokens: where a packing does by its own order, merging methods are none."""
+    for method in (_last, _first_made_of_last):
+        monkeypatch.setitem(SELECTORS, method.__name__, Selector(method, {}))
+    base, found = model.pruned.model, []
+    for method in (_last, _first_made_of_last):
+        model.pruned.set_vispruner_config(method=method.__name__)
+        inputs = model.prompt(MIXED if "video" in model.row.modalities else SEVERAL)
+        given = [modality for modality in base.modalities if modality.pixels in inputs]
+        try:
+            made = [
+                getattr(base, f"get_{m.name}_features")(
+                    inputs[m.pixels], **{name: inputs[name] for name in m.described_by if name in inputs}
+                )
+                for m in given
+            ]
+        except ValueError as error:
+            assert method is _first_made_of_last and "folds tokens together" in str(error)
+            assert model.row.model_type in ("llava_next", "llava_onevision")
+            return
+        found.append([tokens for features in made for tokens in tokens_of(features)])
+    for last, first in zip(*found, strict=True):
+        assert torch.equal(sorted_rows(first), sorted_rows(last)) and not torch.equal(first, last)
+
+
+def sorted_rows(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.stack(sorted(tokens, key=lambda row: row.tolist()))
 
 
 # Rows and columns of tokens that stand for the picture of `ONE` or a part of it, where it is not made square.

@@ -257,7 +257,7 @@ def test_the_peer_selects_by_the_specification(latency: ModuleType, weights: Any
     features = torch.randint(0, 2, (3, 48, 64), generator=generator).float() * 2 - 1
     saliency = torch.randint(0, 16, (3, 48), generator=generator).float()
     expected = [vispruner_oracle(f.tolist(), s.tolist(), kept, 0.5) for f, s in zip(features, saliency, strict=True)]
-    assert peer.model.select(features, saliency, kept).tolist() == expected
+    assert peer.model.selection(features, saliency, kept).tolist() == expected
 
 
 def test_live_bytes_are_counted_once_and_given_back() -> None:
@@ -328,8 +328,8 @@ def test_a_model_that_does_not_prune_is_refused(
 def test_a_peer_that_selects_otherwise_is_refused(
     latency: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = staticmethod(lambda features, attention, kept: torch.arange(kept).expand(len(features), -1))
-    monkeypatch.setattr(sys.modules["peer"].PeerLlavaModel, "select", first)
+    first = lambda self, features, attention, kept: torch.arange(kept).expand(len(features), -1)  # noqa: E731
+    monkeypatch.setattr(sys.modules["peer"].PerRound, "forward", first)
     assert latency.main(["--quick", "--rounds", "1", "--budgets", "16", "--batches", "1"]) == 2
     assert "keep different tokens" in capsys.readouterr().err
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -269,6 +272,30 @@ def test_the_serving_table_is_the_recorded_result() -> None:
     spec.loader.exec_module(serving)
     record = json.loads((ROOT / "benchmarks" / "results" / "serving-vllm-cpu.json").read_text())
     assert serving.table(record) in (ROOT / "README.md").read_text()
+
+
+NEW_METHOD = """
+import vispruner.selectors as table
+
+@table.register_selector("brand_new")
+def select_brand_new(features, saliency, visual_token_num):
+    return table.important_tokens(saliency, visual_token_num, 1.0).sort(dim=-1).values
+
+table.ENCODER_METHODS = tuple(sorted([*table.ENCODER_METHODS, "brand_new"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_new_method_needs_no_record_measured_anew(tmp_path: Path) -> None:
+    """CONTRIBUTING's three places: a function, a row of tests, a row in the README. Records stay what they are."""
+    (tmp_path / "new_method.py").write_text(NEW_METHOD)
+    names = ("test_measured_figures", "test_scaling", "test_selection_backends")
+    files = [str(Path(__file__).parent / f"{name}.py") for name in names]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "new_method", "-k", "recorded", *files]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert int(re.findall(r"(\d+) passed", run.stdout)[-1]) >= 15
 
 
 IN_DECODER = (

@@ -22,11 +22,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcesso
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vispruner import ARCHITECTURES, VisPrunerOptions, load, serving
+from vispruner.choosing import choose
 from vispruner.conversion.build import BuildError, build_repo
 from vispruner.conversion.repo_config import RepoConfigError
 from vispruner.conversion.verify import verify_repo
 from vispruner.engine_interface import ENGINE_ATTENTION, ENGINE_PROCESSORS, require_servable
-from vispruner.pruned_encoder import VisPrunerModelMixin
 from vispruner.selectors import ENCODER_METHODS
 from vispruner.serving.launch_options import merged_options, readings, tokens_of_tiles
 from vispruner.serving.vllm_plugin import MODELS, register
@@ -59,16 +59,11 @@ def vllm_registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("method", sorted(set(ENCODER_METHODS) - {"codebook", "hiprune", "vtc_cls"}))
-def test_selecting_needs_of_a_model_no_more_than_the_plugins_has(method: str) -> None:
-    """`PrunedVision` of the plugin borrows `select`: it has the options and a projector, and is no pruned model."""
+def test_choosing_needs_no_more_than_the_plugin_has(method: str) -> None:
+    """`PrunedVision` of the plugin has the options and a projector, and is no pruned model."""
     options = VisPrunerOptions(visual_token_num=4, method=method, seed=1)
-    model = SimpleNamespace(
-        vispruner_options=options,
-        encoder_options=options,
-        project=lambda features: features,
-    )
     tokens = VisualTokens(torch.randn(2, 9, 8), torch.rand(2, 9), grid=(3, 3))
-    assert VisPrunerModelMixin.select(model, tokens, 4).shape == (2, 4)  # type: ignore[arg-type]
+    assert choose(options, tokens, 4, project=lambda features: features).indices.shape == (2, 4)
 
 
 def test_the_plugin_registers_every_served_architecture_once_and_lazily(vllm_registry: dict[str, str]) -> None:
