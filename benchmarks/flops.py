@@ -5,9 +5,10 @@ what PyTorch's FlopCounterMode counts with eager attention, to the last one (`--
 out on both sides are the rotary angles, which some versions of transformers make by a matrix product.
 
 vision    the whole tower, and with ours the [CLS] row of one layer's attention
-select    ours: one matrix of similarities; peer: one of the tokens still in, every round
-project   all tokens with stock and peer, the kept ones with ours
-prefill   the language model's layers for text and visual tokens
+select    ours: one matrix of similarities; peer: one of the tokens still in, every round. Of a method in the language
+          model: what ranks at each stage, and what it compares then
+project   all tokens with stock, peer and methods in the language model, the kept ones with ours
+prefill   the language model's layers for text and visual tokens, each layer for those that it sees
 logits    one row of logits
 decode    one token in the middle of the answer
 
@@ -21,8 +22,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,34 @@ from geometry import GEOMETRIES, budgets_of, config_from_dict, empty_model, load
 from peer import IMPORTANT_RATIO, ROUND, PeerLlavaForConditionalGeneration
 
 from vispruner import VisPrunerLlavaForConditionalGeneration
-from vispruner.conversion.prefill_cost import kv_cache_bytes, language_model_flops, logits_flops, projector_flops
+from vispruner.conversion.prefill_cost import (
+    attention_projection_flops,
+    head_width,
+    kv_cache_bytes,
+    language_model_flops,
+    logits_flops,
+    projector_flops,
+    query_width,
+)
+from vispruner.pruning_plan import layer_counts, stage_counts
+from vispruner.selectors import DECODER_METHODS, SELECTORS
 from vispruner.stock_versions import CACHE
 from vispruner.visual_features import VisualTokens
 
 STOCK, PEER, OURS = "stock", "peer", "ours"
+VISPRUNER = "vispruner"
 MODEL_CLASSES: dict[str, Any] = {
     STOCK: LlavaForConditionalGeneration,
     PEER: PeerLlavaForConditionalGeneration,
     OURS: VisPrunerLlavaForConditionalGeneration,
 }
+# What methods behind the encoder compare all tokens with all by: the width of a token; 0 where nothing is compared.
+ALL_WITH_ALL: dict[str, Callable[[LlavaConfig], int]] = {
+    "scope": lambda config: config.vision_config.hidden_size,
+    "divprune": lambda config: config.text_config.hidden_size,
+    **dict.fromkeys(("cls_attention", "random", "uniform_grid"), lambda config: 0),
+}
+PROJECTED = frozenset({"divprune"})
 FIRST_TOKEN_STAGES = ("vision", "select", "project", "prefill", "logits")
 STAGES = (*FIRST_TOKEN_STAGES, "decode")
 TEXT_TOKENS = 64
@@ -71,26 +91,99 @@ DEVICES = {
 
 
 def stage_flops(
-    config: LlavaConfig, row: str, visual_token_num: int, batch: int = 1, text_tokens: int = TEXT_TOKENS, new: int = 2
+    config: LlavaConfig,
+    row: str,
+    visual_token_num: int,
+    batch: int = 1,
+    text_tokens: int = TEXT_TOKENS,
+    new: int = 2,
+    method: str = VISPRUNER,
+    raters: int | None = None,
 ) -> dict[str, int]:
-    """Return the operations of every stage for `batch` prompts of one image each.
+    """Return the operations of every stage for `batch` prompts of one image each, which stands in the text's middle.
 
     row               stock (which keeps all visual tokens), peer or ours
-    visual_token_num  tokens kept per image
+    visual_token_num  tokens kept per image; for a method in the language model the mean of its layers
     new               length of the answer, in whose middle the decoded token stands
+    method            that ours prunes by
+    raters            words that rate visual tokens (SparseVLM), which the prompt decides; None: all behind the image
     """
     patches = patches_of(config)
     kept = patches if row == STOCK else min(visual_token_num, patches)
-    length = text_tokens + kept
+    in_decoder = row == OURS and method in DECODER_METHODS
+    held = layers_of_method(config, method, kept) if in_decoder else [kept] * config.text_config.num_hidden_layers
+    lengths = [text_tokens + count for count in held]
+    reads = row == OURS and not in_decoder and kept < patches
+    if in_decoder:
+        select = ranking_flops(config, method, kept, text_tokens, raters)
+    else:
+        select = selection_flops(config, row, kept, method)
+    compares_projected = row == OURS and method in PROJECTED and kept < patches
     one = {
-        "vision": vision_flops(config) + (saliency_flops(config) if row == OURS and kept < patches else 0),
-        "select": selection_flops(config, row, kept),
-        "project": projector_flops(config, kept if row == OURS else patches),
-        "prefill": language_model_flops(config, length),
+        "vision": vision_flops(config) + (saliency_flops(config) if reads else 0),
+        "select": select + (projector_flops(config, patches) if compares_projected else 0),
+        "project": projector_flops(config, kept if row == OURS and not in_decoder else patches),
+        "prefill": language_model_flops(config, lengths),
         "logits": logits_flops(config),
-        "decode": language_model_flops(config, 1, cached_tokens=length + new // 2 - 1) + logits_flops(config),
+        "decode": language_model_flops(config, 1, [length + new // 2 - 1 for length in lengths])
+        + logits_flops(config),
     }
     return {stage: batch * flops for stage, flops in one.items()}
+
+
+def has_known_cost(method: str) -> bool:
+    """Whether `stage_flops` knows what a method compares."""
+    return method in (VISPRUNER, *ALL_WITH_ALL, *DECODER_METHODS)
+
+
+def layers_of_method(config: LlavaConfig, method: str, visual_token_num: int) -> list[int]:
+    """Return how many visual tokens each decoder layer sees under a method in the language model and a mean budget."""
+    depth, patches = config.text_config.num_hidden_layers, patches_of(config)
+    layers = SELECTORS[method].place.layers(depth)
+    return layer_counts(patches, layers, stage_counts(patches, tuple(layers), depth, visual_token_num), depth)
+
+
+def ranking_flops(
+    config: LlavaConfig, method: str, visual_token_num: int, text_tokens: int, raters: int | None = None
+) -> int:
+    """Return what ranking costs in the language model, at all stages: rows of attention, and what tokens are compared.
+
+    Queries and keys are read where a layer makes them anyway; where the layer to come ranks, its projections run once
+    more. Distances of clusters (`sparsevlm_v1`) are no matrix product, and `key_norms` of DART are none.
+    """
+    place, width = SELECTORS[method].place, config.text_config.hidden_size
+    behind = text_tokens - text_tokens // 2
+    raters = behind if raters is None else raters
+    held = layers_of_method(config, method, visual_token_num)
+    total = 0
+    if "rater" in place.ranking and held[-1] < held[0]:
+        total += 2 * held[0] * behind * width
+    for layer in place.layers(len(held)):
+        before, left = held[layer - 1], held[layer]
+        if left == before:
+            continue
+        length = text_tokens + before
+        rows = {"last_row": 1, "visual_rows": before, "key_norms": 0}.get(place.ranking, raters)
+        total += 2 * rows * length * query_width(config)
+        if place.ranking == "level_rater_rows":
+            total += 2 * rows * length * head_width(config)
+        if place.of_layer == "own":
+            total += attention_projection_flops(config, length)
+        total += _comparing_flops(config, method, before, left, length)
+    return total
+
+
+def _comparing_flops(config: LlavaConfig, method: str, before: int, left: int, length: int) -> int:
+    """Return what a method in the language model multiplies to choose `left` of `before` tokens, at one stage."""
+    if method == "visiondrop":
+        contextual = min(left, round(left * SELECTORS[method].options["contextual_share"]))
+        dominant = left - contextual
+        return 2 * (before - dominant - contextual) * contextual * head_width(config)
+    if method == "dart":
+        options = SELECTORS[method].options
+        asking = min(options["image_pivots"], left) + min(options["text_pivots"], length)
+        return 2 * asking * before * config.text_config.hidden_size
+    return 0
 
 
 def first_token_flops(flops: dict[str, int]) -> int:
@@ -112,9 +205,14 @@ def saliency_flops(config: LlavaConfig) -> int:
     return 2 * (patches_of(config) + 1) * config.vision_config.hidden_size
 
 
-def selection_flops(config: LlavaConfig, row: str, kept: int) -> int:
-    """Return the operations of comparing tokens with each other, for one image."""
+def selection_flops(config: LlavaConfig, row: str, kept: int, method: str = VISPRUNER) -> int:
+    """Return the operations of comparing tokens with each other, for one image: all with all, but for the peer.
+
+    Of the methods behind the encoder those of `ALL_WITH_ALL` are known here, and those that compare nothing.
+    """
     patches, width = patches_of(config), config.vision_config.hidden_size
+    if row == OURS and method != VISPRUNER and kept < patches:
+        return 2 * patches**2 * ALL_WITH_ALL[method](config)
     important = int(kept * IMPORTANT_RATIO)
     left, diverse = patches - important, kept - important
     if row == STOCK or kept == patches or diverse == 0:
@@ -246,6 +344,34 @@ def flops_table(config: LlavaConfig, budgets: Sequence[int], text_tokens: int, b
     return "\n".join(lines)
 
 
+def methods_table(
+    config: LlavaConfig, methods: Sequence[str], budgets: Sequence[int], text_tokens: int, bytes_per_value: int
+) -> str:
+    """Return what methods cost at equal KV cache, those in the language model layer by layer, as Markdown."""
+    lines = [
+        f"GFLOP for one image and {text_tokens} text tokens; x: how many times fewer than stock to the first token; "
+        "of SparseVLM, all words behind the image rate visual tokens",
+        "",
+        "| visual tokens, mean | method | decoder layers hold | choosing | prefill | first token | x | KV MiB |",
+        "|---" * 8 + "|",
+    ]
+    stock = first_token_flops(stage_flops(config, STOCK, 0, text_tokens=text_tokens))
+    depth = config.text_config.num_hidden_layers
+    for budget in budgets:
+        for method in methods:
+            flops = stage_flops(config, OURS, budget, text_tokens=text_tokens, method=method)
+            in_decoder = method in DECODER_METHODS
+            held = layers_of_method(config, method, budget) if in_decoder else [budget] * depth
+            cache = kv_cache_bytes(config, [text_tokens + count for count in held], bytes_per_value)
+            runs = ", ".join(f"{len(list(group))} x {count}" for count, group in groupby(held))
+            first = first_token_flops(flops)
+            lines.append(
+                f"| {budget} | `{method}` | {runs} | {_gflop(flops['select'])} | {_gflop(flops['prefill'])} | "
+                f"{_gflop(first)} | {stock / first:.2f} | {cache / 2**20:.3g} |"
+            )
+    return "\n".join(lines)
+
+
 def _gflop(flops: float) -> str:
     return f"{flops / 1e9:,.1f}"
 
@@ -338,6 +464,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         epilog="examples:\n"
         "  python benchmarks/flops.py --device h200                  what an H200 could do at best\n"
         "  python benchmarks/flops.py --check --geometry tiny        formulas against PyTorch's counter\n"
+        "  python benchmarks/flops.py --methods                      methods at equal cache, layer by layer\n"
         "  python benchmarks/flops.py --latency benchmarks/results/latency-....json    how close a run came",
     )
     parser.add_argument(
@@ -347,6 +474,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help=f"{', '.join(GEOMETRIES)}, or the config.json of a LLaVA-1.5 model (default: %(default)s)",
     )
     parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="visual tokens kept (default: 576 ... 16)")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        choices=[*ALL_WITH_ALL, VISPRUNER, *DECODER_METHODS],
+        metavar="NAME",
+        help="compare methods at equal KV cache instead, by default vispruner and those in the language model",
+    )
     parser.add_argument("--text-tokens", type=int, default=TEXT_TOKENS, metavar="N", help="default: %(default)s")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], metavar="B", help="default: 1 8")
     parser.add_argument("--bytes-per-value", type=int, default=2, metavar="N", help="2: fp16, bf16; 4: fp32")
@@ -377,6 +511,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"flops.py: {error}", file=sys.stderr)
         return 2
     budgets = sorted(parsed.tokens or budgets_of(config), reverse=True)
+    if parsed.methods is not None:
+        halves = [patches_of(config) // 2, 3 * patches_of(config) // 8]
+        methods = parsed.methods or [VISPRUNER, *DECODER_METHODS]
+        try:
+            print(methods_table(config, methods, parsed.tokens or halves, parsed.text_tokens, parsed.bytes_per_value))
+        except ValueError as error:  # a mean that cannot be met
+            print(f"flops.py: {error}", file=sys.stderr)
+            return 2
+        return 0
     print(flops_table(config, budgets, parsed.text_tokens, parsed.bytes_per_value))
     if rates is not None:
         print()

@@ -28,9 +28,10 @@ ours appends a few. So here all rows hand lm_head a row of its own, and ours app
 is, which is what users of each of them get.
 
 With --methods the rows are stock and ours with each of the methods instead, and `select` is all that a method costs
-behind the encoder: the choice, and for those that compare projected features the projection of all tokens. A
-codebook is drawn at random. `downsample` is stock with a picture so small that it has no more patches than that. How
-well they choose is not measured here but by accuracy.py.
+behind the encoder: the choice, and for those that compare projected features the projection of all tokens. What a
+method in the language model ranks by and chooses is a part of `prefill`; its budget is the mean of the decoder layers,
+so that rows compare at equal KV cache. A codebook is drawn at random. `downsample` is stock with a picture so small
+that it has no more patches than that. How well they choose is not measured here but by accuracy.py.
 
 Checked in every run: the class, the length of the KV cache, its bytes, and that peer and ours keep as many tokens.
 
@@ -69,7 +70,18 @@ from transformers import LlavaConfig
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
-from flops import FIRST_TOKEN_STAGES, MODEL_CLASSES, OURS, PEER, STOCK, first_token_flops, stage_flops
+from flops import (
+    FIRST_TOKEN_STAGES,
+    MODEL_CLASSES,
+    OURS,
+    PEER,
+    STOCK,
+    VISPRUNER,
+    first_token_flops,
+    has_known_cost,
+    layers_of_method,
+    stage_flops,
+)
 from geometry import GEOMETRIES, RandomWeights, budgets_of, load_geometry, patches_of, shallower, vispruner_config
 from stages import Observation, observe
 
@@ -77,7 +89,7 @@ from vispruner import __version__
 from vispruner.conversion.checkpoint_io import replacing
 from vispruner.conversion.prefill_cost import kv_cache_bytes
 from vispruner.llava_encoder import transformer_of
-from vispruner.selectors import ENCODER_METHODS, SELECTORS
+from vispruner.selectors import DECODER_METHODS, ENCODER_METHODS, SELECTORS
 from vispruner.visual_features import VisualTokens
 
 RESULTS = Path(__file__).parent / "results"
@@ -85,7 +97,7 @@ DISTINCT_ON_CPU = 4
 CAP_MARGIN = 0.9
 TIMES = ("ttft", "e2e", *FIRST_TOKEN_STAGES, "other", "decode")
 BARS = {192: 0.9, 128: 0.9, 64: 0.9}
-VISPRUNER, DOWNSAMPLE = "vispruner", "downsample"
+DOWNSAMPLE = "downsample"
 PROTOTYPES = 64
 
 
@@ -121,6 +133,12 @@ class Plan:
     max_batch: int
     as_is: bool
     seed: int
+
+    @property
+    def benchmark(self) -> str:
+        """The name of the record."""
+        in_decoder = not set(self.methods).isdisjoint(DECODER_METHODS)
+        return "latency" + "-methods" * bool(self.methods) + "-decoder" * in_decoder + "-as-is" * self.as_is
 
     @property
     def pruning_alone(self) -> bool:
@@ -204,16 +222,24 @@ class Models:
         elif row.name == PEER:
             model.model.visual_token_num = row.visual_token_num
         seen = observe(model, inputs, new_tokens, memory)
-        length = self.plan.text_tokens + row.visual_token_num + new_tokens - 1
-        size = len(inputs["input_ids"]) * kv_cache_bytes(self.config, length, self.plan.dtype.itemsize)
+        held = held_by_layer(self.config, row)
+        lengths = [self.plan.text_tokens + count + new_tokens - 1 for count in held]
+        size = len(inputs["input_ids"]) * kv_cache_bytes(self.config, lengths, self.plan.dtype.itemsize)
         found = (type(model), seen.kept, seen.cache_length, seen.cache_bytes, seen.tokens.shape[1])
-        wanted = (MODEL_CLASSES[row.name], row.visual_token_num, length, size, new_tokens)
+        wanted = (MODEL_CLASSES[row.name], held[0], lengths[0], size, new_tokens)
         if found != wanted:
             raise BenchmarkError(
                 f"{row.name} at {row.visual_token_num} tokens: (class, kept tokens, cached tokens, cached bytes, new "
                 f"tokens) are {found}, where {wanted} are right"
             )
         return seen
+
+
+def held_by_layer(config: LlavaConfig, row: Row) -> list[int]:
+    """Return how many visual tokens of an image each decoder layer holds."""
+    if row.method in DECODER_METHODS:
+        return layers_of_method(config, row.method, row.visual_token_num)
+    return [row.visual_token_num] * config.text_config.num_hidden_layers
 
 
 def compact(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -244,7 +270,7 @@ def measure(plan: Plan) -> dict[str, Any]:
             models = Models(plan, config, weights)
             settings.append(_measure_setting(plan, models, rows, batch, divisor, progress))
     return {
-        "benchmark": "latency" + "-methods" * bool(plan.methods) + "-as-is" * plan.as_is,
+        "benchmark": plan.benchmark,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": plan.device.type,
         "device_name": device_name(plan.device),
@@ -309,7 +335,7 @@ def _measure_setting(
         observed = [times(observations[place]) for observations in rounds]
         result = _row_result(plan, models, row, batch, observed, stock_times, metered[place])
         setting["rows"].append(result)
-        if not plan.methods:
+        if row.method != DOWNSAMPLE and (row.method is None or has_known_cost(row.method)):
             result |= _ideal(plan, models.config, row, batch, result)
     if not plan.methods:
         setting["selections"] = compare_selections(plan, models)
@@ -339,15 +365,17 @@ def _row_result(
         name: spread(a[name] / b[name] for a, b in zip(stock, observed, strict=True) if name in a)
         for name in ("ttft", "prefill", "e2e", "decode")
     }
-    length = plan.text_tokens + row.visual_token_num + plan.new_tokens - 1
+    held = held_by_layer(models.config, row)
+    lengths = [plan.text_tokens + count + plan.new_tokens - 1 for count in held]
     return {
         "row": row.name,
         "class": f"{MODEL_CLASSES[row.name].__module__}.{MODEL_CLASSES[row.name].__name__}",
         "visual_token_num": row.visual_token_num,
         "method": row.method or (VISPRUNER if row.name == OURS else None),
-        "prompt_length": plan.text_tokens + row.visual_token_num,
-        "kv_length": length,
-        "kv_bytes": batch * kv_cache_bytes(models.config, length, plan.dtype.itemsize),
+        "prompt_length": plan.text_tokens + held[0],
+        "held_by_layer": held,
+        "kv_length": lengths[0],
+        "kv_bytes": batch * kv_cache_bytes(models.config, lengths, plan.dtype.itemsize),
         "seconds": {name: spread(run[name] for run in observed if name in run) for name in TIMES},
         "ratio_to_stock": ratios,
         "images_per_second": batch / statistics.median(run["e2e"] for run in observed if "e2e" in run),
@@ -358,8 +386,9 @@ def _row_result(
 
 def _ideal(plan: Plan, config: LlavaConfig, row: Row, batch: int, result: dict[str, Any]) -> dict[str, Any]:
     """Return a row's operations, and how many times sooner than stock's they let its first token come."""
-    flops = stage_flops(config, row.name, row.visual_token_num, batch, plan.text_tokens, plan.new_tokens)
-    dense = stage_flops(config, STOCK, 0, batch, plan.text_tokens, plan.new_tokens)
+    sizes = (batch, plan.text_tokens, plan.new_tokens)
+    flops = stage_flops(config, row.name, row.visual_token_num, *sizes, method=row.method or VISPRUNER)
+    dense = stage_flops(config, STOCK, 0, *sizes)
     ideal = first_token_flops(dense) / first_token_flops(flops)
     share = result["ratio_to_stock"]["ttft"]["median"] / ideal
     return {"flops": flops, "flop_ideal": ideal, "share_of_flop_ideal": share}
@@ -520,15 +549,17 @@ def has_methods(result: dict[str, Any]) -> bool:
 def method_table(setting: dict[str, Any]) -> str:
     """Return what each method costs and gains, beside stock."""
     lines = [
-        "| tokens | method | vision ms | select ms | TTFT s | x (low, high) | select, operations |",
-        "|---" * 7 + "|",
+        "| tokens | method | vision ms | select ms | TTFT s | x (low, high) | e2e s | x (low, high) | KV MiB | "
+        "select, operations |",
+        "|---" * 10 + "|",
     ]
     for row in setting["rows"]:
-        seconds, ratio = row["seconds"], row["ratio_to_stock"]["ttft"]
+        seconds, ratio, whole = row["seconds"], row["ratio_to_stock"]["ttft"], row["ratio_to_stock"]["e2e"]
         lines.append(
             f"| {row['visual_token_num']} | {row['method'] or row['row']} | {1e3 * seconds['vision']['median']:.0f} | "
             f"{1e3 * seconds['select']['median']:.1f} | {seconds['ttft']['median']:.2f} | "
-            f"{ratio['median']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f}) | "
+            f"{ratio['median']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f}) | {seconds['e2e']['median']:.2f} | "
+            f"{whole['median']:.2f} ({whole['low']:.2f}, {whole['high']:.2f}) | {row['kv_bytes'] / 2**20:.3g} | "
             f"{row['operations'].get('select', 0)} |"
         )
     return "\n".join(lines)
@@ -677,6 +708,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "  python benchmarks/latency.py                          everything, into benchmarks/results\n"
         "  python benchmarks/latency.py --quick                  a tiny geometry, seconds, nothing written\n"
         "  python benchmarks/latency.py --methods                every method at 64 tokens, ten minutes on a CPU\n"
+        "  python benchmarks/latency.py --methods vispruner fastv --batches 1/8 --budgets 288 216 --new-tokens 16\n"
         "  python benchmarks/latency.py --device cuda --geometry llava-1.5-13b\n"
         "  python benchmarks/latency.py --batches 1/8 --budgets 64 --rounds 3 --out .    one budget, shallow\n"
         "  python benchmarks/latency.py --show benchmarks/results/latency-....json     its tables, and the plot anew",
@@ -695,9 +727,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--methods",
         nargs="*",
-        choices=ENCODER_METHODS,
+        choices=[*ENCODER_METHODS, *DECODER_METHODS],
         metavar="NAME",
-        help="compare these methods, all if none is named, at --budgets (default: 64) with answers of 2 tokens",
+        help="compare these methods, by default all behind the encoder, at --budgets (default: 64) with answers of 2 "
+        "tokens",
     )
     parser.add_argument(
         "--batches",

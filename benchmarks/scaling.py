@@ -44,7 +44,7 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from selection import FEATURE_LAYER, LAYERS, PROTOTYPES, Form, interleave, machine, summary, write_json
+from selection import FEATURE_LAYER, HEAD, LAYERS, PROTOTYPES, Form, interleave, machine, summary, write_json
 
 from vispruner.conversion.prefill_cost import language_model_flops, logits_flops
 from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
@@ -88,6 +88,9 @@ def inputs(batch: int, tokens: int, args: argparse.Namespace, features: str) -> 
         "grid": (tokens // columns, columns),
         "seed": args.seed,
         "visual_token_num": max(1, tokens // args.kept),
+        "keys": rows(HEAD),
+        "cls_query": torch.randn(batch, args.channels, generator=generator),
+        "raw_keys": given["features"],
     }
 
 

@@ -57,6 +57,7 @@ from vispruner.token_selection import select_vispruner
 IMPORTANT_RATIO, STEP = 0.5, 8
 LAYERS, FEATURE_LAYER = 24, 22  # of LLaVA's tower, counted from 0
 PROTOTYPES = 64
+HEAD = 64  # width of the keys, mean over heads
 Form = Callable[[], Any]
 
 
@@ -210,6 +211,10 @@ def method_form(method: str, args: argparse.Namespace, device: str) -> Form:
         "projected": torch.randn(1, args.tokens, args.width, generator=generator).to(dtype),
         "layer_saliency": torch.rand(1, layers, args.tokens, generator=generator),
         "codebook": torch.randn(PROTOTYPES, args.width, generator=generator).to(dtype),
+        "keys": torch.randn(1, args.tokens, HEAD, generator=generator).to(dtype),
+        "cls_feature": torch.randn(1, args.channels, generator=generator).to(dtype),
+        "cls_query": torch.randn(1, args.channels, generator=generator).to(dtype),
+        "raw_keys": torch.randn(1, 1 + args.tokens, args.channels, generator=generator).to(dtype),
     }
     inputs: dict[str, Any] = {name: value.to(device) for name, value in drawn.items()}
     inputs |= {"grid": (side, args.tokens // side), "seed": args.seed}

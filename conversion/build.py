@@ -21,8 +21,9 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from vispruner import ARCHITECTURES, __version__, auto_map, code_files
 from vispruner import configuration_vispruner as configuration
 from vispruner.codebook_file import CodebookError, read_codebook
-from vispruner.configuration_vispruner import merge_vispruner_config
+from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
 from vispruner.engine_interface import ENGINE_PROCESSORS
+from vispruner.selectors import require_last_layer_unread
 
 from .base_checkpoint import (
     IMAGE_PROCESSOR_FILES,
@@ -333,6 +334,7 @@ def _without_unused_layers(config_json: dict[str, Any]) -> dict[str, Any]:
     """Return config.json of a vision encoder that ends at the last layer in use."""
     config = ARCHITECTURES[config_json["model_type"]].config_class.from_dict(copy.deepcopy(config_json))
     try:
+        require_last_layer_unread(VisPrunerOptions.from_dict(config.vispruner_config))
         configuration.drop_unused_vision_layers(config)
     except ValueError as error:
         raise BuildError(f"{error}: build without drop_unused_vision_layers") from error

@@ -1,4 +1,4 @@
-"""The command `vispruner`: demo, build, verify, publish, convert, show, codebook.
+"""The command `vispruner`: demo, build, verify, publish, convert, show, methods, codebook.
 
 Exit status: 0 done, 1 a repo was refused by verify, 2 bad input (one line says what), 130 interrupted.
 """
@@ -81,7 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vispruner {__version__}")
     parser.add_argument("--traceback", action="store_true", help="print the Python traceback of an error too")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_build, _add_verify, _add_publish, _add_convert, _add_show, _add_codebook):
+    for add in (
+        _add_demo,
+        _add_build,
+        _add_verify,
+        _add_publish,
+        _add_convert,
+        _add_show,
+        _add_methods,
+        _add_codebook,
+    ):
         add(commands)
     return parser
 
@@ -227,6 +236,25 @@ def _add_show(commands: Any) -> None:
     _add_json(parser)
 
 
+def _add_methods(commands: Any) -> None:
+    examples = (
+        "  vispruner methods                                   all methods: paper, place, needs, losses\n"
+        "  vispruner methods --for qwen2_5_vl                  which of them a model_type refuses, and why\n"
+        "  vispruner methods --for llava-1.5-7b-vispruner      the same for the base of a YAML in hub_configs/\n"
+        "  vispruner methods --for path/to/a/checkpoint --json"
+    )
+    summary = "list all methods: where each prunes, what it needs and loses, and which ones a model refuses"
+    parser = _add_command(commands, "methods", summary, examples, _methods)
+    parser.add_argument(
+        "--for",
+        dest="model",
+        metavar="CONFIG_OR_MODEL",
+        help="a YAML or its stem, a checkpoint (folder or Hub id) or a model_type: say which methods it refuses, and "
+        "why; no weights are read",
+    )
+    _add_json(parser)
+
+
 def _add_codebook(commands: Any) -> None:
     examples = (
         "  vispruner codebook pictures/ --repo path/to/llava-1.5-7b-hf --out codebook.safetensors\n"
@@ -290,6 +318,14 @@ def _codebook(**options: Any) -> Done:
     from .codebook import write_codebook
 
     return Done(f"wrote {write_codebook(**options)}")
+
+
+def _methods(model: str | None) -> Done:
+    from .methods import all_methods, methods_as_data, model_without_weights, table
+
+    base, asked = (None, None) if model is None else model_without_weights(model)
+    methods = all_methods(base)
+    return Done(table(methods, asked), methods_as_data(methods, asked))
 
 
 def _show(**options: Any) -> Done:

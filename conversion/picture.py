@@ -41,10 +41,15 @@ from .repo_config import DEMO_CONFIG, load_repo_config
 # Okabe-Ito orange and blue: told apart with every common colour blindness, and by their brightness in grey. Green is
 # for the one method that has a third reason to keep a patch.
 ORANGE, BLUE, GREEN = (230, 159, 0), (0, 114, 178), (0, 158, 115)
-COLOURS = {"important": ORANGE, "anchor": ORANGE, "buffer": GREEN}  # by the name of the reason; else blue
+# By the name of the reason; else blue.
+COLOURS = {
+    **dict.fromkeys(["important", "anchor", "dominant", "single"], ORANGE),
+    **dict.fromkeys(["buffer", "[CLS]", "rest"], GREEN),
+}
 BACKGROUND = (255, 255, 255)
 INK = (30, 30, 30)
 WRONG_INK = (190, 20, 40)
+MERGED = (120, 120, 120)  # lines from what was folded together to where it went
 
 PNG = (".png", "the picture")
 GAP = 12
@@ -70,6 +75,7 @@ class TileView:
     kept       (rows, columns) True where the patch stays
     kinds      by reason, in the words of `Selector.kinds`, (rows, columns) True where the patch stays for it; empty
                where that is not known
+    merges     pairs of patches, by their numbers in the tile: the first was folded into the second
     row, column  place among the other tiles
     pruned     False when the model dropped nothing, so that no choice is there to be drawn
     """
@@ -80,6 +86,7 @@ class TileView:
     row: int = 0
     column: int = 0
     pruned: bool = True
+    merges: Sequence[tuple[int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -316,21 +323,36 @@ class _Shown:
             first += sum(sizes)
             kinds = {kind: kept} if kind is not None else _kinds_of(self.model, kept, own, views) if own else {}
             split_kinds = {name: mask.split(sizes) for name, mask in kinds.items()}
+            merged = _merges_in(own["merged_into"], sizes) if "merged_into" in own else []
             for place, (view, stays) in enumerate(zip(views, kept.split(sizes), strict=True)):
                 # What is an item by itself, a tile for some models, stands beside the one before.
                 row, column = view.place if len(self.items) == 1 else divmod(number, STRIP)
                 image = image_from_pixels(view.pixels.float().cpu(), self.image_processor)
                 marked = {name: masks[place].view(view.grid) for name, masks in split_kinds.items()}
-                pruned = bool(kinds) and not bool(stays.all())
-                tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned))
+                pruned = bool(own or kinds) and not bool(stays.all())
+                merges = merged[place] if merged else ()
+                tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned, merges))
         return tiles
 
 
 def _looked_at(output: Any) -> dict[str, torch.Tensor]:
     """Return what patches were chosen by as (..., patches of all items); nothing where none was dropped."""
-    found = {"saliency": output.saliency, "layer_saliency": output.layer_saliency}
-    parts = {name: list(values) for name, values in found.items() if values is not None}
-    return {name: torch.cat(values, dim=-1).float().cpu() for name, values in parts.items()}
+    found = {name: getattr(output, name) for name in ("saliency", "layer_saliency", "merged_into")}
+    parts = {name: torch.cat(list(values), dim=-1).cpu() for name, values in found.items() if values is not None}
+    return {name: values.float() if values.is_floating_point() else values for name, values in parts.items()}
+
+
+def _merges_in(into: torch.Tensor, sizes: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Return per view of an item the pairs of its patches of which one was folded into the other.
+
+    into  (N,) of all patches of the item: which one that stays each went into, -1 where it fell
+    """
+    pairs, first = [], 0
+    for size in sizes:
+        went = (into[first : first + size] - first).tolist()
+        pairs.append([(patch, kept) for patch, kept in enumerate(went) if patch != kept and 0 <= kept < size])
+        first += size
+    return pairs
 
 
 def _kinds_of(
@@ -356,6 +378,9 @@ def _kinds_of(
         if len(stays) in (0, len(places)):  # no choice was made
             continue
         given = {name: values[..., places][None] for name, values in looked_at.items()}
+        if "merged_into" in given:  # numbers of the item, which the pool has others for
+            number = torch.full((len(kept) + 1,), -1).scatter(0, places, torch.arange(len(places)))
+            given["merged_into"] = number[given["merged_into"]]
         marks = kinds_of_kept(options.method, stays[None], **given, grid=view.grid, **options.selector_options)
         for name, mark in marks.items():
             kinds[name][places[stays]] = mark[0]
@@ -448,6 +473,10 @@ def _draw_tile(tile: TileView, width: int) -> Image.Image:
         return image
     faded = Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.new("RGB", image.size, BACKGROUND), 0.7)
     stroke = max(1, side // 11)
+    pen = ImageDraw.Draw(faded)
+    for ends in tile.merges:
+        middles = [(patch % columns * side + side // 2, patch // columns * side + side // 2) for patch in ends]
+        pen.line(middles, fill=MERGED, width=max(1, stroke // 2))
     for row, column in tile.kept.nonzero().tolist():
         box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
         faded.paste(image.crop(box), box)
@@ -463,10 +492,15 @@ def _draw_legend(picture: Image.Image, panels: Sequence[Panel], caption: str) ->
     _write(picture, lines, GAP, GAP)
     pruned = [tile for panel in panels for tile in panel.tiles if tile.pruned]
     entries = {kind: _colour(kind) for kind in _kinds_in(pruned) or ["kept"] * bool(pruned)}
+    if any(tile.merges for tile in pruned):
+        entries |= {"folded into": MERGED}
     top = GAP + LINE_HEIGHT * len(lines) + GAP
     for text, colour in entries.items():
         box = (GAP, top, GAP + TEXT_SIZE, top + TEXT_SIZE)
-        ImageDraw.Draw(picture).rectangle(box, outline=colour, width=4)
+        if colour == MERGED:
+            ImageDraw.Draw(picture).line(box, fill=colour, width=2)
+        else:
+            ImageDraw.Draw(picture).rectangle(box, outline=colour, width=4)
         _write(picture, [text], GAP + TEXT_SIZE + GAP // 2, top)
         top += LINE_HEIGHT
 

@@ -189,6 +189,9 @@ def load(
     options["trust_remote_code"] = False
     if not drop_unused_vision_layers:
         return architecture.model_class.from_pretrained(base, vispruner_config=fields, **options)
+    from .selectors import require_last_layer_unread
+
     config = architecture.config_class.from_pretrained(base, vispruner_config=fields, **hub_options)
+    require_last_layer_unread(configuration.VisPrunerOptions.from_dict(config.vispruner_config))
     configuration.drop_unused_vision_layers(config)
     return architecture.model_class.from_pretrained(base, config=config, **options)

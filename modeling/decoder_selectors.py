@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from .merging_selectors import CONTEXTUAL_SHARE, contextual_num, fold_into_spaced
 from .selector_registry import DecoderPlace, Merge, Selection, register_selector, rows_at
 from .token_selection import _checked_budget, _most_attended_first
 
@@ -135,7 +136,7 @@ def _recycled_kind(kept: torch.Tensor) -> torch.Tensor:
 @register_selector(
     "visiondrop",
     kinds=("dominant: attended by the image", "contextual: the middle of others"),
-    kind_of=lambda kept, saliency, contextual_share=0.15625: _contextual_kind(kept, contextual_share),
+    kind_of=lambda kept, saliency, contextual_share=CONTEXTUAL_SHARE: _contextual_kind(kept, contextual_share),
     place=DecoderPlace(_in_proportion(8, 16, 24), "visual_rows", of_layer="own", positions="renumber"),
 )
 def select_visiondrop(
@@ -143,7 +144,7 @@ def select_visiondrop(
     saliency: torch.Tensor,
     visual_token_num: int,
     keys: torch.Tensor,
-    contextual_share: float = 0.15625,
+    contextual_share: float = CONTEXTUAL_SHARE,
 ) -> Selection:
     """Keep what the image itself attends to, and fold the rest into evenly spaced others (VisionDrop, 2506.22283).
 
@@ -157,36 +158,18 @@ def select_visiondrop(
     """
     budget = _checked_budget(features, saliency, visual_token_num)
     batch, tokens = saliency.shape
-    if not 0 <= contextual_share <= 1:
-        raise ValueError(
-            f"vispruner_config.method_options.contextual_share must be from 0 to 1, got {contextual_share!r}"
-        )
-    contextual = _contextual_num(budget, contextual_share)
+    contextual = contextual_num(budget, contextual_share)
     dominant = _most_attended_first(saliency)[:, : budget - contextual].sort(dim=-1).values
     if contextual == 0 or budget == tokens:
         return Selection(_most_attended_first(saliency)[:, :budget].sort(dim=-1).values)
-    is_rest = torch.ones_like(saliency, dtype=torch.bool).scatter(1, dominant, False)
-    rest = (~is_rest).int().argsort(dim=1, stable=True)[:, : tokens - dominant.shape[1]]
-    step = max(1, rest.shape[1] // contextual)
-    is_target = torch.zeros(rest.shape[1], dtype=torch.bool, device=rest.device)
-    is_target[: step * contextual : step] = True
-    targets, sources = rest[:, is_target], rest[:, ~is_target]
-    unit = F.normalize(keys.detach().float(), dim=-1)
-    near = rows_at(unit, sources) @ rows_at(unit, targets).mT
-    nearest = near.argmax(-1)  # (B, sources)
-    size = F.one_hot(nearest, contextual).sum(1).float()
-    weight = (1 / size.clamp(min=1)).gather(1, nearest)
+    targets, sources, nearest, weight = fold_into_spaced(keys, dominant, contextual)
     own = torch.ones(batch, budget, device=saliency.device)
     merge = Merge(sources, nearest + dominant.shape[1], weight, own)
     return Selection(torch.cat([dominant, targets], dim=1), merge, appended=contextual)
 
 
-def _contextual_num(budget: int, share: float) -> int:
-    return min(budget, round(budget * share))
-
-
 def _contextual_kind(kept: torch.Tensor, contextual_share: float) -> torch.Tensor:
-    contextual = _contextual_num(kept.shape[1], contextual_share)
+    contextual = contextual_num(kept.shape[1], contextual_share)
     place = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
     return (place >= kept.shape[1] - contextual).long()
 

@@ -8,6 +8,7 @@ from transformers.utils.import_utils import torch_compilable_check
 
 from .cpu_workarounds import pad_slow_rows
 from .pruned_encoder import VisPrunerModelMixin
+from .selectors import SELECTORS
 from .visual_attention import run_tower
 from .visual_features import VisualTokens
 
@@ -27,6 +28,11 @@ class TowerEncoderMixin(VisPrunerModelMixin):
     @property
     def vision_layers(self) -> Sequence[Any]:
         return layers_of(self.vision_tower)
+
+    @property
+    def selector_inputs(self) -> frozenset[str]:
+        of_cls = {"cls_feature", "cls_query", "raw_keys"} if self.has_cls_token else set()
+        return super().selector_inputs | of_cls
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -87,8 +93,12 @@ class TowerEncoderMixin(VisPrunerModelMixin):
             outputs, states = run_tower(tower, pixel_values, layer, tap, **kwargs)
         patch = self.config.vision_config.patch_size
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
-        features = states[:, 1:] if self.has_cls_token else states
-        return outputs, states, VisualTokens(features, tap.saliency, tap.layer_saliency, grid)
+        features, further = states, tap.further
+        if self.has_cls_token:
+            features = states[:, 1:]
+            if "cls_feature" in SELECTORS[self.encoder_options.method].uses:
+                further["cls_feature"] = states[:, 0]
+        return outputs, states, VisualTokens(features, tap.saliency, tap.layer_saliency, grid, further=further)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         return self.multi_modal_projector(features)

@@ -19,7 +19,7 @@ from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
 from .selector_registry import Selection
-from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
+from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, numbered_by_tile
 
 NEWLINE = -1
 
@@ -139,43 +139,56 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         if pixel_values.dim() == 5:
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
+        self.require_folded_features()
         if options.tile_mode == "paper":
-            placeholders, kept = None, self.select(tokens, options.budget(patches)).unmerged.split(tiles)
+            selection = self.select(tokens, options.budget(patches))
+            placeholders, kept, features = None, selection.indices.split(tiles), selection.fold(tokens.features)
+            into = None if selection.merge is None else selection.merged_into(patches)
             grids = map(self.tile_grid, sizes)
             orders = [paper_order(image, *grid, self.side) for image, grid in zip(kept, grids, strict=True)]
             newlines = [0] * len(orders)
         else:
-            placeholders, orders = self._select_native(tokens, packings, tiles)
+            placeholders, orders, features, into = self._select_native(tokens, packings, tiles)
             newlines = [int((packing == NEWLINE).sum()) for packing in packings]
         return self.pruned_output(
             outputs,
             kwargs,
             tokens,
-            pooler_output=self._project(tokens.features, orders, tiles, newlines),
+            pooler_output=self._project(features, orders, tiles, newlines),
             kept_indices=orders,
             placeholders=placeholders,
             full_counts=[len(packing) for packing in packings],
+            merged_into=None if into is None else numbered_by_tile(into, tiles),
         )
 
     def _select_native(
         self, tokens: VisualTokens, packings: list[torch.Tensor], tiles: list[int]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
         """Select among the patches of each tile that survive unpadding.
 
-        Returns per image which tokens of the packing stay, and these tokens themselves.
+        Returns per image which tokens of the packing stay, and these tokens themselves; of all tiles the features,
+        folded together, and where each went.
         """
         survivors = [
             tile for packing, count in zip(packings, tiles, strict=True) for tile in self._survivors(packing, count)
         ]
         keep = torch.zeros_like(tokens.saliency, dtype=torch.bool)
         grids = [self._grid_of(tile) for tile in survivors]
+        features, into = tokens.features, None
         for grid in {*grids} - {(0, 0)}:  # tiles with the same grid are selected from together
             numbers, count = [number for number, own in enumerate(grids) if own == grid], math.prod(grid)
             group = torch.tensor(numbers)[:, None].to(keep.device, non_blocking=True)
             columns = torch.stack([survivors[number] for number in numbers]).to(keep.device, non_blocking=True)
             budget = min(self.encoder_options.budget(keep.shape[1]), count)
-            chosen = self.select(tokens.part(group, columns, grid), budget).unmerged
-            keep[group, columns.gather(1, chosen)] = True
+            part = tokens.part(group, columns, grid)
+            selection = self.select(part, budget)
+            places = columns.gather(1, selection.indices)
+            keep[group, places] = True
+            if selection.merge is not None:
+                features = features.index_put((group, places), selection.take(part.features))
+                into = torch.full_like(keep, -1, dtype=torch.int64) if into is None else into
+                went = selection.merged_into(count)
+                into[group, columns] = columns.gather(1, went.clamp(min=0)).masked_fill(went < 0, -1)
         placeholders, orders = [], []
         for packing, image in zip(packings, keep.split(tiles), strict=True):
             kept = self._kept_count(packing, len(image))
@@ -183,7 +196,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             stays = (packing == NEWLINE) | image.flatten()[packing.clamp(min=0)]
             placeholders.append(_true_places(stays, kept))
             orders.append(packing[placeholders[-1]])
-        return placeholders, orders
+        return placeholders, orders, features, into
 
     def _survivors(self, packing: torch.Tensor, tiles: int) -> tuple[torch.Tensor, ...]:
         """Return per tile of an image the patches that its packing has."""

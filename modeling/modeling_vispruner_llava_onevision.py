@@ -28,9 +28,9 @@ from .prompt_reading import Modality, Prompt
 from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
-from .selector_registry import Selection
+from .selector_registry import Selection, joined
 from .stock_versions import TAKES_FEATURES
-from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
+from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, numbered_by_tile
 
 NEWLINE = -1
 FEATURE_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -215,8 +215,10 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         if pixel_values.dim() == 5:
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
-        placeholders = self._choose(tokens, packings)
-        images = zip(tokens.features.split(tiles), packings, placeholders, strict=True)
+        self.require_folded_features()
+        chosen = self._choose(tokens, packings)
+        placeholders = [selection.indices[0] for selection in chosen]
+        images = zip(tokens.features.split(tiles), packings, chosen, strict=True)
         orders = [packing.order.to(pixel_values.device, non_blocking=True) for packing in packings]
         return self.pruned_output(
             outputs,
@@ -226,14 +228,15 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
             kept_indices=[order[places] for order, places in zip(orders, placeholders, strict=True)],
             placeholders=placeholders,
             full_counts=[len(packing.order) for packing in packings],
+            merged_into=_merged_into(chosen, packings, base=self.side**2),
         )
 
-    def _choose(self, tokens: VisualTokens, packings: list[Packing]) -> list[torch.Tensor]:
+    def _choose(self, tokens: VisualTokens, packings: list[Packing]) -> list[Selection]:
         """Return per image which tokens of its packing stay, ascending."""
         base, device = self.side**2, tokens.features.device
         tiles = channels_of(tokens).split([packing.tiles for packing in packings])
         first = tokens_in(torch.stack([image[0] for image in tiles]), tokens, (self.side, self.side))
-        kept_of_base = self.select(first, self.encoder_options.budget(base)).unmerged
+        kept_of_base = self.select(first, self.encoder_options.budget(base)).of_each()
         rests, budgets = [], []
         for image, packing in zip(tiles, packings, strict=True):
             rows, columns = packing.rest(base)
@@ -244,24 +247,26 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
                 budgets.append(self._budgets(packing)[1])
         kept_of_rests = iter(self.select_each(rests, budgets))
         chosen = []
-        for packing, kept in zip(packings, kept_of_base, strict=True):
-            places = [kept, (packing.order == NEWLINE).nonzero()[:, 0].to(device, non_blocking=True)]
+        for packing, of_base in zip(packings, kept_of_base, strict=True):
+            newlines = (packing.order == NEWLINE).nonzero()[:, 0].to(device, non_blocking=True)
+            parts = [of_base, Selection(newlines[None])]
             rows, columns = packing.rest(base)
             if rows * columns:
-                rest = next(kept_of_rests).unmerged[0]
-                places.append(base + rest + rest // columns)
-            chosen.append(torch.cat(places).sort().values)
+                grid = torch.arange(rows * columns, device=device)
+                parts.append(next(kept_of_rests).placed(base + grid + grid // columns))
+            chosen.append(joined(parts).ascending())
         return chosen
 
-    def _tokens_at(self, features: torch.Tensor, packing: Packing, places: torch.Tensor) -> torch.Tensor:
-        """Project one image's features (tiles, N, C) to its visual tokens at `places` of the packing."""
+    def _tokens_at(self, features: torch.Tensor, packing: Packing, selection: Selection) -> torch.Tensor:
+        """Project one image's features (tiles, N, C) to what stays of the visual tokens of its packing."""
         if packing.scaled:  # stock interpolates what is projected
             packed = self._pack(self.project(features), packing.size, self.image_newline)
-            return Selection(places[None]).take(packed[None])[0]
-        order = packing.order.to(places.device, non_blocking=True)[places]
-        patches = Selection(order.clamp(min=0)[None]).take(features.flatten(0, 1)[None])[0]
+            return selection.take(packed[None])[0]
+        order = packing.order.to(features.device, non_blocking=True)
+        patches = selection.placed(order.clamp(min=0)).take(features.flatten(0, 1)[None])[0]
         tokens = self.project(patches)
-        return torch.where((order == NEWLINE)[:, None], self.image_newline.to(tokens), tokens)
+        is_newline = order[selection.indices[0]] == NEWLINE
+        return torch.where(is_newline[:, None], self.image_newline.to(tokens), tokens)
 
     def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per video the visual tokens of a full prompt and those that are kept."""
@@ -310,23 +315,45 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
             kept_indices=list(nn.functional.pad(places, (0, 1), value=NEWLINE)),
             placeholders=list(nn.functional.pad(places, (0, 1), value=full)),
             full_counts=[full + 1] * videos,
+            merged_into=None
+            if selection.merge is None
+            else numbered_by_tile(selection.merged_into(self.frame_tokens), [frames] * videos),
         )
 
 
+def _merged_into(chosen: list[Selection], packings: list[Packing], base: int) -> torch.Tensor | None:
+    """Return where the patches (tiles, N) of all images went; None where stock interpolates between them."""
+    if all(selection.merge is None for selection in chosen) or any(packing.scaled for packing in packings):
+        return None
+    went = []
+    for selection, packing in zip(chosen, packings, strict=True):
+        into = selection.merged_into(len(packing.order))[0]
+        order = packing.order.to(into.device)
+        is_patch = order != NEWLINE
+        patches = torch.full((packing.tiles * base,), -1, device=into.device)
+        patches[order[is_patch]] = order[into.clamp(min=0)].masked_fill(into < 0, -1)[is_patch]
+        went.append(patches.view(packing.tiles, base))
+    return torch.cat(went)
+
+
 def channels_of(tokens: VisualTokens) -> torch.Tensor:
-    """Return all that tokens are chosen by as channels (B, N, C + 1 + L), so that it is interpolated in one piece."""
+    """Return all that tokens are chosen by as channels, so that it is interpolated in one piece: (B, N, channels)."""
     layers = [] if tokens.layer_saliency is None else [tokens.layer_saliency.transpose(1, 2)]
     features = tokens.features.detach().to(torch.promote_types(tokens.features.dtype, torch.float32))
-    return torch.cat([part.to(features) for part in (features, tokens.saliency[..., None], *layers)], dim=-1)
+    parts = (features, tokens.saliency[..., None], *tokens.further.values(), *layers)
+    return torch.cat([part.to(features) for part in parts], dim=-1)
 
 
 def tokens_in(channels: torch.Tensor, like: VisualTokens, grid: tuple[int, int]) -> VisualTokens:
     """Undo `channels_of`, in the dtypes of `like`."""
-    width = like.features.shape[-1]
-    features, saliency, layers = channels.split([width, 1, channels.shape[-1] - width - 1], dim=-1)
-    saliency, layers = saliency[..., 0].to(like.saliency), layers.transpose(1, 2)
+    widths = [like.features.shape[-1], 1, *(given.shape[-1] for given in like.further.values())]
+    features, saliency, *further, layers = channels.split([*widths, channels.shape[-1] - sum(widths)], dim=-1)
     return VisualTokens(
-        features.to(like.features), saliency, layers if like.layer_saliency is not None else None, grid
+        features.to(like.features),
+        saliency[..., 0].to(like.saliency),
+        layers.transpose(1, 2) if like.layer_saliency is not None else None,
+        grid,
+        further=dict(zip(like.further, further, strict=True)),
     )
 
 

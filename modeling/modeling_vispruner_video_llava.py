@@ -6,6 +6,7 @@ of 2048 are 56.9, 28.4 and 14.3 a frame, so T = 57, 28 and 14: they keep 456, 22
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -123,6 +124,8 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
             return self.keep_everything(outputs, list(torch.arange(-1, tokens - 1).expand(frames, -1)))
         frames = pixel_values_videos.flatten(0, 1)
         outputs, states, tokens = self.encode_with(self.video_tower, frames, vision_feature_layer, **kwargs)
+        further = {name: given for name, given in tokens.further.items() if name != "cls_feature"}
+        tokens = replace(tokens, further=further)  # [CLS] stays in any case
         patches = tokens.saliency.shape[1]
         selection = self.select(tokens, self.encoder_options.budget(patches))
         places = nn.functional.pad(1 + selection.indices, (1, 0))
@@ -135,6 +138,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
             kept_indices=list(places - 1),
             placeholders=list(places),
             full_counts=[1 + patches] * len(frames),
+            merged_into=None if selection.merge is None else selection.merged_into(patches),
         )
 
 

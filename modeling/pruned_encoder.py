@@ -88,7 +88,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
 
     @property
     def selector_inputs(self) -> frozenset[str]:
-        return frozenset({"projected", "grid", "layer_saliency"})
+        return frozenset({"projected", "grid", "layer_saliency", "keys"})
 
     def saliency_layer(self, layer: int) -> int:
         """Return the layer to read saliency in where a selector asks for `layer`."""
@@ -164,12 +164,20 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         selector, attentions = SELECTORS[self.encoder_options.method], self.vision_attentions
         feature_layer = self.feature_layer if feature_layer is None else feature_layer
         main = Reading(self._attention_layer(feature_layer), "cls" if self.has_cls_token else "received")
-        if selector.saliency_layers is None:
-            return SaliencyTap(attentions, main, seen=seen, packed=self.packs_images)
-        behind_cls = self.has_cls_token and selector.saliency_kind == "received"
-        kind = "received_behind_cls" if behind_cls else selector.saliency_kind
-        layers = map(self.saliency_layer, selector.saliency_layers(len(attentions), feature_layer))
-        return SaliencyTap(attentions, main, [Reading(layer, kind) for layer in layers], seen, self.packs_images)
+        last = len(attentions) - 1
+        further = {
+            "keys": Reading(main.layer, "keys_behind_cls" if self.has_cls_token else "keys"),
+            "cls_query": Reading(last, "cls_query"),
+            "raw_keys": Reading(last, "raw_keys"),
+        }
+        asked = {name: reading for name, reading in further.items() if name in selector.needs}
+        others: list[Reading] = []
+        if selector.saliency_layers is not None:
+            behind_cls = self.has_cls_token and selector.saliency_kind == "received"
+            kind = "received_behind_cls" if behind_cls else selector.saliency_kind
+            layers = map(self.saliency_layer, selector.saliency_layers(len(attentions), feature_layer))
+            others = [Reading(layer, kind) for layer in layers]
+        return SaliencyTap(attentions, main, others, seen, self.packs_images, asked)
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> Selection:
         """Return which tokens stay, T of each image, by the configured method."""
@@ -191,9 +199,33 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         images, count = tokens.saliency.shape
         selection = self.select(tokens, self.encoder_options.budget(count))
         projected = tokens.projected
+        if projected is None and self.folds_projected:
+            projected = self.project(tokens.features)
         kept = self.project(selection.take(tokens.features)) if projected is None else selection.take(projected)
         indices = list(selection.indices)
-        return self.pruned_output(outputs, asked, tokens, kept, indices, list(indices), [count] * images)
+        return self.pruned_output(
+            outputs,
+            asked,
+            tokens,
+            kept,
+            indices,
+            list(indices),
+            [count] * images,
+            merged_into=None if selection.merge is None else selection.merged_into(count),
+        )
+
+    @property
+    def folds_projected(self) -> bool:
+        """Whether the method folds together what is projected, and not features."""
+        return SELECTORS[self.encoder_options.method].merge_on == "projected"
+
+    def require_folded_features(self) -> None:
+        """Raise ValueError for a method that folds projected tokens together, where only features can be."""
+        if self.folds_projected:
+            raise ValueError(
+                f'vispruner_config.method "{self.encoder_options.method}" folds projected tokens together, which '
+                f"{type(self).__name__} cannot where it packs tiles: choose another method"
+            )
 
     def load_codebook(self, repo: str | None, **hub_options: Any) -> None:
         """Hold the codebook that the configuration names, if it names one; a bare name is looked up in `repo`."""
@@ -231,7 +263,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         kept: dict[int, Selection] = {}
         for (_, _, budget), numbers in groups.items():
             chosen = self.select(stacked([images[number] for number in numbers]), budget)
-            kept |= {number: chosen.of_image(place) for place, number in enumerate(numbers)}
+            kept |= dict(zip(numbers, chosen.of_each(), strict=True))
         return [kept[number] for number in range(len(images))]
 
     def keeps_all(self, visual_tokens: int) -> bool:
@@ -263,6 +295,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         placeholders: list[torch.Tensor] | None,
         full_counts: list[int],
         deepstack_features: list[list[torch.Tensor]] | None = None,
+        merged_into: torch.Tensor | list[torch.Tensor] | None = None,
     ) -> PrunedImageFeatures:
         """Return what `get_image_features` does: of the encoder's output what stock gives, and what was kept.
 
@@ -285,6 +318,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
             placeholders=placeholders,
             saliency=saliency,
             layer_saliency=layers,
+            merged_into=merged_into,
             full_counts=full_counts,
             deepstack_features=deepstack_features,
         )

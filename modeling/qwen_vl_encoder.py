@@ -6,6 +6,7 @@ pictures, which the encoder takes together); each frame is pruned on its own.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.utils import can_return_tuple
 
 from .mrope_positions import GRID_IMAGES, GRID_VIDEOS, MRoPE
 from .pruned_encoder import VisPrunerModelMixin
-from .selector_registry import in_a_row
+from .selector_registry import Selection, in_a_row
 from .stock_versions import TAKES_FEATURES
 from .visual_attention import SaliencyTap
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
@@ -141,8 +142,8 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         features = torch.cat(list(outputs.pooler_output))
         images = self._images(features, tap, grid_thw, frames)
         kept = self.select_each(images)
-        indices = [one.indices[0] for one in kept]
-        all_kept, numbers = in_a_row(kept, counts), [len(stays) for stays in indices]
+        all_kept, numbers = in_a_row(kept, counts), [one.indices.shape[1] for one in kept]
+        indices = list(torch.cat([one.indices for one in kept], dim=1)[0].split(numbers))
         visual, *of_levels = [
             list(all_kept.take(tensor[None])[0].split(numbers))
             for tensor in [features, *(_joined_levels(outputs) or [])]
@@ -156,6 +157,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
             placeholders=indices,
             full_counts=counts,
             deepstack_features=of_levels or None,
+            merged_into=_merged_into(kept, counts),
         )
 
     def _images(
@@ -166,7 +168,14 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         layers = tap.layer_saliency
         of_layers = [None] * len(counts) if layers is None else self._merged(layers, grid_thw).split(counts, dim=-1)
         parts = zip(features.split(counts), saliency, of_layers, frames, strict=True)
-        return [VisualTokens(tokens[None], score, layer, grid) for tokens, score, layer, grid in parts]
+        images = [VisualTokens(tokens[None], score, layer, grid) for tokens, score, layer, grid in parts]
+        for name, given in tap.further.items():
+            of_images = self._merged(given.mT, grid_thw).split(counts, dim=-1)
+            images = [
+                replace(image, further={**image.further, name: own.mT})
+                for image, own in zip(images, of_images, strict=True)
+            ]
+        return images
 
     def _merged(self, saliency: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Average the saliency (..., patches) of the patches that become one token: (..., tokens), in raster order."""
@@ -176,6 +185,12 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
     def in_raster_order(self, merged: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
         """Undo what an encoder did to the order of merged tokens (..., tokens)."""
         return merged
+
+
+def _merged_into(kept: Sequence[Selection], counts: list[int]) -> list[torch.Tensor] | None:
+    if all(one.merge is None for one in kept):
+        return None
+    return [one.merged_into(count)[0] for one, count in zip(kept, counts, strict=True)]
 
 
 def _joined_levels(outputs: Any) -> list[torch.Tensor] | None:

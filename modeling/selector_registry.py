@@ -3,7 +3,7 @@
 Every selector is called as `select(features, saliency, visual_token_num, **further)` and says which tokens stay: an
 index tensor (B, T), ascending, T = min(visual_token_num, N), or a `Selection`. It never changes its inputs. Its
 further parameters are inputs it needs (see `FURTHER_INPUTS`) and its options. With the default None, `grid` is an
-input that it gets where the tokens are a whole grid, and can do without.
+input that it gets where the tokens are a whole grid, and can do without; likewise `cls_feature`.
 """
 
 import difflib
@@ -23,7 +23,7 @@ def rows_at(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 class Merge(NamedTuple):
     """What is folded into the tokens that stay: E edges an image, in any order, several to or from one token.
 
-    source  (B, E)  the token of the N that is added
+    source  (B, E)  the token of the N that is added; from N on, a row of `Selection.extra`
     target  (B, E)  the place among the T kept ones of the token that it is added to
     weight  (B, E)  what it is multiplied by; 0 where an image has fewer edges
     own     (B, T)  what each kept token itself is multiplied by
@@ -42,11 +42,13 @@ class Selection(NamedTuple):
                       and position they take
     merge     what is folded into them, None for nothing
     appended  how many of them, at the end, go behind the others in the prompt
+    extra     (B, X, C) what is folded in beside the N tokens, such as [CLS]; None for nothing
     """
 
     indices: torch.Tensor
     merge: Merge | None = None
     appended: int = 0
+    extra: torch.Tensor | None = None
 
     def take(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the tokens that stay, each with what is folded into it: (B, N, C) -> (B, T, C).
@@ -57,7 +59,8 @@ class Selection(NamedTuple):
         if self.merge is None:
             return kept
         source, target, weight, own = self.merge
-        wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        given = tokens if self.extra is None else torch.cat([tokens, self.extra.to(tokens)], dim=1)
+        wide = given.to(torch.promote_types(tokens.dtype, torch.float32))
         added = rows_at(wide, source) * weight[..., None].to(wide.dtype)
         merged = (kept.to(wide.dtype) * own[..., None].to(wide.dtype)).scatter_add(
             1, target[..., None].expand_as(added), added
@@ -65,35 +68,85 @@ class Selection(NamedTuple):
         is_merged = torch.zeros_like(own, dtype=torch.bool).scatter_reduce(1, target, weight != 0, "amax") | (own != 1)
         return torch.where(is_merged[..., None], merged.to(tokens.dtype), kept)
 
-    def of_image(self, number: int) -> "Selection":
-        """Return what was decided of one image."""
-        merge = None if self.merge is None else Merge(*(part[number : number + 1] for part in self.merge))
-        return Selection(self.indices[number : number + 1], merge, self.appended)
+    def fold(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return all tokens (B, N, C), what stays with what is folded into it; as they are where nothing is."""
+        if self.merge is None:
+            return tokens
+        return tokens.scatter(1, self.indices[..., None].expand(-1, -1, tokens.shape[-1]), self.take(tokens))
 
-    @property
-    def unmerged(self) -> torch.Tensor:
-        """The indices, for code that lines tokens up itself; ValueError where others are folded into them."""
+    def merged_into(self, tokens: int) -> torch.Tensor:
+        """Return which token that stays each of the N went into, (B, N): itself where it stays, -1 where it fell.
+
+        Of several, the one it has most weight in, the first of equals. In the place of a token that is not itself
+        there (its own weight is 0) stands something else, and it is never said to be in it.
+        """
+        into = torch.full((len(self.indices), tokens), -1, device=self.indices.device)
+        if self.merge is None:
+            return into.scatter(1, self.indices, self.indices)
+        source, target, weight, own = self.merge
+        anchor = self.indices.gather(1, target)
+        heavy = weight.abs().masked_fill((source >= tokens) | (source == anchor), 0)
+        source = source.clamp(max=tokens - 1)
+        most = torch.zeros_like(into, dtype=heavy.dtype).scatter_reduce(1, source, heavy, "amax")
+        number, last = torch.arange(source.shape[1], device=into.device).expand_as(source), source.shape[1]
+        number = number.masked_fill((heavy == 0) | (heavy < most.gather(1, source)), last)
+        first = torch.full_like(into, last).scatter_reduce(1, source, number, "amin")
+        into = torch.nn.functional.pad(anchor, (0, 1), value=-1).gather(1, first)
+        itself = torch.where(own != 0, self.indices, into.gather(1, self.indices))
+        return into.scatter(1, self.indices, itself)
+
+    def of_each(self) -> "list[Selection]":
+        """Return what was decided of each image by itself, in operations whose number does not depend on how many."""
+        indices = self.indices.split(1)
+        merges: list[Merge | None] = [None] * len(indices)
         if self.merge is not None:
-            raise ValueError(
-                "vispruner_config.method folds tokens together, which the packing of an image's tiles cannot carry "
-                "here: choose a method that only drops tokens"
-            )
-        return self.indices
+            merges = [Merge(*parts) for parts in zip(*(part.split(1) for part in self.merge), strict=True)]
+        extras = [None] * len(indices) if self.extra is None else self.extra.split(1)
+        parts = zip(indices, merges, extras, strict=True)
+        return [Selection(index, merge, self.appended, extra) for index, merge, extra in parts]
+
+    def placed(self, places: torch.Tensor) -> "Selection":
+        """Return the same of one image whose N tokens stand at `places` (N,) among others."""
+        merge = self.merge
+        if merge is not None:
+            if self.extra is not None:
+                raise ValueError("vispruner_config.method folds in what is no token: it cannot be placed among others")
+            merge = merge._replace(source=places[merge.source])
+        return self._replace(indices=places[self.indices], merge=merge)
+
+    def ascending(self) -> "Selection":
+        """Return the same with the tokens that stay in ascending order."""
+        indices, order = self.indices.sort(dim=1)
+        if self.merge is None:
+            return self._replace(indices=indices)
+        source, target, weight, own = self.merge
+        merge = Merge(source, order.argsort(dim=1).gather(1, target), weight, own.gather(1, order))
+        return self._replace(indices=indices, merge=merge)
 
 
-def in_a_row(selections: Sequence[Selection], tokens: Sequence[int]) -> Selection:
-    """Join selections of one image each, of so many tokens, to one of all these tokens in a row."""
-    starts = [0, *accumulate(tokens[:-1])]
-    indices = torch.cat([one.indices + start for one, start in zip(selections, starts, strict=True)], dim=1)
+def joined(selections: Sequence[Selection]) -> Selection:
+    """Join selections of one image each, among the same tokens, to one, in their order."""
+    indices = torch.cat([one.indices for one in selections], dim=1)
     if all(one.merge is None for one in selections):
         return Selection(indices)
     places = [0, *accumulate(one.indices.shape[1] for one in selections[:-1])]
     merges = []
-    for one, start, place in zip(selections, starts, places, strict=True):
-        none = one.indices[:, :0]
-        source, target, weight, own = one.merge or Merge(none, none, none, torch.ones_like(one.indices))
-        merges.append(Merge(source + start, target + place, weight, own))
+    for one, place in zip(selections, places, strict=True):
+        none, ones = one.indices[:, :0], torch.ones_like(one.indices, dtype=torch.float32)
+        source, target, weight, own = one.merge or Merge(none, none, ones[:, :0], ones)
+        merges.append(Merge(source, target + place, weight, own))
     return Selection(indices, Merge(*(torch.cat(parts, dim=1) for parts in zip(*merges, strict=True))))
+
+
+def in_a_row(selections: Sequence[Selection], tokens: Sequence[int]) -> Selection:
+    """Join selections of one image each, of so many tokens, to one of all these tokens in a row."""
+    starts, kept = [0, *accumulate(tokens[:-1])], [one.indices.shape[1] for one in selections]
+    if any(one.merge is not None for one in selections):
+        every = torch.arange(sum(tokens), device=selections[0].indices.device)
+        return joined([one.placed(every[start:]) for one, start in zip(selections, starts, strict=True)])
+    indices = torch.cat([one.indices for one in selections], dim=1)
+    shift = torch.tensor(starts).repeat_interleave(torch.tensor(kept))
+    return Selection(indices + shift.to(indices.device, non_blocking=True))
 
 
 class DecoderPlace(NamedTuple):
@@ -123,8 +176,10 @@ class Selector(NamedTuple):
     saliency_kind    what that is: "cls", the attention of the [CLS] query, or "received", the mean over all queries
     kinds            why it keeps a token, a line for each reason: "name: what that is"
     kind_of          where it has several, which it was: called with `kept` (B, T) and `saliency` (B, N), then by name
-                     with `layer_saliency`, `grid` and options of its own, it returns places in `kinds`, (B, T) int64
+                     with `layer_saliency`, `grid`, `merged_into` (B, N) and options of its own, it returns places
+                     in `kinds`, (B, T) int64
     place            where in the language model it prunes; None for behind the encoder
+    merge_on         behind the encoder, what it folds together: "features", or "projected" ones
     uses             which of `FURTHER_INPUTS` it is to be given where there is one
     """
 
@@ -137,6 +192,7 @@ class Selector(NamedTuple):
     kind_of: Callable[..., torch.Tensor] | None = None
     place: DecoderPlace | None = None
     uses: frozenset[str] = frozenset()
+    merge_on: Literal["features", "projected"] = "features"
 
 
 SELECTORS: dict[str, Selector] = {}
@@ -148,11 +204,17 @@ _INPUTS = ["features", "saliency", "visual_token_num"]
 #   grid            (rows, columns)  of the N tokens, which are in raster order
 #   layer_saliency  (B, L, N)        saliency of the L encoder layers that the selector asks for, in its order
 #   codebook        (M, D)           prototypes of redundant projected features
-#   keys            (B, N, d)        keys of the decoder layer that ranks, mean over heads
+#   keys            (B, N, d)        keys of the layer that ranks, mean over heads
+#   cls_feature     (B, C)           what `features` has of the [CLS] token
+#   cls_query       (B, d)           the query of [CLS] in the encoder's last layer, heads side by side
+#   raw_keys        (B, 1+N, d)      the keys of that layer likewise, that of [CLS] first
 #   text            (B, L, C)        features of the prompt's columns
 #   text_saliency   (B, L)           saliency of these; -inf where a column is no word behind the image
-FURTHER_INPUTS = frozenset({"projected", "grid", "layer_saliency", "codebook", "keys", "text", "text_saliency"})
-USABLE_INPUTS = frozenset({"grid"})  # of these, the ones that may have a default: not every place has them
+FURTHER_INPUTS = frozenset(
+    {"projected", "grid", "layer_saliency", "codebook", "keys", "cls_feature", "cls_query", "raw_keys"}
+    | {"text", "text_saliency"}
+)
+USABLE_INPUTS = frozenset({"grid", "cls_feature"})  # of these, the ones with a default: not every place has them
 DECODER_INPUTS = frozenset({"projected", "keys", "text", "text_saliency"})  # what a decoder layer can give
 
 
@@ -164,6 +226,7 @@ def register_selector(
     kinds: tuple[str, ...] = (),
     kind_of: Callable[..., torch.Tensor] | None = None,
     place: DecoderPlace | None = None,
+    merge_on: Literal["features", "projected"] = "features",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Name a selector, so that `vispruner_config.method` can ask for it; for the keywords see `Selector`."""
 
@@ -178,7 +241,7 @@ def register_selector(
         if (kind_of is not None) != (len(kinds) > 1):
             raise TypeError(f"selector {name!r} must say kind_of where it has several kinds, and only there")
         asked = set() if kind_of is None else set(list(inspect.signature(kind_of).parameters)[2:])
-        if unknown := sorted(asked - {"layer_saliency", "grid"} - (further - FURTHER_INPUTS)):
+        if unknown := sorted(asked - {"layer_saliency", "grid", "merged_into"} - (further - FURTHER_INPUTS)):
             raise TypeError(f"kind_of of selector {name!r} asks for {', '.join(unknown)}, which it is not given")
         if name in SELECTORS:
             raise ValueError(f"a selector named {name!r} is registered already; choose another name")
@@ -188,11 +251,12 @@ def register_selector(
             given for given in uses if given not in USABLE_INPUTS or signature[given].default is not None
         ):
             raise TypeError(
-                f"selector {name!r} has a default for {', '.join(wrong)}: of its inputs grid alone may have one, None"
+                f"selector {name!r} has a default for {', '.join(wrong)}: of its inputs only "
+                f"{' and '.join(sorted(USABLE_INPUTS))} may have one, None"
             )
         options = {option: signature[option].default for option in parameters[3:] if option not in inputs}
         SELECTORS[name] = Selector(
-            function, options, inputs - uses, saliency_layers, saliency_kind, kinds, kind_of, place, uses
+            function, options, inputs - uses, saliency_layers, saliency_kind, kinds, kind_of, place, uses, merge_on
         )
         return function
 
@@ -220,9 +284,9 @@ def require_published(method: Any) -> None:
         )
 
 
-def run_selector(
+def select_tokens(
     method: str, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, **further: object
-) -> Selection:
+) -> torch.Tensor | Selection:
     """Run the selector registered as `method`.
 
     features  (B, N, C)  features of the place where it prunes
@@ -230,7 +294,8 @@ def run_selector(
     further              the inputs of `FURTHER_INPUTS` that the selector needs, and its options: it gets those it
                          names and the others are left out, so the caller may pass every option of vispruner_config
                          whatever the method; one that no selector names is an error
-    returns              T = min(visual_token_num, N) tokens of each image
+    returns              T = min(visual_token_num, N) tokens of each image: kept indices (B, T), or a `Selection`
+                         from a method that folds tokens together
     """
     selector = selector_named(method)
     if missing := [name for name in sorted(selector.needs) if further.get(name) is None]:
@@ -242,15 +307,15 @@ def run_selector(
         raise TypeError(f"no registered selector takes the option(s) {unknown}; check the spelling")
     taken = selector.needs.union(selector.uses, selector.options)
     chosen = {name: value for name, value in further.items() if name in taken}
-    made = selector.function(features, saliency, visual_token_num, **chosen)
-    return made if isinstance(made, Selection) else Selection(made)
+    return selector.function(features, saliency, visual_token_num, **chosen)
 
 
-def select_tokens(
+def run_selector(
     method: str, features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, **further: object
-) -> torch.Tensor:
-    """Return the kept indices (B, T) of `run_selector`, which takes the same."""
-    return run_selector(method, features, saliency, visual_token_num, **further).indices
+) -> Selection:
+    """Return what `select_tokens` does, which takes the same, as a `Selection` in any case."""
+    made = select_tokens(method, features, saliency, visual_token_num, **further)
+    return made if isinstance(made, Selection) else Selection(made)
 
 
 def check_method_options(method: str, options: Mapping[str, Any]) -> None:
@@ -275,11 +340,13 @@ def kinds_of_kept(
     saliency  (B, N)  what it was given
     options           what else it was given
     returns           by kind, in the order of `Selector.kinds`, the tokens (B, T) of `kept` that are of it, every
-                      token in one; empty where the method names no kind
+                      token in one; empty where the method names no kind, or it cannot be told without `merged_into`
     """
     selector = SELECTORS[method]
     if selector.kind_of is None:
         return {kind: torch.ones_like(kept, dtype=torch.bool) for kind in selector.kinds}
     named = inspect.signature(selector.kind_of).parameters
+    if "merged_into" in named and options.get("merged_into") is None:
+        return {}
     kind = selector.kind_of(kept, saliency, **{name: value for name, value in options.items() if name in named})
     return {name: kind == number for number, name in enumerate(selector.kinds)}

@@ -1,7 +1,8 @@
 """All methods there are: importing this file registers every family. What else the registry offers goes by here."""
 
 from .configuration_vispruner import VisPrunerOptions
-from .decoder_selectors import select_fastv  # noqa: F401 - as are the next two, so that all register
+from .decoder_selectors import select_fastv  # noqa: F401 - as are the next three, so that all register
+from .merging_selectors import select_visionzip  # noqa: F401
 from .related_selectors import select_scope  # noqa: F401
 from .selector_registry import (
     DECODER_INPUTS,
@@ -35,6 +36,16 @@ def methods_by_place(options: VisPrunerOptions) -> tuple[str | None, str | None]
     return (None, first) if in_decoder else (first, None)
 
 
+def require_last_layer_unread(options: VisPrunerOptions) -> None:
+    """Raise ValueError for a method that reads the encoder's last layer, which is to be left out as unused."""
+    for method in options.methods:
+        if method in SELECTORS and SELECTORS[method].needs & {"cls_query", "raw_keys"}:
+            raise ValueError(
+                f'vispruner_config.method "{method}" reads the last layer of the vision encoder, which '
+                "drop_unused_vision_layers would leave out"
+            )
+
+
 def require_no_decoder_stage(options: VisPrunerOptions) -> None:
     """Raise ValueError for a method that prunes in the language model, where each layer caches other tokens."""
     if methods_by_place(options)[1] is not None:
@@ -58,6 +69,7 @@ __all__ = [
     "kinds_of_kept",
     "methods_by_place",
     "register_selector",
+    "require_last_layer_unread",
     "require_no_decoder_stage",
     "require_published",
     "run_selector",

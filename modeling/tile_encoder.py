@@ -54,5 +54,6 @@ class TileEncoderMixin(VisPrunerModelMixin):
             None if layers is None else self.merge_saliency(layers),
             (side, side),
             projected,
+            {name: self.merge_saliency(given.mT).mT for name, given in tap.further.items()},
         )
         return self.prune(outputs, tokens, kwargs)

@@ -1,14 +1,15 @@
 """Saliency of visual tokens: how much attention each gets in an encoder layer, without holding any attention map.
 
-It comes from the [CLS] token where the encoder has one, else from all tokens alike. Every attention module of a
-tapped tower asks its config which attention function to call. While a tap is open the answer is ours: it reads the
-queries and keys of the wanted layers, then hands over to the function the user chose. So SDPA, flash and custom
-kernels stay in use, fused q/k/v projections do not matter, and outside a tap the tower is stock.
+It comes from the [CLS] token where the encoder has one, else from all tokens alike; some methods want queries or keys
+themselves, which are read the same way. Every attention module of a tapped tower asks its config which attention
+function to call. While a tap is open the answer is ours: it reads the queries and keys of the wanted layers, then
+hands over to the function the user chose. So SDPA, flash and custom kernels stay in use, fused q/k/v projections do
+not matter, and outside a tap the tower is stock.
 """
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class TextLayer(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Saliency to be read: the number of an encoder layer, and a kind that `SALIENCY_KINDS` names."""
+    """What is to be read: the number of an encoder layer, and a kind that `SALIENCY_KINDS` names."""
 
     layer: int
     kind: str
@@ -53,6 +54,8 @@ class Reading(NamedTuple):
 
 class SaliencyTap:
     """Record saliency in some of a tower's layers while the `with` block runs; afterwards `tap[reading]` is (B, N).
+
+    What else is wanted, `further` says by the name that selectors have for it.
 
     An encoder that packs images of different sizes into one sequence attends in chunks (`packed`); what each chunk of
     (1, n) tokens recorded is then joined to (1, N), in the order of the sequence. Small chunks of one size, like the
@@ -67,9 +70,12 @@ class SaliencyTap:
         others: Sequence[Reading] = (),
         seen: torch.Tensor | None = None,
         packed: bool = False,
+        further: Mapping[str, Reading] | None = None,
     ) -> None:
         self._main, self._others, self._seen, self._packed = main, others, seen, packed
-        self._places = {reading: attentions[reading.layer].config.place for reading in (main, *others)}
+        self._further = dict(further or {})
+        wanted = (main, *others, *self._further.values())
+        self._places = {reading: attentions[reading.layer].config.place for reading in wanted}
         self._recorded: dict[Reading, list[torch.Tensor]] = {reading: [] for reading in self._places}
         self._waiting: dict[Reading, list[tuple[torch.Tensor, torch.Tensor]]] = {r: [] for r in self._places}
         self._scaling: float | None = None  # of those that wait
@@ -108,7 +114,7 @@ class SaliencyTap:
         queries, keys = waiting[0] if len(waiting) == 1 else map(torch.cat, zip(*waiting, strict=True))
         waiting.clear()
         of_chunks = SALIENCY_KINDS[reading.kind](queries, keys, self._scaling, self._seen)
-        self._recorded[reading].append(of_chunks.reshape(1, -1))
+        self._recorded[reading].append(of_chunks.flatten(0, 1)[None])
 
     def __getitem__(self, reading: Reading) -> torch.Tensor:
         if self._waiting[reading]:
@@ -130,6 +136,11 @@ class SaliencyTap:
     def layer_saliency(self) -> torch.Tensor | None:
         """What the other readings recorded, (B, L, N); None where there are none."""
         return torch.stack([self[reading] for reading in self._others], dim=1) if self._others else None
+
+    @property
+    def further(self) -> dict[str, torch.Tensor]:
+        """What was recorded of `further`, by name: (B, N, d), or (B, d) of [CLS]."""
+        return {name: self[reading] for name, reading in self._further.items()}
 
 
 class _TappableConfig:
@@ -284,11 +295,44 @@ def _attention(
     return attention if asking is None else attention.mul_(asking)
 
 
-# "cls" and "received_behind_cls" need an encoder whose token 0 is [CLS]; "received" is for encoders without one.
+@torch.no_grad()
+def head_mean_keys(
+    query: torch.Tensor, key: torch.Tensor, scaling: float | None = None, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the mean over heads of the keys as they are compared: (B, H, N, d) -> (B, N, d), in at least fp32."""
+    return key.to(torch.promote_types(key.dtype, torch.float32)).mean(dim=1)
+
+
+def head_mean_keys_of_patches(*read: Any) -> torch.Tensor:
+    """Return `head_mean_keys` (B, N, d) of the tokens behind [CLS]."""
+    return head_mean_keys(*read)[:, 1:]
+
+
+@torch.no_grad()
+def cls_query(
+    query: torch.Tensor, key: torch.Tensor, scaling: float | None = None, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the query of [CLS], its heads side by side: (B, H, 1+N, d) -> (B, H * d)."""
+    return query[:, :, 0].flatten(1)
+
+
+@torch.no_grad()
+def raw_keys(
+    query: torch.Tensor, key: torch.Tensor, scaling: float | None = None, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return all keys, their heads side by side: (B, H, 1+N, d) -> (B, 1+N, H * d)."""
+    return key.transpose(1, 2).flatten(2)
+
+
+# "received" and "keys" are for encoders without a [CLS]; the others need one whose token 0 is [CLS].
 SALIENCY_KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "cls": cls_saliency,
     "received": received_attention,
     "received_behind_cls": received_attention_of_patches,
+    "keys": head_mean_keys,
+    "keys_behind_cls": head_mean_keys_of_patches,
+    "cls_query": cls_query,
+    "raw_keys": raw_keys,
 }
 
 

@@ -3,8 +3,8 @@
 What is called an image here is what a prompt has a run of placeholders for: an image, a tile of it, or a video.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
                    None where there is none (LLaVA-NeXT, tile_mode "paper")
     saliency       (tiles, N) of all images together, or a list of (N,) where they differ in size
     layer_saliency (tiles, L, N) or a list of (L, N), likewise: of the further layers that the method asked for
+    merged_into    (tiles, N) or a list of (N,), likewise, where the method folds tokens together: which token that
+                   stays each went into, itself where it stays, -1 where it fell
     full_counts    visual tokens a full prompt has for each image
     deepstack_features   Qwen3-VL only: per encoder level what pooler_output holds
     """
@@ -30,6 +32,7 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
     placeholders: list[torch.Tensor] | None = None
     saliency: torch.Tensor | list[torch.Tensor] | None = None
     layer_saliency: torch.Tensor | list[torch.Tensor] | None = None
+    merged_into: torch.Tensor | list[torch.Tensor] | None = None
     full_counts: list[int] | None = None
     deepstack_features: list[list[torch.Tensor]] | None = None
 
@@ -83,6 +86,8 @@ class VisualTokens:
     layer_saliency  (B, L, N) of the further layers that the method asked for, or None
     grid            (rows, columns) of the N tokens, in raster order, or None where they are no whole grid
     projected       (B, N, D) the same as visual tokens, where they were projected before they are chosen; else None
+    further         what else the method asked for, by its name in the registry: of the tokens (B, N, d), of these and
+                    [CLS] before them (B, 1+N, d), or of an image (B, d)
     """
 
     features: torch.Tensor
@@ -90,12 +95,22 @@ class VisualTokens:
     layer_saliency: torch.Tensor | None = None
     grid: tuple[int, int] | None = None
     projected: torch.Tensor | None = None
+    further: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def part(self, images: torch.Tensor, indices: torch.Tensor, grid: tuple[int, int]) -> "VisualTokens":
         """Return the tokens at `indices` (G, K) of `images` (G, 1): G images of K tokens, which are such a grid."""
         layers = self.layer_saliency
         layers = None if layers is None else layers.transpose(1, 2)[images, indices].transpose(1, 2)
-        return VisualTokens(self.features[images, indices], self.saliency[images, indices], layers, grid)
+        further = {name: self._part_of(given, images, indices) for name, given in self.further.items()}
+        features, saliency = self.features[images, indices], self.saliency[images, indices]
+        return VisualTokens(features, saliency, layers, grid, further=further)
+
+    def _part_of(self, given: torch.Tensor, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        first = images[:, 0]
+        if given.dim() == 2:
+            return given[first]
+        before = given.shape[1] - self.features.shape[1]  # 1 for [CLS]
+        return torch.cat([given[first, :before], given[images, indices + before]], dim=1)
 
 
 def stacked(images: Sequence[VisualTokens]) -> VisualTokens:
@@ -108,7 +123,14 @@ def stacked(images: Sequence[VisualTokens]) -> VisualTokens:
         features=torch.cat([image.features for image in images]),
         saliency=torch.cat([image.saliency for image in images]),
         layer_saliency=torch.cat(layers) if layers else None,
+        further={name: torch.cat([image.further[name] for image in images]) for name in images[0].further},
     )
+
+
+def numbered_by_tile(into: torch.Tensor, tiles: Sequence[int]) -> torch.Tensor:
+    """Add to numbers of patches (tiles, N) that of their tile within its image: tile * N + patch; -1 stays."""
+    tile = torch.cat([torch.arange(count) for count in tiles]).to(into.device, non_blocking=True)
+    return torch.where(into < 0, into, into + tile[:, None] * into.shape[1])
 
 
 class TokenView(NamedTuple):

@@ -29,6 +29,8 @@ def merged_options(config: Any, stored: dict[str, Any] | None, given: dict[str, 
     require_no_decoder_stage(options)
     if missing := sorted(SELECTORS[options.method].needs - SELECTOR_INPUTS):
         raise ValueError(f'vispruner_config.method "{options.method}" needs {", ".join(missing)}, which is not served')
+    if SELECTORS[options.method].merge_on == "projected":
+        raise ValueError(f'vispruner_config.method "{options.method}" folds projected tokens, which is not served')
     if options.position_policy == "original":
         raise ValueError(
             'vispruner_config.position_policy "original" cannot be served: the engine numbers the tokens of a prompt '

@@ -14,7 +14,6 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vispruner.configuration_vispruner import VisPrunerOptions
 from vispruner.modeling_vispruner_llava_next import paper_order
-from vispruner.selector_registry import Selection
 
 from .launch_options import tile_grid, tokens_of_tiles
 from .vllm_pruning import TOWER_NAMES, PrunedVision, launch_options
@@ -49,12 +48,6 @@ class VisPrunerLlavaNextForConditionalGeneration(PrunedVision, LlavaNextForCondi
         images = zip(image_input["pixel_values"], tiles, strict=True)
         pixel_values = torch.cat([image[:count] for image, count in images])  # images of one prompt are padded alike
         features, selection = self.select_features(pixel_values)
-        orders = [
-            paper_order(chosen, *grid, self.side)
-            for chosen, grid in zip(selection.unmerged.split(tiles), grids, strict=True)
-        ]
-        kept = [
-            Selection(order[None]).take(image.flatten(0, 1)[None])[0]
-            for order, image in zip(orders, features.split(tiles), strict=True)
-        ]
+        parts = zip(selection.fold(features).split(tiles), selection.indices.split(tiles), grids, strict=True)
+        kept = [image.flatten(0, 1)[paper_order(chosen, *grid, self.side)] for image, chosen, grid in parts]
         return self.multi_modal_projector(torch.cat(kept)).split([len(image) for image in kept])

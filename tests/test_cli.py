@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import vispruner
 from vispruner.conversion import build, cli, convert, demo, picture, verify
 from vispruner.conversion.questions import Question, is_right, scene_questions
 
-COMMANDS = ("demo", "build", "verify", "publish", "convert", "show", "codebook")
+COMMANDS = ("demo", "build", "verify", "publish", "convert", "show", "methods", "codebook")
 
 
 @pytest.fixture(scope="module")
@@ -295,3 +296,70 @@ def test_it_runs_as_a_module(module: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "vispruner: error: 'no-such-config'" in done.stderr
+
+
+def methods_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert cli.main(["methods", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_methods_lists_every_method_once_with_what_it_declares(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    rows = [line.split()[0] for line in lines[: len(vispruner.SELECTORS)]]
+    assert sorted(rows) == sorted(vispruner.SELECTORS) and header.split()[0] == "method"
+    found = {row["name"]: row for row in methods_of(capsys)["methods"]}
+    assert list(found) == rows
+    for name, selector in vispruner.SELECTORS.items():
+        row = found[name]
+        assert (row["prunes"] == "behind the encoder") == (selector.place is None)
+        assert selector.needs <= set(row["needs"]) and row["summary"] and row["refused"] is None
+        assert row["options"].keys() == selector.options.keys()
+    assert found["fastv"]["prunes"] == "before layer 2" and "second questions" in found["fastv"]["loses"]
+    assert found["uniform_grid"]["needs"] == ["grid?"] and found["scope"]["needs"] == ["saliency"]
+
+
+def test_methods_finds_each_paper_and_what_differs_in_the_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    found = {row["name"]: row for row in methods_of(capsys)["methods"]}
+    for name, paper in re.findall(r"^\| `(\w+)` \| \[.*?\]\(https://arxiv.org/abs/([\d.]+)\)", readme, re.MULTILINE):
+        assert paper in found[name]["paper"]
+    assert all(row["authors"] in (("exact", "differs") if row["paper"] else ("",)) for row in found.values())
+    assert found["vispruner"]["authors"] == "exact" and "twice" in found["divprune"]["differs"]
+
+
+@pytest.mark.parametrize("name", vispruner.ARCHITECTURES)
+def test_methods_says_which_ones_an_architecture_refuses_and_why(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["methods", "--for", name]) == 0
+    shown = capsys.readouterr().out
+    result = methods_of(capsys, "--for", name)
+    refused = {row["name"]: row["refused"] for row in result["methods"] if row["refused"] is not None}
+    assert name in result["for"] and all(f"  {method}: " in shown for method in refused)
+    has_cls, base = vispruner.ARCHITECTURES[name].base_class.has_cls_token, vispruner.ARCHITECTURES[name].base_class
+    assert ("vtc_cls" in refused) == (not has_cls)
+    assert ("pyramiddrop" in refused) == (base.position_axes > 1)
+    assert ("fastv" in refused) == (name == "qwen3_vl")  # whose first layers still get features of the encoder
+    assert not {"vispruner", "divprune", "random", "codebook"} & refused.keys()
+
+
+def test_methods_asks_the_model_of_a_config_or_a_checkpoint(
+    tiny_llava_next_repo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert methods_of(capsys, "--for", "tiny-llava-vispruner")["for"] == "embedded/tiny-llava"
+    assert methods_of(capsys, "--for", str(tiny_llava_next_repo))["for"] == str(tiny_llava_next_repo)
+    away = tmp_path / "away.yaml"
+    away.write_text(
+        "repo_id: someone/away\nbase_model: someone/nowhere\narchitecture: qwen2_vl\n"
+        f"base_revision: {40 * 'a'}\nvispruner_config: {{visual_token_num: 16}}\n"
+    )
+    asked = methods_of(capsys, "--for", str(away))["for"]
+    assert asked.startswith("qwen2_vl, with the defaults") and "someone/nowhere cannot be reached" in asked
+
+
+def test_methods_for_what_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    for name, said in [("lava", "model_type"), (str(tmp_path), "bert"), ("no/such/folder", "does not exist")]:
+        assert cli.main(["methods", "--for", name]) == 2
+        assert said in error_line(capsys)

@@ -79,6 +79,20 @@ class TestLoading:
             model.set_vispruner_config(method="none")
         require_equal_outputs(case, short, case.stock)
 
+    @pytest.mark.parametrize("method", ["prumerge", "prumerge_plus"])
+    def test_a_method_that_reads_the_last_layer_keeps_it(self, case, method, tmp_path):
+        options = {**case.options, "method": method, "visual_token_num": case.budget}
+        with pytest.raises(ValueError, match=f'method "{method}" reads the last layer'):
+            vispruner.load(case.repo, drop_unused_vision_layers=True, **options)
+        yaml = tmp_path / "away.yaml"
+        architecture = case.model.config.model_type
+        yaml.write_text(
+            f"repo_id: someone/tiny\nbase_model: {case.repo}\narchitecture: {architecture}\n"
+            f"vispruner_config: {json.dumps(options)}\ndrop_unused_vision_layers: true\n"
+        )
+        with pytest.raises(ValueError, match=f'method "{method}" reads the last layer.*build without'):
+            build_repo(yaml, tmp_path / "repo")
+
     def test_an_attention_layer_counted_from_the_end_stays_the_same_one(self, case):
         case.model.set_vispruner_config(attention_layer=-3)
         short = vispruner.load(

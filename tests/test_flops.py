@@ -8,8 +8,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from vispruner import decoder_pruning
 from vispruner.conversion.prefill_cost import kv_cache_bytes
+from vispruner.decoder_attention import find_raters
+from vispruner.selectors import DECODER_METHODS
 
 BUDGETS = (64, 21, 7, 1)
 
@@ -32,6 +37,55 @@ def test_every_stage_costs_what_torch_counts(flops: ModuleType, row: str, kept: 
     if row == "ours":  # one whole matrix of similarities is what a selection needs at most
         assert counted.pop("select") <= expected.pop("select")
     assert counted == expected
+
+
+@pytest.mark.parametrize("method", DECODER_METHODS)
+@pytest.mark.parametrize("kept", [40, 24])
+def test_a_method_in_the_language_model_costs_what_torch_counts(
+    flops: ModuleType, monkeypatch: pytest.MonkeyPatch, method: str, kept: int
+) -> None:
+    """The whole of a forward: layers below the first stage see all tokens, those behind fewer; ranking costs, too."""
+    config, text = flops.load_geometry("tiny"), 11
+    model = flops.MODEL_CLASSES["ours"](flops.vispruner_config(config, 64)).eval()
+    model.set_attn_implementation("eager")
+    model.set_vispruner_config(method=method, visual_token_num=kept)
+    raters: list[int] = []
+
+    def find(*arguments: torch.Tensor) -> torch.Tensor:
+        found = find_raters(*arguments)
+        raters.append(int(found.sum()))
+        return found
+
+    monkeypatch.setattr(decoder_pruning, "find_raters", find)
+    ids = torch.tensor([[*range(3, 8), *[config.image_token_id] * 64, *range(8, 14)]])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        made = model(input_ids=ids, pixel_values=torch.zeros(1, 3, 112, 112), use_cache=True, logits_to_keep=1)
+    expected = flops.stage_flops(
+        config, "ours", kept, text_tokens=text, method=method, raters=raters[0] if raters else None
+    )
+    angles = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
+    assert counter.get_total_flops() - angles == flops.first_token_flops(expected)
+    held = [text + count for count in flops.layers_of_method(config, method, kept)]
+    assert [layer.keys.shape[2] for layer in made.past_key_values.layers] == held
+    assert kv_cache_bytes(config, held, bytes_per_value=4) == sum(
+        tensor.nbytes for layer in made.past_key_values.layers for tensor in (layer.keys, layer.values)
+    )
+
+
+@pytest.mark.parametrize("method", ["scope", "divprune", "cls_attention", "random"])
+def test_what_other_methods_behind_the_encoder_compare_is_known(flops: ModuleType, method: str) -> None:
+    """At most one product of all with all, and what projecting all of them takes where they are compared projected."""
+    config = flops.load_geometry("tiny")
+    model = flops.MODEL_CLASSES["ours"](flops.vispruner_config(config, 64)).eval()
+    model.set_attn_implementation("eager")
+    model.set_vispruner_config(method=method, visual_token_num=20, seed=1)
+    ids = torch.tensor([[3, *[config.image_token_id] * 64, 4]])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 112, 112), logits_to_keep=1)
+    expected = flops.stage_flops(config, "ours", 20, text_tokens=2, method=method)
+    angles = sum(sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
+    apart = flops.first_token_flops(expected) - (counter.get_total_flops() - angles)
+    assert 0 <= apart <= 0.1 * expected["select"], (apart, expected)
 
 
 def test_only_kept_tokens_are_projected_and_compared_once(flops: ModuleType) -> None:
@@ -82,6 +136,15 @@ def test_the_command_prints_tables_and_checks_itself(flops: ModuleType, capsys: 
     assert "| 64 | " in printed and "1 TFLOP/s and 100 GB/s (as given)" in printed
     assert flops.main(["--geometry", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_the_command_compares_methods_at_equal_cache(flops: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert flops.main(["--methods", "--tokens", "288"]) == 0
+    rows = {line.split("`")[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("| 288")}
+    assert rows.keys() == {"vispruner", *DECODER_METHODS}
+    assert "| 2 x 576, 30 x 268 |" in rows["fastv"] and "| 32 x 288 |" in rows["vispruner"]
+    assert flops.main(["--methods", "pyramiddrop", "--tokens", "64"]) == 2
+    assert "is the least" in capsys.readouterr().err
 
 
 def test_a_difference_from_the_count_is_reported(flops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,27 @@ def test_every_kept_patch_has_one_reason(method: str, tiny_llava_repo: Path, pho
     assert int(tile.kept.sum()) == 9
     assert tuple(tile.kinds) == SELECTORS[method].kinds
     assert torch.equal(sum(mask.int() for mask in tile.kinds.values()), tile.kept.int())
+
+
+@pytest.mark.parametrize("method", ["visionzip", "tome", "prumerge", "prumerge_plus"])
+def test_lines_lead_from_what_was_folded_to_where_it_went(
+    method: str, tiny_llava_repo: Path, photo: Image.Image
+) -> None:
+    (tile,), model = views(tiny_llava_repo, photo, visual_token_num=9, method=method)
+    pixels = AutoProcessor.from_pretrained(tiny_llava_repo).image_processor(photo, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        into = model.get_image_features(pixel_values=pixels, return_dict=True).merged_into[0].tolist()
+    kept = set(flat(tile.kept))
+    assert list(tile.merges) == [(patch, went) for patch, went in enumerate(into) if went not in (patch, -1)]
+    assert tile.merges and {went for _, went in tile.merges} <= kept
+    drawn = kept_patches_picture([Panel([tile])])
+    without = kept_patches_picture([Panel([replace(tile, merges=())])])
+    assert drawn.size == without.size and drawn.tobytes() != without.tobytes()
+
+
+def test_no_lines_where_nothing_is_folded(tiny_llava_repo: Path, photo: Image.Image) -> None:
+    (tile,), _ = views(tiny_llava_repo, photo, visual_token_num=9)
+    assert not tile.merges
 
 
 def test_the_reasons_of_hiprune_are_read_in_the_layers_it_asks_for(tiny_llava_repo: Path, photo: Image.Image) -> None:

@@ -55,6 +55,20 @@ def test_the_cost_of_every_language_model_is_known(row: Row) -> None:
     assert kv_cache_bytes(config, 21, bytes_per_value=4) == held
 
 
+def test_layers_that_see_fewer_tokens_cost_what_they_cost_by_themselves(
+    model: LlavaForConditionalGeneration,
+) -> None:
+    config = model.config
+    depth = config.text_config.num_hidden_layers
+    lengths = [40 - 7 * layer for layer in range(depth)]
+    assert prefill_flops(config, [40] * depth, 30) == prefill_flops(config, 40, 30)
+    alone = [language_model_flops(config, length) // depth for length in lengths]
+    assert language_model_flops(config, lengths) == sum(alone)
+    cached = [language_model_flops(config, 1, length) // depth for length in lengths]
+    assert language_model_flops(config, 1, lengths) == sum(cached)
+    assert kv_cache_bytes(config, lengths) == sum(kv_cache_bytes(config, length) // depth for length in lengths)
+
+
 def test_an_unknown_projector_is_no_guess() -> None:
     row = next(row for row in rows() if row.model_type == "qwen2_vl")
     with pytest.raises(ValueError, match="qwen2_vl costs is not known: count its language model"):

@@ -629,7 +629,9 @@ def test_every_depth_has_layers_to_ask_for(declared):
         assert asked == sorted(asked) and asked[0] >= 0 and asked[-1] == feature_layer
 
 
-@pytest.mark.parametrize("first", ["token_selection", "related_selectors", "decoder_selectors", "selectors"])
+@pytest.mark.parametrize(
+    "first", ["token_selection", "related_selectors", "merging_selectors", "decoder_selectors", "selectors"]
+)
 def test_every_method_is_registered_whichever_file_is_imported_first(first):
     code = f"import vispruner.{first}; from vispruner.selectors import SELECTORS; print(*SELECTORS)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -24,7 +24,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import large_checkpoints  # noqa: E402
 import scaling  # noqa: E402
 
-COMPARING = ["vispruner", "gprune", "divprune", "scope"]  # all tokens with each other
+MERGING = ["visionzip", "tome", "prumerge", "prumerge_plus"]
+COMPARING = ["vispruner", "gprune", "divprune", "scope", *MERGING]  # tokens with each other
 
 
 def counted(method: str, tokens: int, channels: int = 64, features: str = "random", images: int = 1) -> scaling.Counts:

@@ -27,8 +27,8 @@ from vispruner.conversion.build import BuildError, build_repo
 from vispruner.conversion.repo_config import RepoConfigError
 from vispruner.conversion.verify import verify_repo
 from vispruner.engine_interface import ENGINE_ATTENTION, ENGINE_PROCESSORS, require_servable
-from vispruner.selectors import ENCODER_METHODS
-from vispruner.serving.launch_options import merged_options, readings, tokens_of_tiles
+from vispruner.selectors import ENCODER_METHODS, SELECTORS
+from vispruner.serving.launch_options import SELECTOR_INPUTS, merged_options, readings, tokens_of_tiles
 from vispruner.serving.vllm_plugin import MODELS, register
 from vispruner.visual_attention import Reading
 from vispruner.visual_features import VisualTokens
@@ -58,7 +58,7 @@ def vllm_registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return registered
 
 
-@pytest.mark.parametrize("method", sorted(set(ENCODER_METHODS) - {"codebook", "hiprune", "vtc_cls"}))
+@pytest.mark.parametrize("method", [name for name in ENCODER_METHODS if SELECTORS[name].needs <= {"projected"}])
 def test_choosing_needs_no_more_than_the_plugin_has(method: str) -> None:
     """`PrunedVision` of the plugin has the options and a projector, and is no pruned model."""
     options = VisPrunerOptions(visual_token_num=4, method=method, seed=1)
@@ -179,12 +179,11 @@ def test_the_layer_that_ranks_is_the_models(llava_config: Any, given: int | None
 def test_every_method_reads_what_the_model_reads_or_is_refused(tiny_llava_repo: Path, method: str) -> None:
     given = {"method": method, "visual_token_num": 8, "seed": 0}
     config = AutoConfig.from_pretrained(tiny_llava_repo)
-    try:
-        model = load(tiny_llava_repo, **given)
-    except ValueError:  # a method of which LLaVA cannot give all that it needs
+    if SELECTORS[method].needs - SELECTOR_INPUTS:  # a codebook, or queries and keys, which the plugin does not read
         with pytest.raises(ValueError, match="is not served"):
             merged_options(config, given, None)
         return
+    model = load(tiny_llava_repo, **given)
     tap = model.model.open_tap()
     assert readings(config, merged_options(config, given, None)) == [tap._main, *tap._others]
 

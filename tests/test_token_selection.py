@@ -29,6 +29,7 @@ with safe_open(RECORDED, "pt") as recorded:
 
 METHODS = ["cls_attention", "random", "uniform_grid", "vispruner"]
 RELATED = ["codebook", "divprune", "gprune", "hiprune", "scope", "vtc_cls"]  # tests in test_related_selectors.py
+MERGING = ["prumerge", "prumerge_plus", "tome", "visionzip"]  # tests in test_merging_selectors.py
 ALL_OPTIONS = {"important_ratio": 0.5, "dedup_step": 8, "seed": 3}
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -165,7 +166,7 @@ def test_one_tie_broken_the_other_way_would_be_seen():
 
 
 def test_these_selectors_are_registered():
-    assert sorted(ENCODER_METHODS) == sorted([*METHODS, *RELATED])
+    assert sorted(ENCODER_METHODS) == sorted([*METHODS, *RELATED, *MERGING])
 
 
 images = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(0, 1000))
@@ -217,6 +218,8 @@ def test_features_of_any_length_are_compared_by_direction(method):
     others |= {
         "layer_saliency": torch.rand(2, 2, 49, generator=generator),
         "text_saliency": torch.rand(2, 49, generator=generator),
+        "cls_query": torch.randn(2, 16, generator=generator),
+        "raw_keys": torch.randn(2, 50, 16, generator=generator),
     }
     expected = run_selector(method, visual_token_num=13, **given, **others)
     found = run_selector(method, visual_token_num=13, **{name: t * scale for name, t in given.items()}, **others)
@@ -416,7 +419,9 @@ def test_a_grid_with_the_default_none_is_given_where_there_is_one(empty_registry
 def test_no_other_default_of_an_input_is_taken(empty_registry, name, default):
     namespace = {}
     exec(f"def select(features, saliency, visual_token_num, {name}={default!r}): ...", namespace)
-    with pytest.raises(TypeError, match=f"selector 'maybe' has a default for {name}: of its inputs grid alone"):
+    with pytest.raises(
+        TypeError, match=f"selector 'maybe' has a default for {name}: of its inputs only cls_feature and grid"
+    ):
         register_selector("maybe")(namespace["select"])
 
 
@@ -556,6 +561,7 @@ def test_a_method_is_given_the_inputs_that_its_signature_names(empty_registry):
 
     assert selector_registry.SELECTORS["further"] == (
         select_further, {"offset": 0}, {"layer_saliency", "grid"}, layers, "received", (), None, None, frozenset(),
+        "features",
     )  # fmt: skip
     features, saliency = exact_images(2, 9)
     given = {"layer_saliency": torch.zeros(2, 2, 9), "grid": (3, 3), "projected": features, "codebook": None}

@@ -1,0 +1,174 @@
+"""The table of `vispruner methods`: what each method is, needs and loses, and which ones a model refuses, and why.
+
+All of it is read: from what the methods declare, from their docstrings, and from what a model says when it is asked. A
+model is asked without its weights.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vispruner import ARCHITECTURES, SELECTORS, architecture_of
+from vispruner.configuration_vispruner import merge_vispruner_config
+from vispruner.selectors import Selector
+from vispruner.serving.launch_options import SELECTOR_INPUTS
+
+from .base_checkpoint import BuildError, find_base
+from .checkpoint_io import read_json
+from .repo_config import RepoConfigError, load_repo_config
+
+DEPTH = 32  # of the language models that the papers' layers are counted in
+ENCODER = "behind the encoder"
+LOST_IN_DECODER = ("engines", "second questions")
+LOSSES = {
+    "engines": "a paged cache cannot hold layers of different lengths",
+    "second questions": "on the same cache they find what the first one left; encoded images serve any number",
+    "vLLM plugin": "does not read what the method needs; transformers does",
+}
+# What nothing can be asked without: none of it is for or against an architecture.
+GIVEN = {"codebook": "codebook.safetensors", "seed": 0}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    paper    the arXiv number, and the name there where the docstring says one
+    prunes   behind the encoder, or before which layers of a language model of 32
+    needs    beside features: inputs of the registry, with "?" those that it can do without
+    differs  how it differs from its authors' code; empty where it does not
+    loses    what other methods have, keys of `LOSSES`
+    refused  why the model asked about cannot have it; None where it can, or none was asked
+    """
+
+    name: str
+    summary: str
+    paper: str
+    prunes: str
+    needs: tuple[str, ...]
+    options: dict[str, Any]
+    differs: str
+    loses: tuple[str, ...]
+    refused: str | None = None
+
+    @property
+    def authors(self) -> str:
+        """Whether it does what its authors' code does."""
+        return "" if not self.paper else "differs" if self.differs else "exact"
+
+
+def all_methods(base: Any = None) -> list[Method]:
+    """Return a row for each registered method; `base` is a base model to be asked, without weights."""
+    return [_method(name, selector, base) for name, selector in sorted(SELECTORS.items(), key=_order)]
+
+
+def _order(entry: tuple[str, Selector]) -> tuple[bool, str]:
+    return entry[1].place is not None, entry[0]
+
+
+def _method(name: str, selector: Selector, base: Any) -> Method:
+    summary, *paragraphs = re.split(r"\n\s*\n", inspect.getdoc(selector.function) or "")
+    paper = re.search(r" \((?:([^(),]+), )?(?:arXiv )?(\d{4}\.\d{5})[^()]*\)", summary)
+    named = f"{paper[1]}, {paper[2]}" if paper and paper[1] and paper[1] != "arXiv" else paper[2] if paper else ""
+    layers = [] if selector.place is None else selector.place.layers(DEPTH)
+    looked_at = not re.search(r"^ *saliency .*not looked at", "\n".join(paragraphs), re.MULTILINE)
+    return Method(
+        name,
+        re.sub(r" \([^()]*\d{4}\.\d{5}[^()]*\)", "", summary.replace("\n", " ")).rstrip("."),
+        named,
+        f"before layer {', '.join(map(str, layers))}" if layers else ENCODER,
+        (*(["saliency"] if looked_at else []), *sorted(selector.needs), *(f"{use}?" for use in sorted(selector.uses))),
+        dict(selector.options),
+        " ".join(re.sub(r"\s+", " ", part) for part in paragraphs if "authors" in part and not _is_list(part)),
+        LOST_IN_DECODER if layers else ("vLLM plugin",) if selector.needs - SELECTOR_INPUTS else (),
+        None if base is None else _refusal(base, name),
+    )
+
+
+def _is_list(paragraph: str) -> bool:
+    """Say whether a paragraph is that of parameters and what is returned."""
+    return re.search(r"^(saliency|returns) ", paragraph, re.MULTILINE) is not None
+
+
+def _refusal(base: Any, method: str) -> str | None:
+    """Return why a model cannot have a method, in its own words."""
+    try:
+        base.require_usable(merge_vispruner_config({"method": "none"}, {"method": method, "keep_ratio": 0.5, **GIVEN}))
+    except ValueError as error:
+        return re.sub(rf'^vispruner_config\.method "{re.escape(method)}":? ', "", str(error))
+    return None
+
+
+def model_without_weights(name: str) -> tuple[Any, str]:
+    """Return the base model that a YAML, a checkpoint or a model_type names, without weights, and what that was."""
+    if name in ARCHITECTURES:
+        return _made(name, None), f"{name}, with the defaults of its config"
+    path = Path(name)
+    if path.is_dir() or (not path.is_file() and "/" in name and path.suffix not in (".yaml", ".yml")):
+        return _of_checkpoint(find_base(name).folder), name
+    try:
+        repo = load_repo_config(name)
+    except RepoConfigError as error:
+        if path.suffix or path.exists():
+            raise
+        raise RepoConfigError(f"{error}, nor a model_type, which are {', '.join(ARCHITECTURES)}") from error
+    try:
+        return _of_checkpoint(find_base(repo.base_model, repo.base_revision).folder), f"{repo.base_model}"
+    except (BuildError, OSError):
+        return _made(repo.architecture, None), (
+            f"{repo.architecture}, with the defaults of its config, because {repo.base_model} cannot be reached"
+        )
+
+
+def _of_checkpoint(folder: Path) -> Any:
+    content = read_json(folder / "config.json")
+    return _made(content.get("model_type", ""), content)
+
+
+def _made(model_type: str, content: dict[str, Any] | None) -> Any:
+    architecture, dense = architecture_of(model_type), {"vispruner_config": {"method": "none"}}
+    config = architecture.config_class.from_dict({**(content or {}), **dense})
+    with torch.device("meta"):
+        return architecture.base_class(config)
+
+
+def table(methods: Sequence[Method], asked: str | None = None) -> str:
+    """Return the methods as aligned lines, and below what the words in them mean."""
+    header = ["method", "paper", "prunes", "needs", "authors' code", "loses", *([] if asked is None else ["here"])]
+    rows = [header]
+    for method in methods:
+        row = [method.name, method.paper, method.prunes, ", ".join(method.needs), method.authors]
+        row.append(", ".join(method.loses))
+        rows.append(row if asked is None else [*row, "yes" if method.refused is None else "no"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    refused = {method.name: method.refused for method in methods if method.refused is not None}
+    lines += _list(f"Refused by {asked}:", refused) if asked is not None else []
+    lines += _list("Against the authors' code:", {m.name: m.differs for m in methods if m.differs})
+    lines += _list("Lost:", {name: text for name, text in LOSSES.items() if any(name in m.loses for m in methods)})
+    lines += ["", f"Layers are those of a language model of {DEPTH}. Needs with ? are used where there are any."]
+    return "\n".join(lines)
+
+
+def _list(title: str, entries: dict[str, str]) -> list[str]:
+    if not entries:
+        return []
+    wrapped = [
+        textwrap.fill(f"{name}: {text}", 118, initial_indent="  ", subsequent_indent="    ")
+        for name, text in entries.items()
+    ]
+    return ["", title, *wrapped]
+
+
+def methods_as_data(methods: Sequence[Method], asked: str | None) -> dict[str, Any]:
+    """Return what `--json` prints."""
+    rows = [{**asdict(method), "authors": method.authors} for method in methods]
+    return {"for": asked, "methods": rows, "losses": LOSSES}

@@ -1,0 +1,226 @@
+"""Methods that fold tokens together behind the encoder, against what their authors' code made of recorded inputs.
+
+Indices are equal, merged rows agree to 1e-4 (recorded noise of the sums: 3e-6).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from vispruner.merging_selectors import (
+    outlier_num,
+    select_prumerge,
+    select_prumerge_plus,
+    select_tome,
+    select_visionzip,
+    tome_means,
+    tome_step,
+)
+from vispruner.selectors import Selection, kinds_of_kept, run_selector, select_tokens
+
+FILE = Path(__file__).parent / "data" / "decoder_selectors.safetensors"
+METHODS = ["visionzip", "tome", "prumerge", "prumerge_plus"]
+with safe_open(FILE, "pt") as recorded:
+    CASES = {name: json.loads(text) for name, text in recorded.metadata().items()}
+
+
+def cases(method: str) -> Any:
+    return pytest.mark.parametrize("name", sorted(name for name in CASES if name.split(".")[0] == method))
+
+
+def tensors(name: str) -> dict[str, torch.Tensor]:
+    with safe_open(FILE, "pt") as file:
+        return {key[len(name) + 1 :]: file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}.")}  # noqa: SIM118
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@cases("visionzip")
+def test_visionzip(name: str) -> None:
+    case, given = CASES[name], tensors(name)
+    dominant, contextual = case["dominant"], case["contextual"]
+    budget, hidden = 1 + dominant + contextual, given["hidden"]
+    features, saliency = hidden[:, 1:], given["cls_row"].mean(1)[:, 1:]
+    made = select_visionzip(
+        features, saliency, budget, given["key_mean"][:, 1:], hidden[:, 0], contextual_share=contextual / budget
+    )
+    assert made.indices.shape == (1, budget) and bool((made.indices.diff(dim=1) > 0).all())
+    into = made.merged_into(case["tokens"])
+    kinds = kinds_of_kept("visionzip", made.indices, saliency, merged_into=into, contextual_share=contextual / budget)
+    of_cls, of_dominant, of_contextual = kinds.values()
+    assert torch.equal(made.indices[of_dominant], given["dominant"][0])
+    rows = made.take(features)
+    close(torch.cat([rows[of_cls], rows[of_dominant], rows[of_contextual]]), given["merged"][0])
+    assert torch.equal(rows[of_cls], hidden[:, 0]) and torch.equal(
+        rows[of_dominant], hidden[:, 1:][:, given["dominant"][0]][0]
+    )
+
+
+@cases("tome")
+def test_tome_step_by_step(name: str) -> None:
+    case, given = CASES[name], tensors(name)
+    x, metric = given["x"][None], given["metric"][None]
+    row, size = torch.arange(case["tokens"])[None], torch.ones(1, case["tokens"])
+    for pairs in case["steps"]:
+        count = x.shape[1]
+        pairs = min(pairs, (count - case["class_token"]) // 2)
+        step = tome_step(metric, pairs, case["class_token"])
+        row = step.gather(1, row)
+        (x, _), (metric, size) = (tome_means(rows, size, step, count - pairs) for rows in (x, metric))
+    assert torch.equal(row[0], given["source"])
+    close(x[0], given["merged"])
+    close(size[0], given["size"])
+
+
+@cases("tome")
+def test_tome_without_a_class_token_is_the_selector(name: str) -> None:
+    case, given = CASES[name], tensors(name)
+    if case["class_token"]:
+        return
+    x, source = given["x"][None], given["source"]
+    made = select_tome(x, torch.zeros(x.shape[:2]), len(given["merged"]), given["metric"][None])
+    anchors = torch.stack([(source == row).nonzero()[0, 0] for row in range(len(given["merged"]))])
+    assert torch.equal(made.indices[0], anchors.sort().values)
+    close(made.take(x)[0], given["merged"][anchors.argsort()])
+    assert torch.equal(made.merged_into(case["tokens"])[0], anchors[source])
+
+
+@cases("prumerge")
+def test_prumerge(name: str) -> None:
+    case, given = CASES[name], tensors(name)
+    features, query, keys, kept = (given[key] for key in ("features", "cls_query", "keys", "kept"))
+    attention = (query @ keys.T / len(query) ** 0.5).softmax(-1)[1:]
+    options = {"neighbours": case["neighbours"]}
+    outliers = outlier_num(attention)
+    if case["plus"]:
+        options["attended_share"] = outliers / len(kept)
+    else:
+        assert outliers == len(kept)
+    select = select_prumerge_plus if case["plus"] else select_prumerge
+    made = select(features[None], attention[None], len(kept) + 1, query[None], keys[None], **options)
+    is_rest = kinds_of_kept("prumerge", made.indices, attention[None], merged_into=made.merged_into(len(features)))[
+        "rest: the sum of all others"
+    ]
+    assert torch.equal(made.indices[~is_rest], kept.sort().values)
+    rows = made.take(features[None])
+    close(rows[~is_rest], given["merged"][:-1][kept.argsort()])
+    close(rows[is_rest], given["merged"][-1:])
+
+
+def test_all_recorded_cases_of_these_methods_are_replayed() -> None:
+    assert sum(name.split(".")[0] in METHODS for name in CASES) == 12
+
+
+def inputs(images: int, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(images, *shape, generator=generator).to(dtype)
+
+    return {
+        "features": draw(tokens, 16),
+        "saliency": torch.rand(images, tokens, generator=generator),
+        "keys": draw(tokens, 8),
+        "cls_feature": draw(16),
+        "cls_query": draw(24),
+        "raw_keys": draw(1 + tokens, 24),
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", [True, False], ids=["cls", "no cls"])
+def test_what_every_method_returns(method: str, dtype: torch.dtype, cls: bool) -> None:
+    images, tokens = 3, 40
+    given = inputs(images, tokens, dtype)
+    if not cls:
+        del given["cls_feature"]
+    for budget in (1, 2, 3, 7, 20, 39, 40, 50):
+        made = run_selector(method, visual_token_num=budget, **given)
+        count = min(budget, tokens)
+        assert made.indices.shape == (images, count) and made.appended == 0
+        assert bool((made.indices.diff(dim=1) > 0).all())
+        taken, into = made.take(given["features"]), made.merged_into(tokens)
+        assert taken.dtype == dtype and taken.shape == (images, count, 16) and bool(taken.isfinite().all())
+        if budget >= tokens:
+            assert torch.equal(taken, given["features"])
+        for row, kept in zip(into, made.indices, strict=True):
+            assert set(row.tolist()) - {-1} <= set(kept.tolist())
+        single = made.merge is None or (made.merge.own == 1)
+        if made.merge is not None:
+            folded = torch.zeros_like(single).scatter_reduce(1, made.merge.target, made.merge.weight != 0, "amax")
+            single = single & ~folded
+            same = given["features"].gather(1, made.indices[..., None].expand(-1, -1, 16))
+            assert torch.equal(taken[single], same[single])
+        alone = [
+            run_selector(method, visual_token_num=budget, **{name: value[i : i + 1] for name, value in given.items()})
+            for i in range(images)
+        ]
+        assert torch.equal(made.indices, torch.cat([one.indices for one in alone]))
+        parts = [one.take(given["features"][i : i + 1]) for i, one in enumerate(alone)]
+        torch.testing.assert_close(taken, torch.cat(parts))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_select_tokens_returns_what_is_folded_too(method: str) -> None:
+    made = select_tokens(method, visual_token_num=9, **inputs(2, 30))
+    assert isinstance(made, Selection) and made.merge is not None
+
+
+def test_visionzip_says_of_every_token_where_it_went() -> None:
+    given = inputs(2, 30)
+    made = run_selector("visionzip", visual_token_num=12, contextual_share=0.5, **given)
+    into = made.merged_into(30)
+    kinds = kinds_of_kept("visionzip", made.indices, given["saliency"], merged_into=into, contextual_share=0.5)
+    assert [int(mask.sum()) for mask in kinds.values()] == [2, 10, 12]  # of two images
+    contextual = [set(kept[mask].tolist()) for kept, mask in zip(made.indices, list(kinds.values())[2], strict=True)]
+    for row, kept, targets in zip(into.tolist(), made.indices.tolist(), contextual, strict=True):
+        assert {into for token, into in enumerate(row) if token not in kept} <= targets and -1 not in row
+
+
+def test_tokens_alike_become_their_mean() -> None:
+    features = torch.tensor([1.0, 5, 1, 9, 5, 3])[None, :, None]
+    keys = torch.eye(4)[[0, 0, 1, 1, 2, 3]][None]
+    made = select_tome(features, torch.zeros(1, 6), 4, keys)
+    assert made.indices.tolist() == [[0, 2, 4, 5]] and made.take(features).flatten().tolist() == [3, 5, 5, 3]
+    into = made.merged_into(6)
+    assert into.tolist() == [[0, 0, 2, 2, 4, 5]]
+    kinds = kinds_of_kept("tome", made.indices, torch.zeros(1, 6), merged_into=into)
+    assert [mask.tolist() for mask in kinds.values()] == [[[False, False, True, True]], [[True, True, False, False]]]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "named"),
+    [
+        ("visionzip", {"contextual_share": 1.5}, "contextual_share"),
+        ("visionzip", {"keys": torch.zeros(1, 3, 2)}, "keys"),
+        ("tome", {"keys": torch.zeros(1, 3, 2)}, "keys"),
+        ("prumerge", {"neighbours": 0}, "neighbours"),
+        ("prumerge", {"raw_keys": torch.zeros(2, 9, 24)}, "raw_keys"),
+        ("prumerge", {"cls_query": torch.zeros(2, 9)}, "cls_query"),
+        ("prumerge", {"cls_query": torch.full((2, 24), torch.nan)}, "finite"),
+        ("prumerge_plus", {"attended_share": "half"}, "attended_share"),
+    ],
+)
+def test_bad_input_is_named(method: str, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        run_selector(method, visual_token_num=9, **{**inputs(2, 30), **options})
+
+
+@pytest.mark.parametrize(("share", "budget"), [(0, 20), (0.25, 20), (0.25, 5), (0.9, 30), (1, 12), (0.1, 38)])
+def test_prumerge_plus_meets_every_budget(share: float, budget: int) -> None:
+    given = inputs(4, 40)
+    made = run_selector("prumerge_plus", visual_token_num=budget, attended_share=share, **given)
+    keys, query = given["raw_keys"], given["cls_query"]
+    attention = (keys @ query[..., None])[..., 0].div(24**0.5).softmax(-1)[:, 1:]
+    attended = attention.argsort(dim=1, descending=True)[:, : round((budget - 1) * share)]
+    for kept, most in zip(made.indices.tolist(), attended.tolist(), strict=True):
+        assert len(kept) == budget and set(most) <= set(kept)
