@@ -350,7 +350,7 @@ def _variants_of(
     if selector == DOWNSAMPLE:
         return [Variant(DOWNSAMPLE, budget, math.isqrt(count) ** 2)]
     options = registry[selector].options
-    if registry[selector].place is not None:  # it says itself which positions tokens have
+    if registry[selector].in_decoder:  # it says itself which positions tokens have
         policies = (None,)
     ratios = RATIOS if "important_ratio" in options else (None,)
     draws = DRAWS if "seed" in options else (0,)
@@ -567,7 +567,7 @@ def run_benchmark(
             published = PublishedModel(folder, CODEBOOK if repo is None and codebook is None else codebook)
         registry = published.selectors
         known = [DENSE, *registry, DOWNSAMPLE]
-        behind_encoder = [name for name, selector in registry.items() if selector.place is None]
+        behind_encoder = [name for name, selector in registry.items() if not selector.in_decoder]
         chosen = [DENSE, *behind_encoder, DOWNSAMPLE] if selectors is None else list(selectors)
         if unknown := [name for name in chosen if name not in known]:
             raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")

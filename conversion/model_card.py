@@ -266,7 +266,7 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         where = ""
     return [
         *rows,
-        *(("method", f"`{method}`: {_summary(method)}") for method in methods),
+        *(("method", f"`{method}`{_experimental(method)}: {_summary(method)}") for method in methods),
         ("budget", _budget_text(repo, options).rstrip(",")),
         *_stage_rows(options),
         *((f"`{name}`", f"{_shown(name, options)}: {text}") for name, text in meanings.items() if name in taken),
@@ -274,6 +274,11 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         ("positions", POSITIONS[policy or architecture.model_class.default_position_policy]),
         *([("tiles", TILES[tiles])] if repo.architecture == "llava_next" else []),
     ]
+
+
+def _experimental(method: str) -> str:
+    """Say of a method that nothing recorded holds it to its authors' results."""
+    return " (experimental: its authors published no code)" if SELECTORS[method].experimental else ""
 
 
 def _summary(method: str) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from .call_options import Pruning
     from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
+    from .decoder_attention import visual_importance
     from .encoded_images import EncodedImages
     from .modeling_vispruner_llava import VisPrunerLlavaConfig, VisPrunerLlavaForConditionalGeneration
     from .modeling_vispruner_llava_next import VisPrunerLlavaNextConfig, VisPrunerLlavaNextForConditionalGeneration
@@ -50,6 +51,7 @@ __all__ = [
     "register_selector",
     "select_tokens",
     "select_vispruner",
+    "visual_importance",
 ]
 
 FOLDER = Path(__file__).parent
@@ -59,6 +61,7 @@ PREFIX = "modeling_vispruner_"
 _HOMES = {
     "call_options": ("Pruning",),
     "configuration_vispruner": ("VisPrunerOptions", "merge_vispruner_config"),
+    "decoder_attention": ("visual_importance",),
     "encoded_images": ("EncodedImages",),
     "selectors": ("SELECTORS", "register_selector", "select_tokens"),
     "token_selection": ("select_vispruner",),

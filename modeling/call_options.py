@@ -44,6 +44,9 @@ class Call:
 
     is_short  `generate` has shortened the prompt: all that runs within it is about short prompts
     prompt_length  how many columns that prompt has; what comes behind is guessed or generated
+    places         (B, S, 3) where the visual tokens of its prompt lie in their images; None where no method asks
+    importance     (B, N) what its caller said of these tokens, in their order
+    told           (B, S) the same in their columns; None where no method asks
     """
 
     vispruner_config: dict[str, Any]
@@ -51,6 +54,9 @@ class Call:
     pruning: Pruning | None = None
     is_short: bool = False
     prompt_length: int | None = None
+    places: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+    told: torch.Tensor | None = None
 
 
 class _Calls(threading.local):

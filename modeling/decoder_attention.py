@@ -3,9 +3,10 @@
 Only rows that rank are ever multiplied with the keys. Logits and softmax run in float32 at least.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -27,6 +28,9 @@ class DecoderReading:
     visual       (B, S)     True for visual tokens
     raters       (B, S)     True for the words that rate visual tokens (SparseVLM); None where nobody asked
     rotary       cos and sin (B, S, d) of the positions; None where nobody asked
+    given        (B, S, C)  what the layer was given
+    places       (B, S, 3)  where visual tokens lie in their images; None where nobody asked
+    told         (B, S)     what the call said of visual tokens; None where it said nothing
     """
 
     query: torch.Tensor
@@ -37,6 +41,9 @@ class DecoderReading:
     visual: torch.Tensor
     raters: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    given: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    told: torch.Tensor | None = None
 
     @cached_property
     def _wide_key(self) -> torch.Tensor:
@@ -115,6 +122,50 @@ def key_norms(reading: DecoderReading) -> torch.Tensor:
     return reading.key.float().abs().sum((1, 3))
 
 
+def told(reading: DecoderReading) -> torch.Tensor:
+    """What the call said of each visual token: how much another model attended to it (SGL): (B, S)."""
+    if reading.told is None:
+        raise RuntimeError("the call did not say how important visual tokens are")
+    return reading.told
+
+
+def visual_importance(attentions: Sequence[Any], is_visual: torch.Tensor) -> torch.Tensor:
+    """Return how much a model attended to each visual token while it read the end of its prompt and answered (SGL).
+
+    Its sum over layers, heads and rows tells another model, by `visual_importance` of `generate` and `forward`, which
+    tokens it may drop. Rows are the prompt's from its last visual token on, and those of the answer.
+
+    attentions  of a dense model loaded with attn_implementation="eager", which returns them for
+                output_attentions=True: those of `forward`, by layer (B, H, S, S), or those of `generate`, by step
+    is_visual   (B, S) where its prompt has visual tokens
+    returns     (B, N) in the order of the prompt, N of the row that has most; zeros behind those of the others
+
+    Answers of a batch count up to the end of the longest: where that matters, ask one prompt at a time.
+    """
+    by_step = list(attentions or ())
+    steps = [by_step] if by_step and isinstance(by_step[0], torch.Tensor) else by_step
+    if not steps or not all(isinstance(layer, torch.Tensor) for step in steps for layer in step or [None]):
+        raise ValueError(
+            'no attentions: load the model with attn_implementation="eager" and pass output_attentions=True'
+        )
+    rows, width = is_visual.shape
+    if any(layer.shape[0] != rows or layer.shape[2] != width for layer in steps[0]):
+        raise ValueError(
+            f"attentions of {tuple(steps[0][0].shape)} do not fit a prompt of {tuple(is_visual.shape)}: they must be "
+            "of a dense model, with one answer to each prompt, and is_visual of the same prompt"
+        )
+    places = torch.arange(1, width + 1, device=is_visual.device)
+    is_asking = places > (is_visual * places).argmax(1, keepdim=True)
+    total = torch.zeros(rows, width, device=is_visual.device)
+    for number, step in enumerate(steps):
+        for layer in step:
+            attention = layer.detach().float().to(total.device)
+            weight = is_asking[:, None, :, None] if number == 0 else 1.0
+            total += (attention * weight).sum((1, 2))[:, :width]
+    order = (~is_visual).int().argsort(dim=1, stable=True)[:, : int(is_visual.sum(1).max())]
+    return total.gather(1, order) * is_visual.gather(1, order)
+
+
 def _raters(reading: DecoderReading) -> torch.Tensor:
     if reading.raters is None:
         raise RuntimeError("raters were not found when the prompt began")
@@ -145,4 +196,5 @@ RANKINGS: dict[str, Callable[..., torch.Tensor]] = {
     "rater_rows": rater_rows,
     "level_rater_rows": level_rater_rows,
     "key_norms": key_norms,
+    "told": told,
 }

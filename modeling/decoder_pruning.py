@@ -61,6 +61,8 @@ class PromptToPrune:
     place     where and by what the method ranks them
     choose    `choose` of choosing.py, given the options and the method
     last      (B,) the column that ranks, None for the last that is no padding
+    places    (B, S, 3) where visual tokens lie in their images, None where the method does not ask
+    told      (B, S) what the call said of visual tokens, None where the method does not ask
     """
 
     visual: torch.Tensor
@@ -70,6 +72,8 @@ class PromptToPrune:
     place: DecoderPlace
     choose: Callable[..., Selection]
     last: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    told: torch.Tensor | None = None
 
 
 class _Open(threading.local):
@@ -136,6 +140,7 @@ class DecoderForward:
     _taken: dict[int, tuple] = field(default_factory=dict)
     _read: dict[int, tuple[torch.Tensor, torch.Tensor, float | None]] = field(default_factory=dict)
     _raters: torch.Tensor | None = None
+    _given: torch.Tensor | None = None  # to the layer that ranks
     _rotary: Any = None  # cos and sin that the layer before got
     _left: list[int] = field(default_factory=list)  # of each row, how many visual tokens the last stage left
 
@@ -168,6 +173,7 @@ class DecoderForward:
                 hidden = change(hidden)
             listens = prompt.place.of_layer == "previous" and number + 1 in prompt.counts
             listen(self if listens else None)
+            self._given = hidden.detach() if listens else None
         made = self._inputs_at(number, hidden, kwargs)
         self._rotary = made.get("position_embeddings", kwargs["position_embeddings"])
         if not made:
@@ -271,6 +277,9 @@ class DecoderForward:
             visual=visual,
             raters=None if self._raters is None else self._raters.gather(1, columns) & seen,
             rotary=tuple(part.expand(len(hidden), -1, -1) for part in rotary) if rotary[0].dim() == 3 else None,
+            given=hidden.detach() if self._given is None else self._given,
+            places=None if self.prompt.places is None else rows_at(self.prompt.places, columns),
+            told=None if self.prompt.told is None else self.prompt.told.gather(1, columns),
         )
 
     def _last(self, seen: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -364,7 +373,9 @@ def _further(
     """Return what else a decoder layer can give of G rows: `DECODER_INPUTS` of the registry beside `projected`."""
     columns = torch.arange(features.shape[1], device=features.device)
     is_word = reading.seen[rows] & (columns > places[:, -1:])
+    further = {"layer_inputs": reading.given, "places": reading.places}
     return {
+        **{name: rows_at(value[rows], places) for name, value in further.items() if value is not None},
         "keys": rows_at(reading.key[rows].mean(1), places),
         "text": features,
         "text_saliency": saliency[rows].masked_fill(~is_word, float("-inf")),

@@ -209,6 +209,23 @@ def select_dart(
     return least_similar_to_pivots(features, pivots, asking, usable, budget)
 
 
+@register_selector(
+    "sgl",
+    kinds=("important: attended by a smaller model",),
+    place=DecoderPlace(lambda depth: [max(1, int(0.4 * depth))], "told"),
+)
+def select_sgl(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
+    """Keep what another, smaller model attended to while it answered (SGL, arXiv 2412.03324).
+
+    features  (B, N, C)  not looked at
+    saliency  (B, N)     what the call says: attention of that model's rows from the last visual token on, summed
+    returns   (B, T)     kept indices, ascending; T = min(visual_token_num, N)
+
+    The authors also let the smaller model's answer stand where it is sure of it; here that is left to the caller.
+    """
+    return select_fastv(features, saliency, visual_token_num)
+
+
 def least_similar_to_pivots(
     features: torch.Tensor, pivots: torch.Tensor, asking: torch.Tensor, usable: torch.Tensor, budget: int
 ) -> torch.Tensor:

@@ -31,7 +31,7 @@ class TowerEncoderMixin(VisPrunerModelMixin):
 
     @property
     def selector_inputs(self) -> frozenset[str]:
-        of_cls = {"cls_feature", "cls_query", "raw_keys"} if self.has_cls_token else set()
+        of_cls = {"cls_query", "raw_keys"} if self.has_cls_token else set()
         return super().selector_inputs | of_cls
 
     @property
@@ -96,7 +96,8 @@ class TowerEncoderMixin(VisPrunerModelMixin):
         features, further = states, tap.further
         if self.has_cls_token:
             features = states[:, 1:]
-            if "cls_feature" in SELECTORS[self.encoder_options.method].uses:
+            selector = SELECTORS[self.encoder_options.method]
+            if "cls_feature" in selector.needs | selector.uses:
                 further["cls_feature"] = states[:, 0]
         return outputs, states, VisualTokens(features, tap.saliency, tap.layer_saliency, grid, further=further)
 

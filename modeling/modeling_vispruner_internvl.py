@@ -114,7 +114,7 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
             kwargs["output_hidden_states"] = wanted
             outputs = self.vision_tower(pixel_values.to(self.dtype), return_dict=True, **kwargs)
         states = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
-        return self.prune_tiles(outputs, states[:, 1:], tap, output_hidden_states=hidden_states)
+        return self.prune_tiles(outputs, states[:, 1:], tap, states[:, 0], output_hidden_states=hidden_states)
 
 
 class VisPrunerInternVLForConditionalGeneration(VisPrunerMixin, InternVLForConditionalGeneration, GenerationMixin):

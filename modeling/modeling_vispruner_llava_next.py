@@ -35,6 +35,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
 
     config_class = VisPrunerLlavaNextConfig
     budget_unit = "tile of an image"
+    images_are_grids = False  # newlines stand between them
 
     forward = forward_of(LlavaNextModel)
 

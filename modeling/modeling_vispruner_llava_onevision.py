@@ -82,6 +82,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
     tower_type = "siglip_vision_model"
     select_strategy = "full"
     budget_unit = "tile of an image or frame of a video"
+    images_are_grids = False  # newlines stand between them
 
     forward = forward_of(LlavaOnevisionModel)
 

@@ -25,6 +25,7 @@ from .prompt_reading import Modality
 from .pruned_encoder import inherit_checkpoint_conversion
 from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
+from .selectors import SELECTORS
 from .stock_versions import VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES, by_stock_name
 from .visual_attention import make_tappable
 from .visual_features import PrunedImageFeatures, TokenView
@@ -48,6 +49,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
     )
     image_names = VIDEO_LLAVA_IMAGE_NAMES
     budget_unit = "image or frame of a video"
+    images_are_grids = False  # [CLS] is among those of frames
 
     forward = forward_of(VideoLlavaModel, *VIDEO_LLAVA_IMAGE_NAMES)
 
@@ -124,8 +126,9 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
             return self.keep_everything(outputs, list(torch.arange(-1, tokens - 1).expand(frames, -1)))
         frames = pixel_values_videos.flatten(0, 1)
         outputs, states, tokens = self.encode_with(self.video_tower, frames, vision_feature_layer, **kwargs)
-        further = {name: given for name, given in tokens.further.items() if name != "cls_feature"}
-        tokens = replace(tokens, further=further)  # [CLS] stays in any case
+        if "cls_feature" in SELECTORS[self.encoder_options.method].uses:  # to keep it, and here it stays in any case
+            further = {name: given for name, given in tokens.further.items() if name != "cls_feature"}
+            tokens = replace(tokens, further=further)
         patches = tokens.saliency.shape[1]
         selection = self.select(tokens, self.encoder_options.budget(patches))
         places = nn.functional.pad(1 + selection.indices, (1, 0))

@@ -1,5 +1,6 @@
 """The base model's part of pruning within the language model: which stages a call has, and what cannot have any."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,10 +20,12 @@ from .pruning_plan import layer_counts, stage_counts
 from .selectors import (
     DECODER_INPUTS,
     DecoderPlace,
+    Then,
     check_method_options,
     methods_by_place,
     selector_named,
 )
+from .similarity import refuse_unless
 from .stock_versions import CACHE
 
 HERE = DecoderPlace(lambda depth: [])  # of a method for the encoder that `prune_layers` puts into the language model
@@ -32,6 +35,7 @@ class PrunedDecoderMixin(CallOptionsMixin):
     """For the base model. A method prunes behind the encoder, in the language model, or, as "a+b", in both."""
 
     position_axes = 1  # numbers that the position of a token has
+    images_are_grids = True  # whether the tokens of an image, all of them, are a grid in raster order and nothing else
 
     @property
     def first_prunable_layer(self) -> int:
@@ -63,7 +67,28 @@ class PrunedDecoderMixin(CallOptionsMixin):
         elsewhere: dict[str, Any] = {"keep_ratio": None, "stage_token_nums": None, "prune_layers": None}
         if encoder is None:
             return replace(options, method="none", visual_token_num=None, method_options=None, **elsewhere)
-        return replace(options, method=encoder, visual_token_num=(options.stage_token_nums or [1])[0], **elsewhere)
+        if options.stage_token_nums is not None:
+            return replace(options, method=encoder, visual_token_num=options.stage_token_nums[0], **elsewhere)
+        count, ratio = options.visual_token_num, options.keep_ratio
+        if count is not None:
+            count = max(1, int(count / self._mean_of_what_the_encoder_leaves + 1e-9))
+        if ratio is not None:
+            elsewhere["keep_ratio"] = min(1.0, ratio / self._mean_of_what_the_encoder_leaves)
+        return replace(options, method=encoder, visual_token_num=count, **elsewhere)
+
+    @property
+    def _then(self) -> Then | None:
+        """Where the method for the encoder goes on by itself; None also where `method` names what follows."""
+        (first, *second) = self.vispruner_options.methods
+        return None if second or first == "none" else selector_named(first).then
+
+    @property
+    def _mean_of_what_the_encoder_leaves(self) -> float:
+        """What part of the tokens behind the encoder a decoder layer holds on average, where a method goes on."""
+        layers, then = self.decoder_layers, self._then
+        assert then is not None
+        shares = [then.share ** sum(layer >= first for first in layers) for layer in range(self.depth)]
+        return sum(shares) / self.depth
 
     @property
     def prunes_in_decoder(self) -> bool:
@@ -86,7 +111,8 @@ class PrunedDecoderMixin(CallOptionsMixin):
         """The decoder layers before which visual tokens leave."""
         if not self.prunes_in_decoder:
             return []
-        return list(self.vispruner_options.prune_layers or self.decoder_place.layers(self.depth))
+        own = self._then or self.decoder_place
+        return list(self.vispruner_options.prune_layers or own.layers(self.depth))
 
     def decoder_counts(self, tokens: int) -> Sequence[int]:
         """Return how many of an image's visual tokens are left from each of `decoder_layers` on.
@@ -94,10 +120,13 @@ class PrunedDecoderMixin(CallOptionsMixin):
         tokens  how many it has when the language model begins
         Raises ValueError for a budget that cannot be met.
         """
-        options, layers = self.vispruner_options, self.decoder_layers
+        options, layers, then = self.vispruner_options, self.decoder_layers, self._then
         if options.stage_token_nums is None:
             mean = float(options.visual_token_num) if options.visual_token_num else tokens * (options.keep_ratio or 1)
-            return stage_counts(tokens, tuple(layers), self.depth, mean)
+            if then is None or self._encoder_leaves_all(tokens):
+                return stage_counts(tokens, tuple(layers), self.depth, mean)
+            least = 1 if then.share else 0
+            return [max(least, int(tokens * then.share ** (stage + 1))) for stage in range(len(layers))]
         counts = options.stage_token_nums[-len(layers) :]
         if counts[0] > tokens:
             raise ValueError(
@@ -105,6 +134,11 @@ class PrunedDecoderMixin(CallOptionsMixin):
                 f"{layers[0]} on, but only {tokens} are there: lower it"
             )
         return counts
+
+    def _encoder_leaves_all(self, tokens: int) -> bool:
+        """Whether the budget is more than what is left when all `tokens` of an image go on as the method does."""
+        options = self.encoder_options
+        return options.keep_ratio == 1 if options.keep_ratio else tokens < (options.visual_token_num or 0)
 
     def layer_counts(self, tokens: int) -> list[int]:
         """Return how many of an image's `tokens` visual tokens each decoder layer holds."""
@@ -145,10 +179,11 @@ class PrunedDecoderMixin(CallOptionsMixin):
                 f"vispruner_config.stage_token_nums must have {stages} numbers, one for each stage of method "
                 f'"{options.method}", got {options.stage_token_nums}'
             )
-        if missing := sorted(selector.needs - DECODER_INPUTS):
+        can_give = DECODER_INPUTS - (set() if self.images_are_grids and encoder is None else {"places"})
+        if missing := sorted(selector.needs - can_give):
             raise ValueError(
-                f'vispruner_config.method "{method}" needs {", ".join(missing)}, which a decoder layer cannot give: '
-                "take out prune_layers, or choose another method"
+                f'vispruner_config.method "{method}" needs {", ".join(missing)}, which a decoder layer of '
+                f"{type(self).__name__} cannot give: take out prune_layers, or choose another method"
             )
         if self.decoder_place.positions == "renumber" and self.position_axes > 1:
             raise ValueError(
@@ -159,15 +194,19 @@ class PrunedDecoderMixin(CallOptionsMixin):
 
     def _check_both(self, encoder: str | None, method: str | None) -> None:
         options = self.vispruner_options
-        if selector_named(encoder).place is not None:
+        if selector_named(encoder).in_decoder:
             raise ValueError(
-                f'vispruner_config.method "{options.method}": the first method prunes behind the encoder, and '
+                f'vispruner_config.method "{options.method}": the first method prunes behind the encoder alone, and '
                 f'"{encoder}" prunes in the language model'
             )
         if selector_named(method).place is None and options.prune_layers is None:
             raise ValueError(
                 f'vispruner_config.method "{options.method}": "{method}" prunes in the language model only where '
                 "prune_layers says at which layers"
+            )
+        if selector_named(method).is_told:
+            raise ValueError(
+                f'vispruner_config.method "{options.method}": "{method}" ranks all tokens of an image: use it alone'
             )
         if options.stage_token_nums is None:
             raise ValueError(
@@ -238,7 +277,63 @@ class PrunedDecoderMixin(CallOptionsMixin):
         _, method = self.methods
         chooser = partial(choose, self.vispruner_options, method=method)
         totals = [sum(images) for images in of_row]
-        return PromptToPrune(visual, self._texts(prompt, seen), totals, counts, self.decoder_place, chooser, last)
+        call = self.open_call
+        said = (None, None) if call is None else (call.places, call.told)
+        places, told = (None if one is None else _of_every_beam(one, prompt.rows) for one in said)
+        texts = self._texts(prompt, seen)
+        return PromptToPrune(visual, texts, totals, counts, self.decoder_place, chooser, last, places, told)
+
+    def told_of_columns(self, prompt: Prompt, importance: Any) -> torch.Tensor | None:
+        """Return what a call says of the visual tokens of its prompt, in their columns (B, S); None where none asks.
+
+        Raises ValueError where a method asks and the call says nothing, or says it of other tokens; or none asks.
+        """
+        method = self.vispruner_options.method
+        asks = self.prunes_in_decoder and selector_named(self.methods[1]).is_told
+        if importance is None and asks:
+            raise ValueError(
+                f'vispruner_config.method "{method}" ranks by what another model found: pass visual_importance, which '
+                "vispruner.visual_importance makes of that model's attentions"
+            )
+        if importance is None:
+            return None
+        if not asks:
+            raise ValueError(f'visual_importance says nothing to vispruner_config.method "{method}": take it out')
+        importance = torch.as_tensor(importance, device=prompt.device).float()
+        visual = any_of(list(prompt.is_placeholder.values()))
+        number = visual.long().cumsum(1)
+        most = int(number[:, -1].max())
+        if importance.shape != (prompt.rows, most):
+            raise ValueError(
+                f"visual_importance must be ({prompt.rows}, {most}), a number for each visual token of each row of "
+                f"the prompt, got {tuple(importance.shape)}"
+            )
+        refuse_unless((importance == importance).all(), "visual_importance holds NaN: what made it is not finite")
+        return importance.gather(1, (number - 1).clamp(min=0)) * visual
+
+    def token_grids(self, prompt: Prompt) -> dict[int, list[tuple[int, int]]]:
+        """Return per placeholder id the rows and columns that the tokens of each image are: here squares."""
+        counts = {count for images in prompt.full.values() for count in images}
+        if odd := sorted(count for count in counts if math.isqrt(count) ** 2 != count):
+            raise ValueError(
+                f'vispruner_config.method "{self.vispruner_options.method}" needs the places of visual tokens, and '
+                f"{odd[0]} are no square: choose another method"
+            )
+        return {token: [(math.isqrt(n), math.isqrt(n)) for n in images] for token, images in prompt.full.items()}
+
+    def places_in_images(self, prompt: Prompt) -> torch.Tensor | None:
+        """Return where (B, S, 3) the visual tokens of a prompt lie in their images; None where no method asks."""
+        method = self.methods[1]
+        if method is None or "places" not in selector_named(method).needs:
+            return None
+        places, number = torch.zeros(prompt.rows, prompt.width, 3, device=prompt.device), 0
+        for token, grids in self.token_grids(prompt).items():
+            if not grids:
+                continue
+            of_images = torch.cat([_places_in_grid(number + image, *grid) for image, grid in enumerate(grids)])
+            places = places.masked_scatter(prompt.is_placeholder[token][..., None], of_images.to(prompt.device))
+            number += len(grids)
+        return places
 
     @staticmethod
     def _texts(prompt: Prompt, seen: torch.Tensor | None) -> list[int]:
@@ -283,6 +378,19 @@ def _seen_by_last(mask: Any, width: int) -> torch.Tensor | None:
         return mask.bool()
     last = mask[:, 0, -1, :width]
     return last if last.dtype == torch.bool else last == 0
+
+
+def _of_every_beam(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """Bring what a call says of its rows (B, ...) to the rows that stock makes of each, one after the other."""
+    return values.repeat_interleave(rows // len(values), dim=0)
+
+
+def _places_in_grid(number: int, rows: int, columns: int) -> torch.Tensor:
+    """Return of each token of an image its number, and how far down and across from the centre: (N, 3)."""
+    diagonal = math.hypot(rows - 1, columns - 1) or 1.0
+    down, across = ((torch.arange(count) - (count - 1) / 2) / diagonal for count in (rows, columns))
+    grid = torch.cartesian_prod(down, across)
+    return torch.cat([torch.full((len(grid), 1), float(number)), grid], dim=1)
 
 
 def _place_of(columns: KeptColumns, last: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
 
     @property
     def selector_inputs(self) -> frozenset[str]:
-        return frozenset({"projected", "grid", "layer_saliency", "keys"})
+        of_cls = {"cls_feature"} if self.has_cls_token else set()
+        return frozenset({"projected", "grid", "layer_saliency", "keys", *of_cls})
 
     def saliency_layer(self, layer: int) -> int:
         """Return the layer to read saliency in where a selector asks for `layer`."""
@@ -102,8 +103,11 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         if self.vispruner_options.method == "none":
             return
         for method in self.methods:
-            if method is not None:
-                selector_named(method)
+            if method is not None and selector_named(method).experimental:
+                logger.warning_once(
+                    f'vispruner_config.method "{method}" is experimental: its authors published no code, so its rule '
+                    "is a reading of their paper and their figures need not come out"
+                )
         self.check_method_options()
         self.check_decoder_options()
         if (method := self.methods[0]) is not None:

@@ -55,7 +55,7 @@ def forward_of(stock: type, *further: str) -> Callable[..., Any]:
     keywords = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     new = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in (*further, FEATURES, "encoded_images", "vispruner_config", "prompt_lengths")
+        for name in (*further, FEATURES, "encoded_images", "vispruner_config", "prompt_lengths", "visual_importance")
         if name not in signature.parameters
     ]
     places = [parameter.name for parameter in named[1:]]  # after self
@@ -67,6 +67,7 @@ def forward_of(stock: type, *further: str) -> Callable[..., Any]:
         vispruner_config  fields that differ in this call, such as {"visual_token_num": 64}
         prompt_lengths    (B,) columns that are question; those behind are an answer, by which no method may rank.
                           Without, what comes before the first label, or all
+        visual_importance (B, N) how much each visual token of a row counts, for a method that ranks by that ("sgl")
         """
         if len(args) > len(places):
             raise TypeError(f"forward takes {len(places)} inputs by place, got {len(args)}: name the others")
@@ -109,6 +110,7 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         return_dict = inputs.pop("return_dict", None)
         last = inputs.pop("prompt_lengths", None)
         last = None if last is None else torch.as_tensor(last).reshape(-1) - 1
+        importance = inputs.pop("visual_importance", None)
         compiling = torch.compiler.is_compiling()
         if compiling and not self.prunes_in_decoder:
             # How many columns fall cannot be traced: stock checks that none need to.
@@ -117,7 +119,8 @@ class PrunedForwardMixin(PrunedDecoderMixin):
             run = torch.compiler.disable(self._prune_and_run) if compiling else self._prune_and_run
             call = HeadCall() if head is None else head
             call.last = call.last if last is None else last
-            with self.call_with(inputs.pop("vispruner_config", None)):
+            with self.call_with(inputs.pop("vispruner_config", None)) as options:
+                options.importance = options.importance if importance is None else importance
                 outputs = run(stock_forward, self.named_as_stock(inputs), call)
         if head is not None:  # which makes a tuple of its own output
             return outputs
@@ -226,11 +229,13 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         return full, kept
 
     def note_pruning(self, prompt: Prompt) -> None:
-        """Let `last_pruning` tell of this prompt, unless the call in progress has noted its own."""
+        """Note what this prompt is, for `last_pruning` too, unless the call in progress has noted its own."""
         call = self.open_call
         if call is not None and call.pruning is None:
             full, kept = ([n for counts in of.values() for n in counts] for of in (prompt.full, prompt.kept))
             call.pruning = Pruning(tuple(full), tuple(kept), self.stages_of_images(kept))
+            call.places = self.places_in_images(prompt)
+            call.told = self.told_of_columns(prompt, call.importance)
 
     def shorten(
         self, prompt: Prompt, full_positions: Callable[[Prompt], torch.Tensor | None], cached: bool = False

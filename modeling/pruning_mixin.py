@@ -33,7 +33,7 @@ from .visual_features import only_tokens
 # Under the logger of transformers, so that `transformers serve --log-level` counts.
 logger = logging.get_logger(f"transformers.{__name__}")
 
-OURS = ("encoded_images", "vispruner_config")  # arguments that stock does not have
+OURS = ("encoded_images", "vispruner_config", "visual_importance")  # arguments that stock does not have
 
 # Arguments of generate for which None says "not given"; for any other, such as top_k, it is a value. Those of the
 # modalities come on top.
@@ -182,6 +182,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
 
         encoded_images    made by `encode_images`, in place of pixel values
         vispruner_config  fields that differ in this call, such as {"visual_token_num": 64}
+        visual_importance (B, N) how much each visual token of a row counts, for a method that ranks by that ("sgl")
         """
         hooks = {
             "logits_processor": logits_processor,
@@ -193,6 +194,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
             return super().generate(inputs, generation_config, **hooks, **kwargs)
         kwargs = self._given(kwargs)
         with base.call_with(kwargs.pop("vispruner_config", None)) as call:
+            call.importance = kwargs.pop("visual_importance", None)
             arguments = base.named_as_stock(kwargs)
             prompt = self._read_prompt(inputs, arguments, generation_config)
             call.is_short = True

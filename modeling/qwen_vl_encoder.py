@@ -13,6 +13,7 @@ import torch
 from transformers.utils import can_return_tuple
 
 from .mrope_positions import GRID_IMAGES, GRID_VIDEOS, MRoPE
+from .prompt_reading import Prompt
 from .pruned_encoder import VisPrunerModelMixin
 from .selector_registry import Selection, in_a_row
 from .stock_versions import TAKES_FEATURES
@@ -73,6 +74,13 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
     ) -> tuple[list[int], list[int]]:
         """Return per frame of all videos the visual tokens of a full prompt and those that are kept."""
         return self._token_counts(video_grid_thw, "video_grid_thw")
+
+    def token_grids(self, prompt: Prompt) -> dict[int, list[tuple[int, int]]]:
+        """Return per placeholder id the rows and columns that the tokens of each image or frame are."""
+        given = {token: prompt.inputs.get(f"{modality.name}_grid_thw") for modality, token in prompt.modalities}
+        if any(given[token] is None for token, images in prompt.full.items() if images):
+            raise ValueError("image_grid_thw or video_grid_thw is missing: pass it as the processor returned it")
+        return {token: [] if grid is None else self.frames_of(grid) for token, grid in given.items()}
 
     def _token_counts(self, grid_thw: torch.Tensor | None, name: str) -> tuple[list[int], list[int]]:
         if grid_thw is None:

@@ -166,6 +166,19 @@ class DecoderPlace(NamedTuple):
     normed: bool = False
 
 
+class Then(NamedTuple):
+    """What a method that prunes behind the encoder goes on with in the language model.
+
+    method  the method that prunes there
+    layers  the layers before which visual tokens leave, ascending, of a model of so many layers
+    share   what part of the tokens each of them leaves; 0 for none
+    """
+
+    method: str
+    layers: Callable[[int], list[int]]
+    share: float
+
+
 class Selector(NamedTuple):
     """A registered method and what it declares.
 
@@ -181,6 +194,8 @@ class Selector(NamedTuple):
     place            where in the language model it prunes; None for behind the encoder
     merge_on         behind the encoder, what it folds together: "features", or "projected" ones
     uses             which of `FURTHER_INPUTS` it is to be given where there is one
+    then             where it goes on in the language model with what it left behind the encoder
+    experimental     whether its authors published no code, so that its rule is a reading of theirs
     """
 
     function: Callable[..., torch.Tensor | Selection]
@@ -193,6 +208,18 @@ class Selector(NamedTuple):
     place: DecoderPlace | None = None
     uses: frozenset[str] = frozenset()
     merge_on: Literal["features", "projected"] = "features"
+    then: Then | None = None
+    experimental: bool = False
+
+    @property
+    def in_decoder(self) -> bool:
+        """Whether tokens leave in the language model, wherever else they do."""
+        return self.place is not None or self.then is not None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether each call has to say by what it ranks: what another model found."""
+        return self.place is not None and self.place.ranking == "told"
 
 
 SELECTORS: dict[str, Selector] = {}
@@ -210,12 +237,13 @@ _INPUTS = ["features", "saliency", "visual_token_num"]
 #   raw_keys        (B, 1+N, d)      the keys of that layer likewise, that of [CLS] first
 #   text            (B, L, C)        features of the prompt's columns
 #   text_saliency   (B, L)           saliency of these; -inf where a column is no word behind the image
-FURTHER_INPUTS = frozenset(
-    {"projected", "grid", "layer_saliency", "codebook", "keys", "cls_feature", "cls_query", "raw_keys"}
-    | {"text", "text_saliency"}
-)
+#   layer_inputs    (B, N, C)        what the decoder layer that ranks was given; the features are what it made of it
+#   places          (B, N, 3)        the number of each token's image, and how far down and across from its centre it
+#                                    lies, where an image's diagonal has length 1
+# What a decoder layer can give; not each model can tell the places.
+DECODER_INPUTS = frozenset({"projected", "keys", "text", "text_saliency", "layer_inputs", "places"})
+FURTHER_INPUTS = DECODER_INPUTS | {"grid", "layer_saliency", "codebook", "cls_feature", "cls_query", "raw_keys"}
 USABLE_INPUTS = frozenset({"grid", "cls_feature"})  # of these, the ones with a default: not every place has them
-DECODER_INPUTS = frozenset({"projected", "keys", "text", "text_saliency"})  # what a decoder layer can give
 
 
 def register_selector(
@@ -227,6 +255,8 @@ def register_selector(
     kind_of: Callable[..., torch.Tensor] | None = None,
     place: DecoderPlace | None = None,
     merge_on: Literal["features", "projected"] = "features",
+    then: Then | None = None,
+    experimental: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Name a selector, so that `vispruner_config.method` can ask for it; for the keywords see `Selector`."""
 
@@ -256,7 +286,18 @@ def register_selector(
             )
         options = {option: signature[option].default for option in parameters[3:] if option not in inputs}
         SELECTORS[name] = Selector(
-            function, options, inputs - uses, saliency_layers, saliency_kind, kinds, kind_of, place, uses, merge_on
+            function,
+            options,
+            inputs - uses,
+            saliency_layers,
+            saliency_kind,
+            kinds,
+            kind_of,
+            place,
+            uses,
+            merge_on,
+            then,
+            experimental,
         )
         return function
 
@@ -275,7 +316,15 @@ def selector_named(method: Any) -> Selector:
 
 
 def require_published(method: Any) -> None:
-    """Raise ValueError for a method whose code is not one of the files that repos carry: it would be missing there."""
+    """Raise ValueError for a method that a repo alone cannot do.
+
+    Its code is not one of the files that repos carry, or every call has to be told what another model found.
+    """
+    if selector_named(method).is_told:
+        raise ValueError(
+            f'vispruner_config.method "{method}" ranks by what another model found, which no repo carries: save '
+            f'another method, and name this one when you call: vispruner_config={{"method": "{method}", ...}}'
+        )
     module = getattr(selector_named(method).function, "__module__", "")
     if module.rpartition(".")[0] != __name__.rpartition(".")[0]:
         raise ValueError(

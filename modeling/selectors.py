@@ -2,6 +2,7 @@
 
 from .configuration_vispruner import VisPrunerOptions
 from .decoder_selectors import select_fastv  # noqa: F401 - as are the next three, so that all register
+from .experimental_selectors import select_image_text  # noqa: F401
 from .merging_selectors import select_visionzip  # noqa: F401
 from .related_selectors import select_scope  # noqa: F401
 from .selector_registry import (
@@ -11,6 +12,7 @@ from .selector_registry import (
     DecoderPlace,
     Selection,
     Selector,
+    Then,
     check_method_options,
     kinds_of_kept,
     register_selector,
@@ -21,8 +23,8 @@ from .selector_registry import (
 )
 from .token_selection import important_tokens, select_vispruner  # noqa: F401
 
-ENCODER_METHODS = tuple(sorted(name for name, selector in SELECTORS.items() if selector.place is None))
-DECODER_METHODS = tuple(sorted(name for name, selector in SELECTORS.items() if selector.place is not None))
+ENCODER_METHODS = tuple(sorted(name for name, selector in SELECTORS.items() if not selector.in_decoder))
+DECODER_METHODS = tuple(sorted(name for name, selector in SELECTORS.items() if selector.in_decoder))
 
 
 def methods_by_place(options: VisPrunerOptions) -> tuple[str | None, str | None]:
@@ -32,6 +34,8 @@ def methods_by_place(options: VisPrunerOptions) -> tuple[str | None, str | None]
     first, *second = options.methods
     if second:
         return first, second[0]
+    if (then := selector_named(first).then) is not None:
+        return first, then.method
     in_decoder = selector_named(first).place is not None or options.prune_layers is not None
     return (None, first) if in_decoder else (first, None)
 
@@ -64,6 +68,7 @@ __all__ = [
     "DecoderPlace",
     "Selection",
     "Selector",
+    "Then",
     "check_method_options",
     "important_tokens",
     "kinds_of_kept",

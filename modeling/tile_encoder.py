@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .pruned_encoder import VisPrunerModelMixin
+from .selectors import SELECTORS
 from .visual_attention import SaliencyTap
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
@@ -44,9 +45,22 @@ class TileEncoderMixin(VisPrunerModelMixin):
         merged = self.merge_patches(saliency.reshape(-1, saliency.shape[-1], 1)).mean(dim=-1)
         return merged.view(*saliency.shape[:-1], -1)
 
-    def prune_tiles(self, outputs: Any, patches: torch.Tensor, tap: SaliencyTap, **kwargs: Any) -> PrunedImageFeatures:
-        """Merge `patches` (tiles, N, C), select and project; `pooler_output` is one tensor (tiles, T, D)."""
+    def prune_tiles(
+        self,
+        outputs: Any,
+        patches: torch.Tensor,
+        tap: SaliencyTap,
+        cls_feature: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> PrunedImageFeatures:
+        """Merge `patches` (tiles, N, C), select and project; `pooler_output` is one tensor (tiles, T, D).
+
+        cls_feature  (tiles, C); what is compared with merged tokens is what as many of it would be merged into
+        """
         features, layers, projected = self.merge_patches(patches), tap.layer_saliency, self.project_patches(patches)
+        further = {name: self.merge_saliency(given.mT).mT for name, given in tap.further.items()}
+        if cls_feature is not None and "cls_feature" in SELECTORS[self.encoder_options.method].needs:
+            further["cls_feature"] = self.merge_patches(cls_feature[:, None].expand_as(patches).clone())[:, 0]
         side = math.isqrt(features.shape[1])
         tokens = VisualTokens(
             features,
@@ -54,6 +68,6 @@ class TileEncoderMixin(VisPrunerModelMixin):
             None if layers is None else self.merge_saliency(layers),
             (side, side),
             projected,
-            {name: self.merge_saliency(given.mT).mT for name, given in tap.further.items()},
+            further,
         )
         return self.prune(outputs, tokens, kwargs)

@@ -21,12 +21,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import QuantizedLayer
 
 from vispruner.pruning_plan import layer_counts, stage_counts
+from vispruner.selectors import DECODER_METHODS, SELECTORS
 from vispruner.stock_versions import CACHE
 
 DEPTH, FIRST = 6, 3  # FIRST: the first layer that Qwen3-VL lets visual tokens leave before
 BATCH = [ONE, SEVERAL, TEXT]
-RENUMBERS = ("pyramiddrop", "sparsevlm_v1", "visiondrop")
-METHODS = ("fastv", "sparsevlm", "dart", *RENUMBERS)
+PLACES = {name: SELECTORS[name].then or SELECTORS[name].place for name in DECODER_METHODS}
+RENUMBERS = tuple(name for name, place in PLACES.items() if getattr(place, "positions", None) == "renumber")
+TWO_PLACES = tuple(name for name in DECODER_METHODS if SELECTORS[name].then is not None)
 ANYWHERE = ("vispruner", "divprune", "scope", "cls_attention")  # methods for the encoder that a decoder layer can run
 HAS_AXES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -64,15 +66,37 @@ some_models = pytest.mark.parametrize("deep", ["llava", "qwen2_5_vl", "gemma3"],
 
 def use(model: Model, method: str, **options: Any) -> Any:
     """Let the model prune by `method`, at layers that every architecture allows."""
+    stages = len(PLACES[method].layers(32)) if method in PLACES else 1
     if not {"visual_token_num", "keep_ratio", "stage_token_nums"} & set(options):
-        options["keep_ratio"] = 0.6
-    if method in ("fastv", "dart", *ANYWHERE):
-        options.setdefault("prune_layers", [FIRST])
-    if method == "sparsevlm":
-        options.setdefault("prune_layers", [FIRST, FIRST + 1, FIRST + 2])
-        options["keep_ratio"] = 0.7
+        options["keep_ratio"] = 0.6 if stages == 1 or method in RENUMBERS else 0.7
+    is_too_early = method in ANYWHERE or (method in PLACES and min(PLACES[method].layers(DEPTH)) < FIRST)
+    if is_too_early and method not in RENUMBERS:
+        options.setdefault("prune_layers", [FIRST + stage for stage in range(stages)])
     model.pruned.set_vispruner_config(method=method, **options)
     return model.pruned
+
+
+def prompt_for(model: Model, method: str, *prompts: list) -> dict[str, Any]:
+    """A prompt, with what a call has to say for a method that is told by what it ranks: here numbers out of order."""
+    inputs = model.prompt(*prompts)
+    if SELECTORS[method].is_told:
+        most = int(visual(model, inputs).sum(1).max())
+        inputs["visual_importance"] = (torch.arange(most) * 37 % 101).expand(len(prompts), -1)
+    return inputs
+
+
+def methods_of(model: Model) -> list[str]:
+    """All methods that prune in the language model and that this one can have; others are refused by name."""
+    usable = []
+    base = model.pruned.model
+    lacked = {"cls_feature": not base.has_cls_token, "places": not base.images_are_grids}
+    for method in DECODER_METHODS:
+        if lacking := [name for name in SELECTORS[method].needs if lacked.get(name)]:
+            with pytest.raises(ValueError, match=f'method "{method}" needs {lacking[0]}, which .* cannot give'):
+                use(model, method)
+        elif method not in RENUMBERS or model.row.model_type not in HAS_AXES:
+            usable.append(method)
+    return usable
 
 
 def visual(model: Model, inputs: dict[str, Any]) -> torch.Tensor:
@@ -114,6 +138,16 @@ def dropping(stock: Any, held: dict[int, torch.Tensor]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def behind_the_encoder_alone(pruned: Any, method: str) -> Iterator[None]:
+    """Let a method of two places leave out the second."""
+    with pytest.MonkeyPatch.context() as patch:
+        alone = pruned.model.encoder_options.to_dict()
+        patch.setitem(SELECTORS, method, SELECTORS[method]._replace(then=None))
+        patch.setattr(pruned.config, "vispruner_config", alone)
+        yield
 
 
 def rescored(model: Any, inputs: dict[str, Any], sequences: torch.Tensor) -> torch.Tensor:
@@ -163,6 +197,70 @@ class TestAgainstStock:
         torch.testing.assert_close(outputs.logits[last], expected[last], rtol=1e-4, atol=2e-4)
 
     @every_model
+    @pytest.mark.parametrize("method", TWO_PLACES)
+    def test_a_method_of_two_places_computes_as_if_the_rest_were_masked(self, deep: Model, method: str) -> None:
+        if method not in methods_of(deep):
+            return
+        inputs = deep.prompt(*BATCH)
+        pruned = use(deep, method)
+        outputs = pruned(**inputs)
+        (stage,) = outputs[CACHE].vispruner_stages
+        budget = pruned.model.encoder_options
+        assert budget.method == method and budget.keep_ratio < 1
+        held = torch.zeros(len(BATCH), stage.width, dtype=torch.bool).scatter(1, stage.columns, stage.seen)
+        text = ~visual(deep, inputs) & inputs["attention_mask"].bool()
+        with behind_the_encoder_alone(pruned, method), dropping(pruned, {stage.layer: held}):
+            expected = pruned(**inputs).logits
+        torch.testing.assert_close(outputs.logits[text], expected[text], rtol=1e-4, atol=2e-4)
+        with behind_the_encoder_alone(pruned, method):
+            assert (outputs.logits[:2, -1] - pruned(**inputs).logits[:2, -1]).abs().max() > 1e-3
+
+    @every_model
+    def test_every_method_in_layers_computes_as_if_the_rest_were_masked(self, deep: Model) -> None:
+        inputs = deep.prompt(*BATCH)
+        for method in methods_of(deep):
+            if method in TWO_PLACES or method in RENUMBERS:  # tests of their own; those whose tokens move
+                continue
+            outputs = use(deep, method)(**prompt_for(deep, method, *BATCH))
+            held = seen_at(outputs[CACHE], inputs)
+            with dropping(deep.stock, held):
+                expected = deep.stock(**inputs).logits
+            last = list(held.values())[-1]
+            torch.testing.assert_close(outputs.logits[last], expected[last], rtol=1e-4, atol=2e-4, msg=method)
+
+    @every_model
+    def test_places_are_those_of_the_grids_that_images_are(self, deep: Model, monkeypatch: Any) -> None:
+        if "topv" not in methods_of(deep):
+            return
+        told = []
+        stock = SELECTORS["topv"].function
+
+        def select(features: Any, saliency: Any, count: int, layer_inputs: Any, places: Any) -> Any:
+            told.extend(places)
+            return stock(features, saliency, count, layer_inputs, places)
+
+        monkeypatch.setitem(SELECTORS, "topv", SELECTORS["topv"]._replace(function=select))
+        inputs = deep.prompt(SEVERAL)
+        use(deep, "topv")(**inputs)
+        (places,), counts = told, deep.counts(inputs)[0][placeholder_of(deep)]
+        assert places[:, 0].int().bincount().tolist() == counts
+        for image, count in enumerate(counts):
+            own = places[places[:, 0] == image, 1:]
+            rows, columns = (len(own[:, axis].unique()) for axis in (0, 1))
+            assert rows * columns == count and (rows == columns or deep.row.model_type in HAS_AXES)
+            assert torch.equal(own, own[(own[:, 0] * 100 + own[:, 1]).argsort()])  # raster order
+            torch.testing.assert_close(own.sum(0), torch.zeros(2), atol=1e-5, rtol=0)
+            torch.testing.assert_close((own[-1] - own[0]).norm(), torch.tensor(1.0))
+
+    @every_model
+    def test_every_method_with_a_budget_that_keeps_all_is_stock_bit_for_bit(self, deep: Model) -> None:
+        inputs = deep.prompt(*BATCH)
+        expected = deep.stock(**inputs).logits
+        for method in methods_of(deep):
+            pruned = use(deep, method, keep_ratio=1.0, tile_mode="native")  # "paper" leaves newlines out, in any case
+            assert torch.equal(pruned(**prompt_for(deep, method, *BATCH)).logits, expected), method
+
+    @every_model
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_a_budget_that_keeps_all_is_stock_bit_for_bit(self, deep: Model, attention: str) -> None:
         inputs = deep.prompt(*BATCH)
@@ -191,15 +289,17 @@ class TestGenerate:
     @every_model
     def test_every_row_of_a_batch_answers_as_alone_and_as_it_is_scored(self, deep: Model) -> None:
         name = deep.row.model_type
-        methods = (*METHODS, *ANYWHERE) if name in ("llava", "qwen2_5_vl", "gemma3") else ("fastv", "visiondrop")
+        few = {"fastv", "visiondrop", *(m for m in PLACES if SELECTORS[m].experimental or SELECTORS[m].is_told)}
+        methods = [method for method in methods_of(deep) if method in few]
+        if name in ("llava", "qwen2_5_vl", "gemma3"):
+            methods = [*methods_of(deep), *ANYWHERE]
         for method in methods:
-            if method in RENUMBERS and name in HAS_AXES:
-                continue
-            pruned, inputs = use(deep, method), deep.prompt(*BATCH)
+            pruned, inputs = use(deep, method), prompt_for(deep, method, *BATCH)
             outputs = answered(pruned, inputs)
             logits = torch.stack(outputs.logits, 1)
             for row, prompt in enumerate(BATCH):
-                alone = torch.stack(answered(pruned, deep.prompt(prompt)).logits, 1)
+                one = prompt_for(deep, method, prompt)
+                alone = torch.stack(answered(pruned, one).logits, 1)
                 torch.testing.assert_close(logits[row], alone[0], **TOLERANCE, msg=f"{method}, row {row}")
             if deep.row.model_type != "paligemma":  # whose prompts see themselves both ways, and answers do not
                 scored = rescored(pruned, inputs, outputs.sequences)
@@ -232,14 +332,21 @@ class TestGenerate:
     def test_every_way_to_generate_gives_the_same_answer(self, deep: Model, how: dict[str, Any]) -> None:
         if how == {"cache_implementation": "offloaded"} and not torch.accelerator.is_available():
             pytest.skip("an offloaded cache needs an accelerator")
-        for method in ("fastv", *([] if deep.row.model_type in HAS_AXES else ["pyramiddrop"])):
+        # Of these a call knows something of each row, which has beams.
+        of_rows = [m for m in PLACES if "places" in SELECTORS[m].needs or SELECTORS[m].is_told]
+        for method in (
+            "fastv",
+            *(of_rows if "num_beams" in how else []),
+            *([] if deep.row.model_type in HAS_AXES else ["pyramiddrop"]),
+        ):
             pruned = use(deep, method)
             prompts = [ONE] if {"assistant", "prompt_lookup_num_tokens"} & set(how) else BATCH
-            inputs = deep.prompt(*prompts)
+            inputs = prompt_for(deep, method, *prompts)
             options = {"assistant_model": pruned} if how == {"assistant": True} else how
             answer = generate(pruned, inputs, **options)
             if "num_beams" in how:
-                alone = [generate(pruned, deep.prompt(prompt), **how)[0, -3:] for prompt in prompts]
+                ones = [prompt_for(deep, method, prompt) for prompt in prompts]
+                alone = [generate(pruned, one, **how)[0, -3:] for one in ones]
                 assert torch.equal(answer[:, -3:], torch.stack(alone))
             else:
                 assert torch.equal(answer, generate(pruned, inputs))
@@ -259,11 +366,12 @@ class TestGenerate:
     @some_models
     def test_encoded_images_serve_any_decoder_method(self, deep: Model) -> None:
         inputs = deep.prompt(ONE)
-        pruned = use(deep, "fastv")
-        names = [n for n in inputs if n not in {"input_ids", "attention_mask", *TOKEN_TYPES}]
-        encoded = pruned.encode_images(**{name: inputs[name] for name in names})
-        others = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
-        assert torch.equal(generate(pruned, others, encoded_images=encoded), generate(pruned, inputs))
+        for method in ("fastv", "topv"):
+            pruned = use(deep, method)
+            names = [n for n in inputs if n not in {"input_ids", "attention_mask", *TOKEN_TYPES}]
+            encoded = pruned.encode_images(**{name: inputs[name] for name in names})
+            others = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
+            assert torch.equal(generate(pruned, others, encoded_images=encoded), generate(pruned, inputs))
 
     @some_models
     def test_methods_of_both_places_combine(self, deep: Model) -> None:
@@ -365,6 +473,7 @@ class TestRefusals:
             ({"method_options": {"head": 3}}, "method \"fastv\" has no option 'head'; it has none"),
             ({"method": "dart", "method_options": {"image_pivot": 3}}, "did you mean image_pivots"),
             ({"method": "fastv+vispruner"}, '"fastv" prunes in the language model'),
+            ({"method": "image_text+fastv", "stage_token_nums": [4, 2]}, "prunes behind the encoder alone, and"),
             ({"method": "vispruner+divprune", "stage_token_nums": [4, 2]}, "only where prune_layers says"),
             ({"method": "vispruner+fastv", "keep_ratio": 0.5}, "has several stages"),
             (
@@ -373,6 +482,7 @@ class TestRefusals:
             ),
             ({"method": "vispruner", "stage_token_nums": [4]}, "stage_token_nums is for methods that prune in the"),
             ({"method": "fastvv", "keep_ratio": 0.5}, "did you mean fastv"),
+            ({"method": "vispruner+topv", "stage_token_nums": [4, 2]}, "needs places, which a decoder layer"),
         ],
     )
     def test_a_wrong_setting_names_its_field(self, deep: Model, options: dict[str, Any], message: str) -> None:

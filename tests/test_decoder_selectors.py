@@ -12,14 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
+from test_build import write_yaml
+from test_packaging import python_block, run_python_block
+from transformers import AutoConfig, LlavaForConditionalGeneration
 
+import vispruner
+from vispruner.conversion.base_checkpoint import resolve_base
+from vispruner.conversion.build import build_repo
+from vispruner.conversion.questions import SCENE, load_processor
+from vispruner.conversion.repo_config import RepoConfigError
 from vispruner.decoder_attention import (
     DecoderReading,
     find_raters,
     last_row,
     level_rater_rows,
     rater_rows,
+    visual_importance,
     visual_rows,
 )
 from vispruner.decoder_selectors import (
@@ -178,6 +188,101 @@ def test_visiondrop(name: str) -> None:
         torch.testing.assert_close(made.take(features)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@cases("sgl")
+def test_what_a_small_model_says_of_visual_tokens(name: str) -> None:
+    case, given = CASES[name], tensors(name)
+    start, width = case["image_start"], given["attention0"].shape[-1]
+    steps = [[layer[None] for layer in given[f"attention{step}"]] for step in range(case["steps"] + 1)]
+    is_visual = torch.zeros(1, width, dtype=torch.bool)
+    is_visual[:, start : start + case["tokens"]] = True
+    found = visual_importance(steps, is_visual)
+    torch.testing.assert_close(found[0], given["importance"], rtol=1e-5, atol=1e-6)
+    if case["steps"] == 0:
+        assert torch.equal(visual_importance(steps[0], is_visual), found)
+    budget = int(case["tokens"] * case["keep_ratio"])
+    kept = run_selector("sgl", torch.zeros(1, case["tokens"], 1), found, budget).indices
+    assert torch.equal(kept[0], given["kept"])
+
+
+@pytest.fixture(scope="module")
+def two_sizes() -> tuple[Any, Any, dict[str, torch.Tensor]]:
+    """The toy model, it again with half of its layers, and a prompt for both."""
+    folder = resolve_base("embedded/tiny-llava")
+    config = AutoConfig.from_pretrained(folder)
+    config.text_config.num_hidden_layers = 2
+    small = LlavaForConditionalGeneration.from_pretrained(folder, config=config, attn_implementation="eager").eval()
+    model = vispruner.load(folder, method="vispruner", visual_token_num=72).eval()
+    text = "<image>\nWhat color is the square?"
+    picture = Image.open(SCENE).convert("RGB")
+    return small, model, dict(load_processor(str(folder))(images=picture, text=text, return_tensors="pt"))
+
+
+def test_sgl_runs_as_the_readme_says(two_sizes: tuple[Any, Any, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    small, model, inputs = two_sizes
+    small.save_pretrained(tmp_path / "small")
+    here = {"path/to/small-llava": str(tmp_path / "small")}
+    given = {"model": model, "inputs": inputs, "vispruner": vispruner}
+    given["LlavaForConditionalGeneration"] = LlavaForConditionalGeneration
+    ran = run_python_block(python_block("visual_importance"), tmp_path, here, given)
+    columns = (inputs["input_ids"][0] == small.config.image_token_id).nonzero()[:, 0]
+    slow = torch.zeros(len(columns))
+    for step, layers in enumerate(ran["first"].attentions):
+        for heads in layers:
+            rows = heads[0][:, columns[-1] :] if step == 0 else heads[0]
+            slow += rows[..., columns].flatten(0, 1).sum(0)
+    torch.testing.assert_close(ran["importance"][0], slow, rtol=1e-4, atol=1e-4)
+
+    outputs = model(**inputs, visual_importance=ran["importance"], vispruner_config=ran["guided"])
+    (stage,) = outputs.past_key_values.vispruner_stages
+    (count,) = dict(model.last_pruning.stages)[1]
+    assert stage.layer == 1 and count == 48  # of 4 layers; 144 in one and 48 in three are 72 on average
+    kept = [place for place, column in enumerate(columns) if column in stage.columns[0]]
+    assert kept == sorted(slow.argsort(descending=True)[:count].tolist())
+
+
+def test_sgl_says_what_it_lacks(two_sizes: tuple[Any, Any, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    _, model, inputs = two_sizes
+    guided = {"method": "sgl", "keep_ratio": 0.5}
+    for importance, message in (
+        (None, "pass visual_importance, which vispruner.visual_importance makes"),
+        (torch.ones(1, 143), r"must be \(1, 144\), a number for each visual token"),
+        (torch.full((1, 144), math.nan), "visual_importance holds NaN"),
+    ):
+        for run in (model, model.generate):
+            with pytest.raises(ValueError, match=message):
+                run(**inputs, visual_importance=importance, vispruner_config=guided)
+    with pytest.raises(ValueError, match=r'says nothing to vispruner_config.method "vispruner": take it out'):
+        model(**inputs, visual_importance=torch.ones(1, 144))
+    with pytest.raises(ValueError, match='"sgl" ranks all tokens of an image: use it alone'):
+        model.set_vispruner_config(method="vispruner+sgl", stage_token_nums=[72, 36])
+    told = vispruner.load(resolve_base("embedded/tiny-llava"), **guided)
+    with pytest.raises(ValueError, match='method "sgl" ranks by what another model found, which no repo carries'):
+        told.save_pretrained(tmp_path / "saved")
+    config = write_yaml(tmp_path, base_model="embedded/tiny-llava", base_revision=None, vispruner_config=guided)
+    with pytest.raises(RepoConfigError, match='method "sgl" ranks by what another model found'):
+        build_repo(config, tmp_path / "built")
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned.yaml"}
+
+
+def test_rows_of_a_batch_tell_of_their_own_visual_tokens() -> None:
+    """By hand: the last row of two, the last of three, and none."""
+    attention = torch.arange(2 * 3 * 4 * 4).reshape(3, 2, 4, 4).float()
+    is_visual = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 0, 0]]).bool()
+    first = attention[0, :, 2:, 1:3].sum((0, 1))
+    second = attention[1, :, 3][:, [1, 3]].sum(0)
+    expected = torch.stack([first, second, torch.zeros(2)])
+    assert torch.equal(visual_importance([attention], is_visual), expected)
+
+
+@pytest.mark.parametrize(
+    ("attentions", "message"),
+    [(None, "eager"), ((None, None), "eager"), ([], "eager"), ((torch.zeros(2, 1, 4, 4),), "do not fit a prompt")],
+)
+def test_what_tells_nothing_is_refused(attentions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        visual_importance(attentions, torch.ones(1, 4, dtype=torch.bool))
+
+
 def test_the_mean_over_rows_is_the_same_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(name for name in sorted(CASES) if name.startswith("visiondrop"))
     reading = layer_reading(CASES[case], tensors(case))
@@ -198,6 +303,10 @@ def test_what_every_method_returns(method: str, dtype: torch.dtype) -> None:
         "keys": torch.randn(images, tokens, 8, generator=generator).to(dtype),
         "text": text,
         "text_saliency": torch.rand(images, 9, generator=generator),
+        "projected": torch.randn(images, tokens, 12, generator=generator).to(dtype),
+        "layer_inputs": torch.randn(images, tokens, 16, generator=generator).to(dtype),
+        "places": torch.rand(images, tokens, 3, generator=generator),
+        "cls_feature": torch.randn(images, 16, generator=generator).to(dtype),
     }
     needs = SELECTORS[method].needs
     for budget in (1, 2, 7, 39, 40, 50):

@@ -212,10 +212,15 @@ def test_features_of_any_length_are_compared_by_direction(method):
     The first form of SparseVLM is left out: its clusters are of distances, which are no matter of direction.
     """
     scale, generator = 2.0**-14, torch.Generator().manual_seed(3)
-    given = {name: torch.randn(2, 49, 16, generator=generator) for name in ("features", "projected", "keys", "text")}
+    given = {
+        name: torch.randn(2, 49, 16, generator=generator)
+        for name in ("features", "projected", "keys", "text", "layer_inputs")
+    }
     given["codebook"] = torch.randn(3, 16, generator=generator)
     others = {"saliency": torch.rand(2, 49, generator=generator), "grid": (7, 7), "important_ratio": 0.5, "seed": 3}
+    given["cls_feature"] = torch.randn(2, 16, generator=generator)
     others |= {
+        "places": torch.rand(2, 49, 3, generator=generator),
         "layer_saliency": torch.rand(2, 2, 49, generator=generator),
         "text_saliency": torch.rand(2, 49, generator=generator),
         "cls_query": torch.randn(2, 16, generator=generator),
@@ -561,7 +566,7 @@ def test_a_method_is_given_the_inputs_that_its_signature_names(empty_registry):
 
     assert selector_registry.SELECTORS["further"] == (
         select_further, {"offset": 0}, {"layer_saliency", "grid"}, layers, "received", (), None, None, frozenset(),
-        "features",
+        "features", None, False,
     )  # fmt: skip
     features, saliency = exact_images(2, 9)
     given = {"layer_saliency": torch.zeros(2, 2, 9), "grid": (3, 3), "projected": features, "codebook": None}
