@@ -199,8 +199,3 @@ def _check_count(field: str, value: int, remedy: str = "") -> None:
 
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-# Registers the methods of related work. They are built on the functions above, hence the import at the end, and with a
-# star because nothing is there yet when that file is the first of the two to be imported.
-from .related_selectors import *  # noqa: E402, F403

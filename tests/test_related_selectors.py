@@ -641,7 +641,6 @@ def test_every_depth_has_layers_to_ask_for(declared):
     ],
 )
 def test_every_method_is_registered_whichever_file_is_imported_first(first):
-    first = {"token": "token_selection", "": "selectors"}.get(first, f"{first}_selectors")
     code = f"import vispruner.{first}; from vispruner.selectors import SELECTORS; print(*SELECTORS)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert set(METHODS) < set(run.stdout.split()), run.stderr
