@@ -51,6 +51,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))
+from outputs import output_file
 from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate_scene
 
 from vispruner import SELECTORS, __version__
@@ -815,14 +816,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="FILE",
         help=f"an earlier result of the same questions: --json and --plot get its rows too (measure {DENSE} again)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into this .png or .svg")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write all figures here")
+    parser.add_argument("--plot", type=output_file(".png", ".svg"), metavar="FILE", help="draw them here")
     parsed = parser.parse_args(arguments)
-    for file in (parsed.json, parsed.plot):
-        if file is not None and not file.parent.is_dir():
-            parser.error(f"the folder of {file} does not exist: make {file.parent} first")
-    if parsed.plot is not None and parsed.plot.suffix.lower() not in (".png", ".svg"):
-        parser.error(f"--plot must be a .png or .svg file, got {parsed.plot}")
+    if parsed.add_to is not None and not parsed.add_to.is_file():
+        parser.error(f"--add-to {parsed.add_to}: there is no such file")
     return parsed
 
 
@@ -830,6 +828,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     torch.set_num_threads(1)
     try:
+        earlier = None if parsed.add_to is None else json.loads(parsed.add_to.read_text(encoding="utf-8"))
         result = run_benchmark(
             parsed.repo,
             parsed.selectors,
@@ -841,8 +840,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.positions,
             parsed.codebook,
         )
-        if parsed.add_to is not None:
-            result = with_rows_of(json.loads(parsed.add_to.read_text(encoding="utf-8")), result)
+        if earlier is not None:
+            result = with_rows_of(earlier, result)
     except ValueError as error:  # BenchmarkError, BuildError and what the model refuses
         print(f"accuracy.py: {error}", file=sys.stderr)
         return 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from outputs import output_file
 from PIL import Image
 from scenes import generate_scene
 from tqdm import tqdm
@@ -29,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--scenes", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--prototypes", type=int, default=PROTOTYPES, help="default: %(default)s")
-    parser.add_argument("--out", required=True, help="the .safetensors file to write")
+    parser.add_argument("--out", type=output_file(".safetensors"), required=True, help="the file to write")
     options = parser.parse_args()
     base = str(resolve_base(load_repo_config(EMBEDDED).base_model))
     model = vispruner.load(base, method="cls_attention", visual_token_num=1).eval()

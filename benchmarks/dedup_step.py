@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import PublishedModel, Sample, interval, patches_of, published_repo, questions, write_whole
+from outputs import output_file
 
 from vispruner.conversion.questions import is_right
 from vispruner.duplicate_removal import default_step
@@ -113,7 +114,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kept", type=int, nargs="+", default=[36, 144], help="tokens kept (default 36 144)")
     parser.add_argument("--pictures", type=int, default=24, help="with all their questions (default 24)")
     parser.add_argument("--seed", type=int, default=0, help="which test set (default 0)")
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--json", type=output_file(".json"), help="write all figures here")
     args = parser.parse_args(arguments)
     if args.pictures < 1 or min(args.kept) < 1 or max(args.kept) >= min(args.grids) ** 2:
         parser.error("--pictures and --kept must be at least 1, and --kept less than the patches of the smallest grid")

@@ -36,6 +36,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import write_whole
+from outputs import output_file, output_folder
 
 ORIGINAL = Path(__file__).parent.parent / "tests" / "data" / "original_llava"
 EMBEDDED = Path(__file__).parent.parent / "conversion" / "assets" / "tiny-llava"
@@ -189,8 +190,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--layers", type=int, default=32, help="of the checkpoint to convert (default 32)")
     parser.add_argument("--width", type=int, default=4096, help="its hidden size (default 4096); less: a smoke run")
-    parser.add_argument("--work", type=Path, help="folder for what is made (default: the system's)")
-    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--work", type=output_folder, help="folder for what is made (default: the system's)")
+    parser.add_argument("--json", type=output_file(".json"), help="write all figures here")
     args = parser.parse_args(arguments)
     result: dict[str, Any] = {"settings": {"layers": args.layers, "width": args.width}}
     for case in args.cases:

@@ -83,6 +83,7 @@ from flops import (
     stage_flops,
 )
 from geometry import GEOMETRIES, RandomWeights, budgets_of, load_geometry, patches_of, shallower, vispruner_config
+from outputs import output_folder
 from stages import Observation, observe
 
 from vispruner import __version__
@@ -765,11 +766,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--as-is", action="store_true", help="leave in what is not pruning's, see above")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="smoke run: a tiny geometry, 2 rounds, no files")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for JSON and PNG (default: benchmarks/results)")
+    parser.add_argument(
+        "--out", type=output_folder, metavar="DIR", help="of JSON and PNG (default: benchmarks/results)"
+    )
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print this result, draw it again")
     parsed = parser.parse_args(arguments)
-    if parsed.out is not None and not parsed.out.is_dir():
-        parser.error(f"--out {parsed.out} is no folder: make it first")
     for name in ("rounds", "text_tokens", "max_batch"):
         if getattr(parsed, name) is not None and getattr(parsed, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

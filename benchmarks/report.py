@@ -39,6 +39,7 @@ from accuracy import (
     variants,
     write_whole,
 )
+from outputs import output_file
 
 from vispruner.conversion.questions import is_right
 
@@ -279,7 +280,7 @@ def write_report(
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="FILE", help="the .html file to write")
+    parser.add_argument("out", type=output_file(".html", ".htm"), metavar="FILE", help="the .html file to write")
     parser.add_argument(
         "--repo",
         type=Path,
@@ -297,10 +298,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--scenes", type=int, default=SCENES, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="which test set (default: %(default)s)")
-    parsed = parser.parse_args(arguments)
-    if parsed.out.suffix.lower() not in (".html", ".htm") or not parsed.out.parent.is_dir():
-        parser.error(f"{parsed.out} must be an .html file in a folder that exists")
-    return parsed
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

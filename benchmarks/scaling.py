@@ -44,8 +44,10 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
+from outputs import output_file
 from selection import FEATURE_LAYER, HEAD, LAYERS, PROTOTYPES, Form, interleave, machine, summary, write_json
 
+from vispruner.conversion.checkpoint_io import replacing
 from vispruner.conversion.prefill_cost import language_model_flops, logits_flops
 from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
 from vispruner.visual_attention import received_attention
@@ -354,9 +356,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     left.legend(fontsize=7)
     figure.suptitle(f"{features} features, C = {result['settings']['channels']}, {result['machine']['device_name']}")
     figure.tight_layout()
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=130, format="png")
     pyplot.close(figure)
 
 
@@ -380,8 +381,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument("--quick", action="store_true", help="small sizes, once, to see that all works")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
-    parser.add_argument("--plot", type=Path, help="draw the times here, as PNG")
+    parser.add_argument("--json", type=output_file(".json"), help="write all numbers here")
+    parser.add_argument("--plot", type=output_file(".png"), help="draw the times here, as PNG")
     args = parser.parse_args(arguments)
     if args.quick:
         vars(args).update(QUICK)

@@ -46,9 +46,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+from outputs import output_file
 from peer import select_per_round
 
 from vispruner import duplicate_removal, similarity, token_selection
+from vispruner.conversion.checkpoint_io import replacing
 from vispruner.duplicate_removal import drops_of_rounds
 from vispruner.duplicate_removal_triton import kernel_can_run
 from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
@@ -341,10 +343,8 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -363,7 +363,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", action="store_true", help="also time the parts of the CPU's form")
     parser.add_argument("--study", action="store_true", help="also ask whether the product could be smaller")
     parser.add_argument("--images", type=int, default=20, help="images in the study (default 20)")
-    parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--json", type=output_file(".json"), help="write all numbers here")
     args = parser.parse_args(arguments)
     if max(args.budgets) >= args.tokens or min(args.budgets) < 1:
         parser.error("--budgets must lie between 1 and --tokens - 1: keeping every token selects nothing")

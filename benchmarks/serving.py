@@ -44,10 +44,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from latency import device_name
 from openai_server import Answer, OpenAIServer, data_url
+from outputs import output_file
 from scenes import generate_scene
 
 from vispruner import __version__, conversion
 from vispruner.conversion.build import build_repo
+from vispruner.conversion.checkpoint_io import replacing
 from vispruner.conversion.questions import is_right
 
 RESULTS = Path(__file__).parent / "results"
@@ -313,15 +315,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cores", type=int, default=cores, metavar="N", help="of every engine (all %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of pictures and order (%(default)s)")
     parser.add_argument("--note", help="put into the record, e.g. that other jobs were running")
-    parser.add_argument("--out", type=Path, default=RESULTS / "serving-vllm-cpu.json", help="default: %(default)s")
+    default = str(RESULTS / "serving-vllm-cpu.json")
+    parser.add_argument("--out", type=output_file(".json"), default=default, help="default: %(default)s")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the table of a record, and measure nothing")
     arguments = parser.parse_args(argv)
     if arguments.table is not None:
         print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
         return 0
     record = measure(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with replacing(arguments.out) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(record))
     return 0
 

@@ -50,6 +50,7 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent))
+from outputs import new_folder, output_file
 from scenes import (
     COLORS,
     EASY_VQA_SHAPES,
@@ -69,6 +70,8 @@ from scenes import (
     prompt,
     scene_rng,
 )
+
+from vispruner.conversion.checkpoint_io import replacing
 
 PATCHES = GRID * GRID
 COLOR_WORDS = (*COLORS, "black", "gray", "teal", "brown")  # the last four occur in easy-vqa only
@@ -851,14 +854,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Stopped runs go on where they last saved: python benchmarks/train_tiny.py --out FOLDER --resume",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint (replaced at the end)")
-    parser.add_argument("--work", type=Path, help="folder of the unfinished run (default: OUT with .work added)")
+    parser.add_argument("--out", type=new_folder, required=True, help="folder of the checkpoint (replaced at the end)")
+    parser.add_argument("--work", type=new_folder, help="folder of the unfinished run (default: OUT with .work added)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the work folder")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (default: %(default)s)")
     parser.add_argument(
         "--save-every", type=int, default=300, metavar="STEPS", help="between savings (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="write recipe, times, versions and accuracies to this file")
+    parser.add_argument("--json", type=output_file(".json"), help="write recipe, times, versions and accuracies here")
     parser.add_argument(
         "--scenes", type=int, default=500, help="scenes of the final measurement (default: %(default)s)"
     )
@@ -900,7 +903,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = json.dumps(report, indent=2)
     print(text)
     if args.json:
-        args.json.write_text(text + "\n", encoding="utf-8")
+        with replacing(args.json) as unfinished:
+            unfinished.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

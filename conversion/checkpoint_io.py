@@ -20,7 +20,7 @@ import stat
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -451,18 +451,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise CheckpointError(told) from error
 
 
-def writable_file(path: str | os.PathLike[str], suffix: str, what: str) -> Path:
+def writable_file(path: str | os.PathLike[str], suffixes: Sequence[str], what: str) -> Path:
     """Return the path of a file that is to be written later; raise, before any long work, where it could not be."""
-    out = Path(path).expanduser()
-    if out.suffix.lower() != suffix:
-        raise CheckpointError(f"{what} must be written to a {suffix} file, got {out}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"the folder of {out} does not exist: make {out.parent} first")
+    out, kind = Path(path).expanduser(), " or ".join(suffixes)
+    if out.suffix.lower() not in suffixes:
+        raise CheckpointError(f"{what} must be written to a {kind} file, got {out}")
     if out.is_dir():
-        raise CheckpointError(f"{out} is a folder: give the name of a {suffix} file in it")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"no permission to write {out}")
+        raise CheckpointError(f"{out} is a folder: give the name of a {kind} file in it")
+    _check_parent(out)
     return out
+
+
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder that is to be made or replaced later; raise where it could not be."""
+    out = Path(path).expanduser()
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} exists and is not a folder")
+    _check_parent(out)
+    return out
+
+
+def _check_parent(out: Path) -> None:
+    parent = out.parent
+    if parent.exists() and not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is not a folder, so {out} cannot be written")
+    if not parent.exists():
+        raise FileNotFoundError(f"the folder of {out} does not exist: make {parent} first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"no permission to write {out}")
 
 
 def refuse_links(path: str | Path) -> None:

@@ -33,7 +33,7 @@ from .picture import existing_picture, open_photo
 from .questions import load_model, load_processor
 from .repo_config import load_repo_config
 
-CODEBOOK = (".safetensors", "a codebook")
+CODEBOOK = ([".safetensors"], "a codebook")
 EMBEDDED = "tiny-llava-vispruner"
 PROTOTYPES = 64
 REDUNDANT_SHARE = 0.5

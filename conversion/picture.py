@@ -51,7 +51,7 @@ INK = (30, 30, 30)
 WRONG_INK = (190, 20, 40)
 MERGED = (120, 120, 120)  # lines from what was folded together to where it went
 
-PNG = (".png", "the picture")
+PNG = ([".png"], "the picture")
 GAP = 12
 COLUMN_GAP = 24
 TEXT_SIZE = 20

@@ -113,14 +113,14 @@ def find_repo_config(config: str | os.PathLike[str]) -> Path:
     path = Path(given)
     if path.is_file():
         return path
-    if path.suffix in (".yaml", ".yml") or path.name != given:
-        what = "is a folder: give the YAML file in it" if path.is_dir() else "no such file"
-        raise RepoConfigError(f"{given}: {what}{_meant_or_all(path.stem, hub_config_names(), 'configs')}")
-    shipped = HUB_CONFIGS / f"{given}.yaml"
-    if not shipped.is_file():
-        what = "a folder, not a YAML file" if path.is_dir() else "neither a file nor one of the configs in hub_configs"
-        raise RepoConfigError(f"{given!r} is {what}{_meant_or_all(given, hub_config_names(), 'configs')}")
-    return shipped
+    is_name = path.name == given and path.suffix not in (".yaml", ".yml")
+    if is_name and (shipped := HUB_CONFIGS / f"{given}.yaml").is_file():
+        return shipped
+    if path.is_dir():
+        raise RepoConfigError(f"{given}: is a folder: give the YAML file in it")
+    what = "neither a file nor one of the configs in hub_configs" if is_name else "no such file"
+    name = given if is_name else path.stem
+    raise RepoConfigError(f"{given}: {what}{_meant_or_all(name, hub_config_names(), 'configs')}")
 
 
 def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:

@@ -1,13 +1,17 @@
 """What reads the outside, on random input: it works, or a ValueError or OSError says which file or field is wrong.
 
-FUZZ_SCALE=20 tries twenty times as much as CI does, FUZZ_SEED=1 something else. FUZZ.md records what was tried.
+FUZZ_SECONDS=600 draws anew, from the next seed, until so much time has passed for each; FUZZ_SEED=1 starts elsewhere.
+FUZZ.md records what was tried.
 """
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import os
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,16 +30,25 @@ from vispruner.conversion.repo_config import CARD_FIELDS, FIELDS, load_repo_conf
 from vispruner.modeling_vispruner_llava import VisPrunerLlavaConfig
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
-SCALE, SEED = float(os.environ.get("FUZZ_SCALE", "1")), int(os.environ.get("FUZZ_SEED", "0"))
+SECONDS, SEED = float(os.environ.get("FUZZ_SECONDS", "0")), int(os.environ.get("FUZZ_SEED", "0"))
 
 
 def fuzz(examples: int, **drawn: st.SearchStrategy) -> Callable:
     def mark(test: Callable) -> Callable:
         # Fixtures are folders and models that no example leaves changed.
-        limits = settings(
-            max_examples=int(examples * SCALE), deadline=None, database=None, suppress_health_check=list(HealthCheck)
-        )
-        return seed(SEED)(limits(given(**drawn)(test)))
+        limits = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        tried = limits(given(**drawn)(test))
+
+        def until_the_time_is_over(**fixtures: Any) -> None:
+            start = time.monotonic()
+            for number in itertools.count(SEED):
+                seed(number)(tried)(**fixtures)
+                if time.monotonic() - start >= SECONDS:
+                    break
+            print(f"{test.__name__}: {examples} examples of each seed from {SEED} to {number}")
+
+        until_the_time_is_over.__signature__ = inspect.signature(tried)  # type: ignore[attr-defined]
+        return until_the_time_is_over
 
     return mark
 

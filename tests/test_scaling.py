@@ -123,7 +123,7 @@ def test_the_encoder_runs_once_and_the_method_once_per_size(row, tile_mode, monk
 
 
 def test_the_quick_mode_fills_every_table(tmp_path):
-    out, picture = tmp_path / "results" / "scaling.json", tmp_path / "scaling.png"
+    out, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--quick", "--json", str(out), "--plot", str(picture)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

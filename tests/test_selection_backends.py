@@ -568,7 +568,7 @@ def test_the_benchmark_times_every_method(tmp_path):
 
 def test_the_benchmark_measures_forms_that_choose_alike(tmp_path):
     benchmark = str(Path(__file__).parent.parent / "benchmarks" / "selection.py")
-    out = tmp_path / "results" / "selection.json"
+    out = tmp_path / "selection.json"
     sizes = ["--tokens", "64", "--channels", "32", "--budgets", "16", "9", "--batches", "1", "3"]
     arguments = [benchmark, *sizes, "--repeats", "2", "--images", "1", "--stages", "--study", "--json", str(out)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

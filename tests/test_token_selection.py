@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from oracle import vispruner_oracle
 from safetensors.torch import load_file, safe_open
 
 from vispruner import selector_registry
-from vispruner.selectors import ENCODER_METHODS, SELECTORS, register_selector, run_selector, select_tokens
+from vispruner.selectors import (
+    ENCODER_METHODS,
+    SELECTORS,
+    kinds_of_kept,
+    register_selector,
+    run_selector,
+    select_tokens,
+)
 from vispruner.token_selection import (
     important_tokens,
     select_cls_attention,
@@ -294,7 +302,18 @@ def test_important_tokens_are_the_most_attended_first_and_all_of_them_are_kept()
     assert important.tolist() == expected
     kept = select_vispruner(features, saliency, 15, 0.7)
     assert all(set(few) <= set(many) for few, many in zip(important.tolist(), kept.tolist(), strict=True))
-    assert important_tokens(saliency, 1000, 0.5).shape == (3, 24)
+    assert important_tokens(saliency, 1000).shape == (3, 24)  # half of them, as the paper's
+
+
+def test_each_kept_token_is_said_to_be_important_or_diverse():
+    features, saliency = exact_images(3, 49, seed=2)
+    kept = select_vispruner(features, saliency, 15, 0.7)
+    chosen = important_tokens(saliency, 15, 0.7)
+    important, diverse = kinds_of_kept("vispruner", kept, saliency, important_ratio=0.7).values()
+    assert important.tolist() == [
+        [token in few for token in row] for row, few in zip(kept.tolist(), chosen.tolist(), strict=True)
+    ]
+    assert torch.equal(diverse, ~important)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -469,6 +488,7 @@ def test_a_budget_must_be_a_positive_integer(method, budget, message):
             torch.zeros(1, 9),
             r"features must be a floating-point tensor \(B, N, C\).* \(9, 4\)",
         ),
+        (torch.zeros(1, 9, 4, 2), torch.zeros(1, 9), r"features must be .* got torch.float32 \(1, 9, 4, 2\)"),
         (torch.zeros(1, 9, 4).long(), torch.zeros(1, 9), r"features must be a floating-point .* got torch.int64"),
         (torch.zeros(1, 9, 4), torch.zeros(9), r"saliency must be a floating-point tensor \(B, N\) .* got .* \(9,\)"),
         (torch.zeros(1, 9, 4), torch.zeros(1, 9).long(), "saliency must be a floating-point .* got torch.int64"),
