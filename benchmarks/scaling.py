@@ -6,7 +6,7 @@ ratio is taken within a turn. Times are of the processor, so that waiting for it
 
 products    multiplications in matrix products, as a share of N x N x C: the same on every machine
 operations  of torch, less views; what numpy does in between is not counted
-peak MiB    memory beyond the inputs, as the operating system saw it (Linux only)
+peak MiB    memory beyond the inputs, as the operating system saw it, of a process that does nothing else (Linux only)
 exponent    of N in a power of N fitted to the times of all sizes; of N^2.2 the double takes 4.6 times as long
 
 Then, each for one setting:
@@ -23,13 +23,16 @@ Examples:
   python benchmarks/scaling.py --quick                               # a look at every table, some seconds
   python benchmarks/scaling.py --sizes 576 2592 --methods vispruner scope
   python benchmarks/scaling.py --json out.json --plot out.png        # the recorded run, an hour
+  python benchmarks/scaling.py --memory out.json --methods scope     # measure peak MiB anew, in that record
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import json
 import math
+import multiprocessing
 import os
 import statistics
 import sys
@@ -146,6 +149,29 @@ class PeakMemory:
         return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
+def peak_of(form: Form) -> float | None:
+    """Return the most memory that a call takes in a process forked for it: nothing freed before lies about there."""
+    if sys.platform != "linux":
+        return None
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+
+    def run() -> None:
+        with PeakMemory() as memory:
+            form()
+        there.send(memory.mib)
+
+    process = fork.Process(target=run)
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise SystemExit("a process whose memory was measured ended early; was it killed for it?") from None
+    finally:
+        process.join()
+
+
 # Sizes
 
 
@@ -161,9 +187,9 @@ def measure_sizes(args: argparse.Namespace, features: str) -> list[dict[str, Any
             counted = {}
             for name, form in forms.items():
                 progress.set_postfix_str(f"{tokens} tokens, {name}", refresh=False)
-                with PeakMemory() as memory, Counts() as counts:
+                with Counts() as counts:
                     form()
-                counted[name] = counts, memory.mib
+                counted[name] = counts, peak_of(form)
                 progress.update()
             times = interleave(forms, args.repeats, progress, "cpu", time.process_time)
             rows.append(_size_row(tokens, given, counted, times))
@@ -201,6 +227,22 @@ def exponents(rows: list[dict[str, Any]]) -> dict[str, float]:
         )
         for name in rows[0]["milliseconds"]
     }
+
+
+def measure_memory(record: dict[str, Any], args: argparse.Namespace) -> None:
+    """Put the peaks of some methods into a record, all else of which stays; say when and with what."""
+    settings = argparse.Namespace(**record["settings"])
+    rows = [(kind, row) for kind, rows in record["sizes"].items() for row in rows]
+    for kind, row in tqdm(rows, desc="memory", unit="size"):
+        given = inputs(1, row["tokens"], settings, kind)
+        for method in args.methods:
+            row["peak_mib"][method] = peak_of(form_of(method, given))
+    about = {
+        "methods": list(args.methods),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    record["peak_mib_measured_again"] = about
 
 
 # Images, attention, and the first token
@@ -382,6 +424,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     parser.add_argument("--quick", action="store_true", help="small sizes, once, to see that all works")
     parser.add_argument("--json", type=output_file(".json"), help="write all numbers here")
+    parser.add_argument("--memory", type=Path, metavar="RECORD", help="measure peak memory alone, into this record")
     parser.add_argument("--plot", type=output_file(".png"), help="draw the times here, as PNG")
     args = parser.parse_args(arguments)
     if args.quick:
@@ -395,7 +438,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    settings = {name: value for name, value in vars(args).items() if name not in ("json", "plot")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "memory", "plot")}
+    if args.memory:
+        record = json.loads(args.memory.read_text(encoding="utf-8"))
+        with torch.inference_mode():
+            measure_memory(record, args)
+        write_json(args.memory, record)
+        return
     about = machine(argparse.Namespace(device="cpu"))
     with torch.inference_mode():
         sizes = {features: measure_sizes(args, features) for features in args.features}

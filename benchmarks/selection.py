@@ -20,17 +20,23 @@ so that waiting for it on a busy machine does not count. What methods are given 
 projected features have all tokens projected first. "operations" are those of torch on meta tensors, less views: about
 the kernels that a GPU is given where nothing is compiled.
 
+Against an earlier version (--against FOLDER, its `modeling/`, instead of all that), its `select_vispruner` and this
+one choose in turn, in one process, and must choose the same. On a CPU it is the time of the processor, too; the ratio
+is ours to theirs.
+
 Examples:
   python benchmarks/selection.py                                    # the recorded run, about five minutes
   python benchmarks/selection.py --batches 1 --repeats 5            # a first look
   python benchmarks/selection.py --stages --study --json out.json
   python benchmarks/selection.py --methods --budgets 64 --json methods.json
+  git archive COMMIT modeling | tar -x -C earlier && python benchmarks/selection.py --against earlier/modeling
   python benchmarks/selection.py --device cuda --dtype float16
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -39,6 +45,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -242,6 +249,43 @@ def measure_methods(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+# An earlier version
+
+
+def earlier_selector(folder: Path) -> Callable[..., torch.Tensor]:
+    """Return `select_vispruner` of the published files in a folder; the installed ones stay as they are."""
+    package = ModuleType("earlier")
+    package.__path__ = [str(folder)]
+    sys.modules["earlier"] = package  # its files import each other by it
+    return importlib.import_module("earlier.token_selection").select_vispruner
+
+
+def measure_against(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the choice beside that of an earlier version, for every batch size and budget."""
+    earlier = earlier_selector(args.against)
+    rows = []
+    total = len(args.batches) * len(args.budgets) * 2 * (args.repeats + 1)
+    with tqdm(total=total, desc="selections", unit="run") as progress:
+        for batch in args.batches:
+            features, saliency = draw(batch, args)
+            for budget in args.budgets:
+                forms: dict[str, Form] = {
+                    "earlier": lambda f=features, s=saliency, t=budget: earlier(f, s, t, dedup_step=STEP),
+                    "ours": lambda f=features, s=saliency, t=budget: select_vispruner(f, s, t, dedup_step=STEP),
+                }
+                if not torch.equal(forms["earlier"](), forms["ours"]()):
+                    raise SystemExit(f"the earlier version chose different tokens ({batch} images, {budget} kept)")
+                clock = time.process_time if args.device == "cpu" else time.perf_counter
+                times = interleave(forms, args.repeats, progress, args.device, clock)
+                pairs = zip(times["ours"], times["earlier"], strict=True)
+                rows.append(
+                    {"batch": batch, "visual_token_num": budget}
+                    | {"milliseconds": {name: summary(values) for name, values in times.items()}}
+                    | {"ratio": summary([ours / theirs for ours, theirs in pairs])}
+                )
+    return rows
+
+
 # Could the product be smaller?
 
 
@@ -302,9 +346,17 @@ def study(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def print_tables(result: dict[str, Any]) -> None:
     what = "processor time of each method, ms" if "methods" in result else "ms; the ratio is per round / ours"
+    what = "ms; the ratio is ours / earlier" if "against" in result else what
     print(f"\n{what}: median (min to max)")
     for row in result.get("methods", []):
         print(f"{row['method']:15s} {_cell(row['milliseconds']):28s} {row['operations']:5d} operations")
+    for row in result.get("against", []):
+        cells = [f"{name} {_cell(times)}" for name, times in row["milliseconds"].items()]
+        ratio, place = row["ratio"], f"B {row['batch']:3d}  T {row['visual_token_num']:3d}"
+        print(
+            f"{place}  {'  '.join(cells)}  {ratio['median']:.3f}x "
+            f"({ratio['lower_quartile']:.3f} to {ratio['upper_quartile']:.3f}, the middle half)"
+        )
     for row in result.get("selection", []):
         cells = [f"{name} {_cell(times)}" for name, times in row["milliseconds"].items()]
         ratio = row["ratio"]
@@ -360,6 +412,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the random features (default 0)")
     parser.add_argument("--methods", action="store_true", help="time every registered method instead")
     parser.add_argument("--width", type=int, default=4096, help="of projected features, for --methods (default 4096)")
+    parser.add_argument(
+        "--against", type=Path, metavar="FOLDER", help="time an earlier `modeling/` beside this instead"
+    )
+    parser.add_argument("--commit", help="of that earlier version, to be noted in the record")
     parser.add_argument("--stages", action="store_true", help="also time the parts of the CPU's form")
     parser.add_argument("--study", action="store_true", help="also ask whether the product could be smaller")
     parser.add_argument("--images", type=int, default=20, help="images in the study (default 20)")
@@ -369,6 +425,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--budgets must lie between 1 and --tokens - 1: keeping every token selects nothing")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    if args.against and (args.methods or not (args.against / "token_selection.py").is_file()):
+        parser.error(f"--against, without --methods, takes the folder of token_selection.py, got {args.against}")
     if args.repeats < 1 or args.images < 1 or args.threads < 1:
         parser.error("--repeats, --images and --threads must be at least 1")
     return args
@@ -377,11 +435,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
-    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    settings = {name: value for name, value in vars(args).items() if name not in ("json", "against", "commit")}
     with torch.inference_mode():
         result: dict[str, Any] = {"machine": machine(args), "settings": settings}
         if args.methods:
             result["methods"] = measure_methods(args)
+        elif args.against:
+            result["earlier"] = args.commit
+            result["against"] = measure_against(args)
         else:
             result["selection"] = measure(args)
             if args.stages and args.device == "cpu":

@@ -151,15 +151,21 @@ def _diverse_on_cpu(
     diverse = residual.new_empty(batch, left - sum(drops))
     for start in range(0, batch, images):
         part = slice(start, min(start + images, batch))
-        count = part.stop - start
-        place = (residual[part] + torch.arange(count)[:, None] * features.shape[1]).flatten()
-        torch.index_select(features[part].flatten(0, 1), 0, place, out=unit[:count].flatten(0, 1))
-        unit[:count].div_(norms[part].gather(1, residual[part, :, None]))
-        fill_with_cosines(unit[:count], cosine[:count])
-        values = _widened(cosine[0] if count == 1 else cosine[:count]).numpy()
-        slots = torch.from_numpy(slots_left_on_cpu(values, drops)).view(count, -1)
-        torch.gather(residual[part], 1, slots, out=diverse[part])
+        some, matrix = unit[: part.stop - start], cosine[: part.stop - start]
+        _fill_with_unit_rows(features[part], norms[part], residual[part], some)
+        fill_with_cosines(some, matrix)
+        values = _widened(matrix).numpy()
+        slots = slots_left_on_cpu(values[0], drops)[None] if images == 1 else slots_left_in_several(values, drops)
+        torch.gather(residual[part], 1, torch.from_numpy(slots), out=diverse[part])
     return diverse
+
+
+def _fill_with_unit_rows(features: torch.Tensor, norms: torch.Tensor, tokens: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill `out` (B, R, C) with the named rows at length 1: (B, N, C), (B, N, 1), (B, R)."""
+    images, count = features.shape[:2]
+    place = tokens[0] if images == 1 else (tokens + torch.arange(images)[:, None] * count).flatten()
+    unit = torch.index_select(features.flatten(0, 1), 0, place, out=out.flatten(0, 1))
+    unit.div_(norms.flatten(0, 1).index_select(0, place))
 
 
 def _widened(cosine: torch.Tensor) -> torch.Tensor:
@@ -168,30 +174,58 @@ def _widened(cosine: torch.Tensor) -> torch.Tensor:
 
 
 def slots_left_on_cpu(cosine: Any, drops: list[int]) -> Any:
-    """`slots_left` on numpy matrices: (R, R) or, for several images, (B, R, R) -> (..., R - sum(drops))."""
-    *images, left, width = cosine.shape
+    """`slots_left` on the numpy matrix of one image: (R, R) -> (R - sum(drops),).
+
+    Half of the b of one round are b in the next one, too, and which half is known beforehand. So every other round
+    takes over what is the best among these, in the first row of `taken`, and reads the rows of the others alone.
+    """
+    left, added = len(cosine), 0
+    numbers = tokens = slots = torch.arange(left).numpy()
+    taken = torch.from_numpy(cosine).new_empty(left // 2 + 1, left).numpy()
+    for number, drop in enumerate(drops):
+        a, b = slots[0::2], slots[1::2]
+        if number % 2:
+            others = b[:added]
+        else:
+            kept = len(a) - drop
+            added, staying, others = kept // 2, b[1 - kept % 2 :: 2], b[kept % 2 :: 2]
+            taken[0] = _rows(cosine, staying, taken[: len(staying)]).max(0, initial=-float("inf"))
+        # Symmetric: the best b for each column, read in whole rows.
+        _rows(cosine, others, taken[1 : len(others) + 1])
+        best = taken[: len(others) + 1].max(0)
+        slots = _in_order(slots, a.take((-best.take(a)).argsort(kind="stable")[drop:]), b)
+        left -= drop
+        if 2 * left < len(cosine):
+            among_staying = taken[0].take(slots)
+            cosine, tokens = _rows(cosine, slots).take(slots, 1), tokens.take(slots)
+            slots, taken = numbers[:left], taken.reshape(-1)[: (left // 2 + 1) * left].reshape(-1, left)
+            taken[0] = among_staying
+    return tokens.take(slots)
+
+
+def _rows(values: Any, numbers: Any, out: Any = None) -> Any:
+    return values.take(numbers, 0, out, "clip")  # "raise" would buffer what it takes
+
+
+def slots_left_in_several(cosine: Any, drops: list[int]) -> Any:
+    """`slots_left` on numpy matrices of several images: (B, R, R) -> (B, R - sum(drops))."""
+    images, left, width = cosine.shape
     # Slots are numbered through all images, as the rows of their matrices are, and so are the tokens they stand for.
-    numbers = torch.arange(cosine.size // width).numpy()
-    first = numbers[: len(cosine), None] if images else 0
-    tokens = slots = numbers.reshape(*images, left)
-    rows: Any = cosine.reshape(-1, left)
-    taken: Any = None if images else cosine[: left // 2].copy()
+    numbers = torch.arange(images * left).numpy()
+    first = numbers[:images, None]
+    tokens = slots = numbers.reshape(images, left)
+    rows = cosine.reshape(-1, left)
     for drop in drops:
-        a, b = slots[..., 0::2], slots[..., 1::2]
-        # Symmetric: the best b for each column, read in whole rows. "clip" because "raise" buffers what it takes.
-        best = rows.take(b, 0, None if images else taken[: len(b)], "clip").max(-2)
-        least_duplicated = (-best.take(a)).argsort(-1, "stable")[..., drop:]
-        survivors = a.take(least_duplicated + first * a.shape[-1] if images else least_duplicated)
-        slots = _in_order(slots, survivors, b)
+        a, b = slots[:, 0::2], slots[:, 1::2]
+        best = _rows(rows, b).max(-2)  # symmetric: the best b for each column, read in whole rows
+        least_duplicated = (-best.take(a)).argsort(-1, "stable")[:, drop:]
+        slots = _in_order(slots, a.take(least_duplicated + first * a.shape[-1]), b)
         left -= drop
         if 2 * left < width:
-            if images:
-                columns = slots - first * width
-                rows = rows.take(slots[..., None] * width + columns[..., None, :]).reshape(-1, left)
-            else:
-                rows, taken = rows.take(slots, 0).take(slots, 1), taken[:, :left].copy()
+            columns = slots - first * width
+            rows = rows.take(slots[..., None] * width + columns[:, None, :]).reshape(-1, left)
             tokens, width = tokens.take(slots), left
-            slots = numbers[: tokens.size].reshape(*images, left)
+            slots = numbers[: tokens.size].reshape(images, left)
     return tokens.take(slots) - first * cosine.shape[-1]
 
 

@@ -88,8 +88,11 @@ def _gathered(projected: torch.Tensor, threshold: float, temperature: float, ite
     batch, tokens = projected.shape[:2]
     unit = projected / norms_of(projected)
     held = torch.linalg.vector_norm(projected, dim=-1)[:, None]  # (B, 1, N)
-    neighbours: list[torch.Tensor] = []
-    stored: list[torch.Tensor] = []  # what is passed by the first rows; that of others is computed every time
+    blocks = row_blocks(batch, tokens)
+    # What is passed by the first rows is stored, in one piece; that of others is computed every time.
+    last = sum(rows.stop - rows.start for rows in blocks if batch * tokens * rows.stop <= MATRIX)
+    stored = unit.new_empty(batch, last, tokens)
+    neighbours = torch.empty(batch, tokens, dtype=torch.int64, device=unit.device)
 
     def passes(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         cosine = cosines(unit[:, rows], unit)
@@ -98,20 +101,19 @@ def _gathered(projected: torch.Tensor, threshold: float, temperature: float, ite
         return cosine.div_(temperature).masked_fill_(~near, float("-inf")).softmax(dim=-1), near.sum(dim=-1)
 
     for iteration in range(iterations):
-        passed = []
-        for number, rows in enumerate(row_blocks(batch, tokens)):
-            if number < len(stored):
-                shares = stored[number]
+        gathered: torch.Tensor | None = None
+        for rows in blocks:
+            if iteration and rows.stop <= last:
+                shares = stored[:, rows]
             else:
-                shares, count = passes(rows)
-                if iteration == 0:
-                    neighbours.append(count)
-                    if batch * tokens * rows.stop <= MATRIX:
-                        stored.append(shares)
+                shares, neighbours[:, rows] = passes(rows)
+                if iteration == 0 and rows.stop <= last:
+                    stored[:, rows] = shares
             with without_autocast(unit.device):
-                passed.append(held[:, :, rows] @ shares)
-        held = sum(passed[1:], passed[0])
-    return held[:, 0] / torch.cat(neighbours, dim=1)
+                passed = held[:, :, rows] @ shares
+            gathered = passed if gathered is None else gathered.add_(passed)
+        held = gathered
+    return held[:, 0] / neighbours
 
 
 def redundancy(projected: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -372,10 +374,14 @@ class _Coverage:
         self._sum_type = unit.dtype if len(self._held) == tokens else torch.float64
         self._weight = weight.to("cpu", self._sum_type)
         self._covered = torch.zeros_like(weight, device="cpu")
-        self._lists: dict[int, tuple[Any, Any]] = {}
+        # What is listed lies in one piece: thousands of small ones would keep freed blocks between them from use.
+        self._lists: dict[int, tuple[int, int]] = {}  # from where to where
+        self._listed: tuple[Any, Any] = (None, None)  # other tokens, and the cosines with them
         self._picks_before_lists = 0 if len(self._held) == tokens else max(1, tokens**2 // LISTED)
-        sums = [block.clamp_min(0).sum(dim=-1, dtype=self._sum_type) for _, block in self._blocks()]
-        self._bound = (self._weight * torch.cat(sums)).numpy()
+        sums = torch.empty_like(self._weight)
+        for start, block in self._blocks():
+            sums[start : start + len(block)] = block.clamp_min(0).sum(dim=-1, dtype=self._sum_type)
+        self._bound = (self._weight * sums).numpy()
         self._is_gain = self._bound == self._bound
 
     def _blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
@@ -418,7 +424,7 @@ class _Coverage:
             if token not in self._lists:
                 unlisted.append(place)
                 continue
-            others, cosine = self._lists[token]
+            others, cosine = self._list_of(token)
             gain = cosine - self._covered.numpy().take(others)
             sums[place] = float(gain[gain > 0].sum(dtype=float))
         if unlisted:
@@ -428,7 +434,8 @@ class _Coverage:
 
     def _cover(self, token: int) -> None:
         if token in self._lists:
-            others, cosine = self._lists.pop(token)
+            others, cosine = self._list_of(token)
+            del self._lists[token]
             covered = self._covered.numpy()
             covered[others] = cosine.clip(covered.take(others))
             return
@@ -437,15 +444,26 @@ class _Coverage:
         if self._picks_before_lists == 0:
             self._list_uncovered()
 
+    def _list_of(self, token: int) -> tuple[Any, Any]:
+        start, stop = self._lists[token]
+        others, cosine = self._listed
+        return others[start:stop], cosine[start:stop]
+
     def _list_uncovered(self) -> None:
-        listed, covered = 0, self._covered.numpy()
-        for start, block in self._blocks():
-            for token, row in enumerate(block.numpy(), start):
+        room = min(LISTED, len(self._unit) ** 2)
+        self._listed = torch.empty(room, dtype=torch.int64).numpy(), self._covered.new_empty(room).numpy()
+        start, covered = 0, self._covered.numpy()
+        for first, block in self._blocks():
+            for token, row in enumerate(block.numpy(), first):
                 others = (row > covered).nonzero()[0]
-                listed += len(others)
-                if listed > LISTED:
+                stop = start + len(others)
+                if stop > room:
                     return
-                self._lists[token] = others, row.take(others)
+                self._lists[token] = start, stop
+                listed, cosine = self._list_of(token)
+                listed[:] = others
+                row.take(others, 0, cosine, "clip")
+                start = stop
 
 
 def _every_token(saliency: torch.Tensor) -> torch.Tensor:

@@ -85,13 +85,14 @@ def test_tensor_operations_give_what_the_oracle_gives_for_every_budget(tensor_fo
     seed=st.integers(0, 1000),
 )
 def test_the_loop_takes_the_decisions_of_the_tensor_operations_in_the_same_order(left, drop, step, levels, seed):
-    """On one matrix; few levels mean that nearly every decision is a tie."""
+    """On one matrix and on several; few levels mean that nearly every decision is a tie."""
     generator = torch.Generator().manual_seed(seed)
-    half = torch.randint(-levels, levels + 1, (left, left), generator=generator).float()
-    cosine = half.triu() + half.triu(1).T
+    half = torch.randint(-levels, levels + 1, (3, left, left), generator=generator).float()
+    cosine = half.triu() + half.triu(1).mT
     drops = drops_of_rounds(left, max(1, left - drop), step)
-    expected = by_tensors(cosine[None], drops)[0]
-    assert duplicate_removal.slots_left_on_cpu(cosine.numpy(), drops).tolist() == expected.tolist()
+    expected = by_tensors(cosine, drops)
+    assert duplicate_removal.slots_left_on_cpu(cosine[0].numpy(), drops).tolist() == expected[0].tolist()
+    assert duplicate_removal.slots_left_in_several(cosine.numpy(), drops).tolist() == expected.tolist()
 
 
 def by_tensors(cosine, drops):
@@ -256,12 +257,14 @@ def test_tensor_operations_go_on_where_no_matrix_may_be_held(monkeypatch, tensor
     assert torch.equal(select_vispruner(features, saliency, 20), oracle(features, saliency, 20))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rows", [1, 2, 127, 128, 129, 300])
-def test_multiplying_one_half_fills_the_whole_matrix(rows):
-    unit = exact_images(2, rows, channels=64)[0]
-    out = torch.full((2, rows, rows), float("nan"))
-    similarity.fill_with_cosines(unit, out)
-    assert torch.equal(out, unit @ unit.mT)
+def test_multiplying_one_half_fills_the_whole_matrix(rows, dtype):
+    unit = exact_images(2, rows, channels=64, dtype=dtype)[0]
+    for images in (1, 2):
+        out = torch.full((images, rows, rows), float("nan"), dtype=dtype)
+        similarity.fill_with_cosines(unit[:images], out)
+        assert torch.equal(out, unit[:images] @ unit[:images].mT)
 
 
 @pytest.mark.parametrize("left, keep, step", [(10, 9, 8), (544, 32, 8), (7, 1, 100), (5, 5, 3)])
@@ -584,6 +587,46 @@ def test_the_benchmark_measures_forms_that_choose_alike(tmp_path):
     assert all(row["same_tokens"] and row["ratio"]["median"] > 0 for row in result["selection"])
     assert len(result["stages"]) == len(result["study"]) == 2
     assert os.listdir(out.parent) == ["selection.json"]
+
+
+def test_the_benchmark_times_an_earlier_version_beside_this_one(tmp_path):
+    """Of a folder with the files of this one: the same tokens. Of one that keeps others: nothing is timed."""
+    tests = Path(__file__).parent
+    benchmark, files = str(tests.parent / "benchmarks" / "selection.py"), tests.parent / "modeling"
+    sizes = ["--tokens", "64", "--channels", "32", "--budgets", "16", "--batches", "1", "3", "--repeats", "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(folder):
+        command = [sys.executable, benchmark, *sizes, "--against", str(folder), "--json", str(tmp_path / "out.json")]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    same = run(files)
+    assert same.returncode == 0, same.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["against"]
+    assert [(row["batch"], row["visual_token_num"]) for row in rows] == [(1, 16), (3, 16)]
+    assert all(row["milliseconds"].keys() == {"earlier", "ours"} and row["ratio"]["median"] > 0 for row in rows)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "token_selection.py").write_text(
+        "import torch\n\ndef select_vispruner(features, saliency, number, dedup_step):\n"
+        "    return torch.arange(number).repeat(len(saliency), 1)\n"
+    )
+    assert "chose different tokens" in run(tmp_path / "other").stderr
+    assert "takes the folder of token_selection.py" in run(tmp_path).stderr
+
+
+def test_choosing_among_576_tokens_is_no_slower_than_before_large_pictures_were_thought_of():
+    """One thread, 151 runs in turn: ours to the code of the commit that the record names."""
+    recorded = json.loads(
+        (Path(__file__).parent.parent / "benchmarks" / "results" / "selection-against.json").read_text()
+    )
+    rows = {(row["batch"], row["visual_token_num"]): row["ratio"] for row in recorded["against"]}
+    assert set(rows) == {(batch, budget) for batch in (1, 8) for budget in (64, 144, 192)}
+    assert recorded["settings"]["tokens"] == 576 and recorded["machine"]["threads"] == 1
+    assert max(ratio["median"] for ratio in rows.values()) <= 1
+    text = (Path(__file__).parent.parent / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for (batch, budget), ratio in rows.items():
+        middle = f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}"
+        assert f"| {batch} | {budget} | {ratio['median']:.3f} ({middle}) |" in text
 
 
 def test_the_recorded_run_is_of_forms_that_choose_alike():
