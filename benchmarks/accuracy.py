@@ -67,7 +67,8 @@ CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpo
 DATASETS = ("scenes", "easy-vqa")
 DENSE, DOWNSAMPLE = "none", "downsample"
 BUDGETS = (100.0, 50.0, 25.0, 12.5, 6.0)
-RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+RATIOS: tuple[float | str, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+AUTO = "auto"  # the ratio that an image's own features decide
 POLICIES = ("renumber", "original")
 DRAWS = (0, 1, 2)
 QUESTIONS = 1500
@@ -104,7 +105,7 @@ class Variant:
     selector: str
     budget_percent: float
     visual_token_num: int
-    important_ratio: float | None = None
+    important_ratio: float | str | None = None
     position_policy: str | None = None
     draws: tuple[int, ...] = (0,)
 
@@ -333,18 +334,25 @@ def variants(
     registry: dict[str, Any],
     full: int,
     policies: Sequence[str] = POLICIES,
+    ratios: Sequence[float | str] = RATIOS,
 ) -> list[Variant]:
     """Return the rows to measure: each selector with every option it takes, at each budget; nothing twice."""
     rows = []
     for budget in budgets:
         count = min(full, max(1, math.floor(full * budget / 100 + 0.5)))
         for selector in selectors:
-            rows += _variants_of(selector, budget, count, registry, full, policies)
+            rows += _variants_of(selector, budget, count, registry, full, policies, ratios)
     return list(dict.fromkeys(rows))
 
 
 def _variants_of(
-    selector: str, budget: float, count: int, registry: dict[str, Any], full: int, policies: Sequence[str]
+    selector: str,
+    budget: float,
+    count: int,
+    registry: dict[str, Any],
+    full: int,
+    policies: Sequence[str],
+    ratios: Sequence[float | str],
 ) -> list[Variant]:
     if selector == DENSE:
         return [Variant(DENSE, budget, full)] if count == full else []
@@ -353,9 +361,9 @@ def _variants_of(
     options = registry[selector].options
     if registry[selector].in_decoder:  # it says itself which positions tokens have
         policies = (None,)
-    ratios = RATIOS if "important_ratio" in options else (None,)
+    own: Sequence[float | str | None] = ratios if "important_ratio" in options else (None,)
     draws = DRAWS if "seed" in options else (0,)
-    return [Variant(selector, budget, count, ratio, policy, draws) for policy in policies for ratio in ratios]
+    return [Variant(selector, budget, count, ratio, policy, draws) for policy in policies for ratio in own]
 
 
 def measure(
@@ -540,6 +548,7 @@ def run_benchmark(
     processes: int | None = None,
     policies: Sequence[str] = POLICIES,
     codebook: Path | None = None,
+    ratios: Sequence[float | str] = RATIOS,
 ) -> dict[str, Any]:
     """Measure and return what the JSON holds; under `accelerate launch` each process returns the whole.
 
@@ -572,7 +581,7 @@ def run_benchmark(
         chosen = [DENSE, *behind_encoder, DOWNSAMPLE] if selectors is None else list(selectors)
         if unknown := [name for name in chosen if name not in known]:
             raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")
-        rows = variants(chosen, budgets, registry, published.visual_tokens, policies)
+        rows = variants(chosen, budgets, registry, published.visual_tokens, policies, ratios)
         if not rows:
             raise BenchmarkError(f'"{DENSE}" drops nothing, so it is measured at 100 % only: add 100 to --budgets')
         samples = questions(dataset, seed, limit)
@@ -613,7 +622,7 @@ def with_rows_of(record: dict[str, Any], result: dict[str, Any]) -> dict[str, An
 def label(row: dict[str, Any]) -> str:
     """Name a row's selector and options as the table and the plot show them."""
     ratio, policy = row["important_ratio"], row["position_policy"]
-    name = row["selector"] if ratio is None else f"{row['selector']} r={ratio:g}"
+    name = row["selector"] if ratio is None else f"{row['selector']} r={ratio if ratio == AUTO else f'{ratio:g}'}"
     return f"{name}, original positions" if policy == "original" else name
 
 
@@ -678,10 +687,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Group the rows with renumbered positions into one curve per selector; of the ratios, 0 and 0.5."""
+    """Group the rows with renumbered positions into one curve per selector; of the ratios, 0, 0.5 and "auto"."""
     curves: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["position_policy"] != "original" and row["important_ratio"] in (None, 0.0, 0.5):
+        if row["position_policy"] != "original" and row["important_ratio"] in (None, 0.0, 0.5, AUTO):
             curves[label(row)].append(row)
     return curves
 
@@ -729,7 +738,7 @@ def _is_budget(row: dict[str, Any]) -> bool:
 
 def _draw_ratios(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Accuracy against important_ratio, a pair of lines (renumbered and original positions) for each budget."""
-    with_ratio = [row for row in rows if row["important_ratio"] is not None]
+    with_ratio = [row for row in rows if row["important_ratio"] not in (None, AUTO)]
     full = max((row["kv_visual_tokens"] for row in rows), default=0)
     counts = sorted({row["visual_token_num"] for row in with_ratio} - {full}, reverse=True)
     for place, count in enumerate(counts):
@@ -757,6 +766,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that appears only when it is complete."""
     with replacing(path) as unfinished:
         write(unfinished)
+
+
+def _ratio(text: str) -> float | str:
+    return text if text == AUTO else float(text)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -792,6 +805,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         choices=POLICIES,
         default=POLICIES,
         help=f"of the kept tokens, in the prompt (default: {' '.join(POLICIES)})",
+    )
+    parser.add_argument(
+        "--ratios",
+        nargs="+",
+        type=_ratio,
+        default=RATIOS,
+        metavar="R",
+        help=f"of `important_ratio`, numbers or {AUTO} (default: {' '.join(f'{ratio:g}' for ratio in RATIOS)})",
     )
     parser.add_argument("--codebook", type=Path, metavar="FILE", help="for the method that needs one (--repo only)")
     parser.add_argument("--dataset", choices=DATASETS, default="scenes", help="default: %(default)s")
@@ -839,6 +860,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.processes,
             parsed.positions,
             parsed.codebook,
+            parsed.ratios,
         )
         if earlier is not None:
             result = with_rows_of(earlier, result)

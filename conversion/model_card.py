@@ -255,6 +255,8 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         "seed": "of the draw",
         "codebook": "the prototypes of redundant tokens, a file of this repository",
     }
+    if options["important_ratio"] == "auto":
+        meanings["important_ratio"] = "the most attended tokens get less of the budget where features are more varied"
     taken = {*selector.options, *selector.needs}
     where = "the layer that gives the features" if layer is None else f"layer {layer}"
     if selector.saliency_layers is not None:
@@ -373,7 +375,8 @@ def _row_name(row: Mapping[str, Any]) -> str:
     if row["selector"] == DOWNSAMPLE:
         return "a smaller picture instead (the largest square within the budget)"
     if row["important_ratio"] is not None:
-        return f"`{row['selector']}`, `important_ratio` {row['important_ratio']:g}"
+        ratio = row["important_ratio"]
+        return f"`{row['selector']}`, `important_ratio` {ratio if isinstance(ratio, str) else f'{ratio:g}'}"
     draws = len(row.get("accuracy_by_draw", ()))
     return f"`{row['selector']}`" + (f", mean of {draws} draws" if draws else "")
 

@@ -141,7 +141,7 @@ def load(
     visual_token_num: int | None = None,
     keep_ratio: float | None = None,
     method: str | None = None,
-    important_ratio: float | None = None,
+    important_ratio: float | Literal["auto"] | None = None,
     position_policy: Literal["renumber", "original"] | None = None,
     vispruner_config: Mapping[str, Any] | None = None,
     drop_unused_vision_layers: bool = False,
@@ -153,7 +153,7 @@ def load(
     visual_token_num  visual tokens kept per image, tile or frame; give this or
     keep_ratio        the fraction kept
     method            name of a selector, "vispruner" if the base says nothing; "none" for the dense model
-    important_ratio   method "vispruner": share of the budget for the most attended tokens
+    important_ratio   method "vispruner": share of the budget for the most attended tokens, or "auto"
     position_policy   "renumber" or "original"
     vispruner_config  any further fields of `vispruner_config`; they may also be given as keywords
     drop_unused_vision_layers  neither load nor run the vision layers above the last one in use; the answers stay the

@@ -77,7 +77,13 @@ def choose(
     if project is not None and tokens.projected is None and "projected" in selector_named(method).needs:
         with torch.no_grad():
             tokens = replace(tokens, projected=project(tokens.features))
-    inputs = {"grid": tokens.grid, "layer_saliency": tokens.layer_saliency, **tokens.further, **further}
+    inputs = {
+        "grid": tokens.grid,
+        "videos": tokens.videos,
+        "layer_saliency": tokens.layer_saliency,
+        **tokens.further,
+        **further,
+    }
     if tokens.projected is not None:
         inputs["projected"] = tokens.projected.detach()
         inputs["codebook"] = None if codebook is None else codebook.to(tokens.projected.device)

@@ -28,7 +28,8 @@ class VisPrunerOptions:
     prune_layers      decoder layers before which visual tokens leave, each a stage; null for those of the method. A
                       method for the encoder prunes at these layers instead
     method_options    further options of the method, by name
-    important_ratio   share of the budget given to the most attended tokens
+    important_ratio   share of the budget given to the most attended tokens; "auto": by each image, less where its
+                      features have a high effective rank
     dedup_step        most tokens that one round of duplicate removal drops; null is 8 for every full 1,024 tokens of
                       an image, hence the paper's 8 up to 2,047
     attention_layer   encoder layer that attention is read from; null is the layer that produces the features
@@ -49,7 +50,7 @@ class VisPrunerOptions:
     stage_token_nums: list[int] | None = None
     prune_layers: list[int] | None = None
     method_options: dict[str, Any] | None = None
-    important_ratio: float = 0.5
+    important_ratio: float | str = 0.5
     dedup_step: int | None = None
     attention_layer: int | None = None
     position_policy: str | None = None
@@ -65,8 +66,8 @@ class VisPrunerOptions:
         _require(isinstance(self.method, str) and self.method, "method", 'a selector name or "none"', self.method)
         self._check_budget()
         self._check_stages()
-        _require(_is_number(self.important_ratio) and 0 <= self.important_ratio <= 1, "important_ratio",
-                 "a number in [0, 1]", self.important_ratio)  # fmt: skip
+        _require(self.important_ratio == "auto" or _is_share(self.important_ratio), "important_ratio",
+                 'a number in [0, 1] or "auto"', self.important_ratio)  # fmt: skip
         _require(self.dedup_step is None or (_is_int(self.dedup_step) and self.dedup_step >= 1), "dedup_step",
                  "an integer >= 1 or null", self.dedup_step)  # fmt: skip
         _require(self.attention_layer is None or _is_int(self.attention_layer), "attention_layer",
@@ -204,6 +205,10 @@ def _are_ints(value: Any, least: int) -> bool:
 
 def _is_number(value: Any) -> bool:
     return _is_int(value) or isinstance(value, float)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _is_codebook(value: Any) -> bool:

@@ -8,7 +8,7 @@ anyres_max_N scales down), the features and the attention that they are chosen b
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from .pruned_forward import forward_of
 from .pruning_mixin import VisPrunerMixin
 from .selector_registry import Selection, joined
 from .stock_versions import TAKES_FEATURES
-from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, numbered_by_tile
+from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, frames_in_order, numbered_by_tile
 
 NEWLINE = -1
 FEATURE_CHOICE = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -302,6 +302,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         outputs, tokens = self.encode(pixel_values_videos.flatten(0, 1), vision_feature_layer, **kwargs)
         side = math.ceil(self.side / 2)
         pooled = tokens_in(self.apply_pooling(channels_of(tokens)), tokens, (side, side))
+        pooled = replace(pooled, videos=frames_in_order(videos, frames))
         selection = self.select(pooled, self.encoder_options.budget(self.frame_tokens))
         visual = selection.take(self.apply_pooling(self.project(tokens.features)))
         visual = visual.unflatten(0, (videos, frames)).flatten(1, 2)

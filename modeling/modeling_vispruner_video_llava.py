@@ -28,7 +28,7 @@ from .pruning_mixin import VisPrunerMixin
 from .selectors import SELECTORS
 from .stock_versions import VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES, by_stock_name
 from .visual_attention import make_tappable
-from .visual_features import PrunedImageFeatures, TokenView
+from .visual_features import PrunedImageFeatures, TokenView, frames_in_order
 
 
 class VisPrunerVideoLlavaConfig(VisPrunerConfigMixin, VideoLlavaConfig):
@@ -130,6 +130,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
             further = {name: given for name, given in tokens.further.items() if name != "cls_feature"}
             tokens = replace(tokens, further=further)
         patches = tokens.saliency.shape[1]
+        tokens = replace(tokens, videos=frames_in_order(*pixel_values_videos.shape[:2]))
         selection = self.select(tokens, self.encoder_options.budget(patches))
         places = nn.functional.pad(1 + selection.indices, (1, 0))
         with_cls = torch.cat([states[:, :1], selection.take(tokens.features)], dim=1)

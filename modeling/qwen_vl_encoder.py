@@ -175,8 +175,11 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         saliency = self._merged(tap.saliency, grid_thw).split(counts, dim=-1)
         layers = tap.layer_saliency
         of_layers = [None] * len(counts) if layers is None else self._merged(layers, grid_thw).split(counts, dim=-1)
-        parts = zip(features.split(counts), saliency, of_layers, frames, strict=True)
-        images = [VisualTokens(tokens[None], score, layer, grid) for tokens, score, layer, grid in parts]
+        videos = [(number,) for number, (t, _, _) in enumerate(grid_thw.tolist()) for _ in range(int(t))]
+        parts = zip(features.split(counts), saliency, of_layers, frames, videos, strict=True)
+        images = [
+            VisualTokens(tokens[None], score, layer, grid, videos=own) for tokens, score, layer, grid, own in parts
+        ]
         for name, given in tap.further.items():
             of_images = self._merged(given.mT, grid_thw).split(counts, dim=-1)
             images = [

@@ -25,7 +25,7 @@ from .similarity import (
 from .token_selection import _check_count, _checked_budget, _checked_grid, _most_attended_first
 
 FEW_TOKENS = 256  # of images on a CPU for which measuring every gain in every step costs less than choosing which
-POOL = 256  # farthest tokens that `select_divprune` picks from, where not all cosines can be held
+POOL = 256  # best tokens that `_picked_apart` picks from, where not all cosines can be held
 MOST_ASKED = 512  # gains that `select_scope` measures at a time
 LISTED = 2**24  # cosines of `select_scope`, each with an index of twice its size: 192 MiB
 
@@ -181,24 +181,47 @@ def select_divprune(
     unit = projected / norms_of(projected)
     if budget == saliency.shape[1]:
         return _every_token(saliency)
-    if matrix_fits(1, unit.shape[1]) or is_traced() or unit.device.type == "meta":
-        picks = _image_groups(lambda some: _far_by_tensors(some, budget), unit)
-    else:
-        picks = torch.stack([_far_by_pools(image, budget) for image in unit])
-    return picks.sort(dim=-1).values
+    slope = torch.ones_like(unit[..., 0])
+    return _picked_apart(unit, torch.zeros_like(slope), slope, budget).sort(dim=-1).values
 
 
-def _far_by_tensors(unit: torch.Tensor, budget: int) -> torch.Tensor:
-    """Pick one token after the other, without a host sync: (B, N, D) -> (B, budget)."""
+def _picked_apart(
+    unit: torch.Tensor, rise: torch.Tensor, slope: torch.Tensor, budget: int, first: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Pick one token after the other: each next one has most of `rise - slope * closeness to the nearest picked one`.
+
+    unit         (B, N, D)    rows of length 1
+    rise, slope  (B, N)
+    first        (B, 1)       the first picks; None for those that have most by their closeness to the nearest other
+    returns      (B, budget)  in the order of picking
+    """
+    tokens = unit.shape[1]
+    if matrix_fits(1, tokens) or is_traced() or unit.device.type == "meta" or not (slope >= 0).all():
+        images = images_at_once(tokens)
+        firsts = [None] * len(unit) if first is None else first.split(images)
+        parts = zip(unit.split(images), rise.split(images), slope.split(images), firsts, strict=False)
+        picks = [_apart_by_tensors(*part, budget) for part in parts]
+        return picks[0] if len(picks) == 1 else torch.cat(picks)
+    starts = [None] * len(unit) if first is None else first[:, 0].tolist()
+    return torch.stack([_apart_by_pools(*image, budget) for image in zip(unit, rise, slope, starts, strict=True)])
+
+
+def _apart_by_tensors(
+    unit: torch.Tensor, rise: torch.Tensor, slope: torch.Tensor, first: torch.Tensor | None, budget: int
+) -> torch.Tensor:
+    """Pick without a host sync: (B, N, D), (B, N), (B, N) -> (B, budget)."""
     matrix = cosines(unit, unit) if matrix_fits(*unit.shape[:2]) else None
-    picks = [_nearest_others(unit, matrix).argmin(dim=-1, keepdim=True)]
-    closeness = torch.full_like(unit[..., 0], float("-inf"))
+    if first is None:
+        first = (rise - slope * _nearest_others(unit, matrix)).argmax(dim=-1, keepdim=True)
+    picks, closeness = [first], torch.full_like(rise, float("-inf"))
+    is_picked = torch.zeros_like(rise, dtype=torch.bool)
     source = unit if matrix is None else matrix
     while len(picks) < budget:
         row = source.gather(1, picks[-1][:, :, None].expand(-1, -1, source.shape[-1]))
         row = cosines(row, unit) if matrix is None else row
-        closeness = torch.maximum(closeness, row[:, 0]).scatter(1, picks[-1], float("inf"))
-        picks.append(closeness.argmin(dim=-1, keepdim=True))
+        closeness, is_picked = torch.maximum(closeness, row[:, 0]), is_picked.scatter(1, picks[-1], True)
+        score = (rise - slope * closeness).masked_fill(is_picked, float("-inf"))
+        picks.append(score.argmax(dim=-1, keepdim=True))
     return torch.cat(picks, dim=-1)
 
 
@@ -212,30 +235,38 @@ def _nearest_others(unit: torch.Tensor, matrix: torch.Tensor | None = None) -> t
     return torch.cat(nearest, dim=1)
 
 
-def _far_by_pools(unit: torch.Tensor, budget: int) -> torch.Tensor:
-    """Pick as `_far_by_tensors` does, in one image (N, D), but compare all tokens with many picks at a time.
+def _apart_by_pools(
+    unit: torch.Tensor, rise: torch.Tensor, slope: torch.Tensor, first: int | None, budget: int
+) -> torch.Tensor:
+    """Pick as `_apart_by_tensors` does, in one image (N, D), but compare all tokens with many picks at a time.
 
-    A token only comes closer to those kept. So the farthest of the few farthest is the next, as long as it is farther
-    than all others were.
+    A token only comes closer to those picked, so its score only falls (no slope is negative). So the best of the few
+    best is the next, as long as it is better than all others were.
     """
-    picks = [int(_nearest_others(unit[None])[0].argmin())]
-    new, closeness = picks, torch.full_like(unit[:, 0], float("-inf"))
+    if first is None:
+        first = int((rise - slope * _nearest_others(unit[None])[0]).argmax())
+    picks, new = [first], [first]
+    closeness = torch.full_like(rise, float("-inf"))
     while len(picks) < budget:
         closeness = torch.maximum(closeness, cosines(unit, unit[new]).amax(dim=-1))
-        closeness[picks] = float("inf")
-        far_first = closeness.argsort(stable=True)[: POOL + 1]
-        pool = far_first[:-1].sort().values  # ascending, because of equally far ones the first is next
+        score = rise - slope * closeness
+        score[picks] = float("-inf")
+        best_first = score.argsort(descending=True, stable=True)[: POOL + 1]
+        pool = best_first[:-1].sort().values  # ascending, because of equally good ones the first is next
         alike = cosines(unit[pool], unit[pool]).cpu().numpy()
-        near, limit = closeness[pool].cpu().numpy(), (float(closeness[far_first[-1]]), int(far_first[-1]))
+        near, left = closeness[pool].cpu().numpy(), score[pool].cpu().numpy() > -float("inf")
+        rises, slopes = rise[pool].cpu().numpy(), slope[pool].cpu().numpy()
+        limit = (-float(score[best_first[-1]]), int(best_first[-1]))
         new, tokens = [], pool.tolist()
-        while len(picks) < budget:
-            best = int(near.argmin())
-            if new and (float(near[best]), tokens[best]) > limit:
+        while len(picks) < budget and left.any():
+            now = rises - slopes * near
+            now[~left] = -float("inf")
+            best = int(now.argmax())
+            if new and (-float(now[best]), tokens[best]) > limit:
                 break
             new.append(tokens[best])
             picks.append(tokens[best])
-            near = near.clip(alike[best])
-            near[[tokens.index(token) for token in new]] = float("inf")
+            near, left[best] = near.clip(alike[best]), False
     return torch.tensor(picks, device=unit.device)
 
 

@@ -3,7 +3,7 @@
 Every selector is called as `select(features, saliency, visual_token_num, **further)` and says which tokens stay: an
 index tensor (B, T), ascending, T = min(visual_token_num, N), or a `Selection`. It never changes its inputs. Its
 further parameters are inputs it needs (see `FURTHER_INPUTS`) and its options. With the default None, `grid` is an
-input that it gets where the tokens are a whole grid, and can do without; likewise `cls_feature`.
+input that it gets where the tokens are a whole grid, and can do without; likewise `videos` and `cls_feature`.
 """
 
 import difflib
@@ -229,6 +229,7 @@ _INPUTS = ["features", "saliency", "visual_token_num"]
 # What a selector is given when its signature has a parameter of this name:
 #   projected       (B, N, D)        features after the projector
 #   grid            (rows, columns)  of the N tokens, which are in raster order
+#   videos          B integers       which video each of B frames is of, the frames of each in order
 #   layer_saliency  (B, L, N)        saliency of the L encoder layers that the selector asks for, in its order
 #   codebook        (M, D)           prototypes of redundant projected features
 #   keys            (B, N, d)        keys of the layer that ranks, mean over heads
@@ -242,8 +243,11 @@ _INPUTS = ["features", "saliency", "visual_token_num"]
 #                                    lies, where an image's diagonal has length 1
 # What a decoder layer can give; not each model can tell the places.
 DECODER_INPUTS = frozenset({"projected", "keys", "text", "text_saliency", "layer_inputs", "places"})
-FURTHER_INPUTS = DECODER_INPUTS | {"grid", "layer_saliency", "codebook", "cls_feature", "cls_query", "raw_keys"}
-USABLE_INPUTS = frozenset({"grid", "cls_feature"})  # of these, the ones with a default: not every place has them
+OF_CLS = frozenset({"cls_feature", "cls_query", "raw_keys"})
+FURTHER_INPUTS = DECODER_INPUTS | {"grid", "videos", "layer_saliency", "codebook"} | OF_CLS
+USABLE_INPUTS = frozenset(
+    {"grid", "videos", "cls_feature"}
+)  # of these, the ones with a default: not every place has them
 
 
 def register_selector(
@@ -282,7 +286,7 @@ def register_selector(
         ):
             raise TypeError(
                 f"selector {name!r} has a default for {', '.join(wrong)}: of its inputs only "
-                f"{' and '.join(sorted(USABLE_INPUTS))} may have one, None"
+                f"{', '.join(sorted(USABLE_INPUTS))} may have one, None"
             )
         options = {option: signature[option].default for option in parameters[3:] if option not in inputs}
         SELECTORS[name] = Selector(

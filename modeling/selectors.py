@@ -2,6 +2,7 @@
 
 from .configuration_vispruner import VisPrunerOptions
 from .decoder_selectors import select_fastv  # noqa: F401 - as are the next three, so that all register
+from .diversity_selectors import select_mmr  # noqa: F401
 from .experimental_selectors import select_image_text  # noqa: F401
 from .merging_selectors import select_visionzip  # noqa: F401
 from .related_selectors import select_scope  # noqa: F401

@@ -88,6 +88,7 @@ class VisualTokens:
     projected       (B, N, D) the same as visual tokens, where they were projected before they are chosen; else None
     further         what else the method asked for, by its name in the registry: of the tokens (B, N, d), of these and
                     [CLS] before them (B, 1+N, d), or of an image (B, d)
+    videos          which video each of B frames is of, the frames of each in order; None where they are no frames
     """
 
     features: torch.Tensor
@@ -96,6 +97,7 @@ class VisualTokens:
     grid: tuple[int, int] | None = None
     projected: torch.Tensor | None = None
     further: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    videos: tuple[int, ...] | None = None
 
     def part(self, images: torch.Tensor, indices: torch.Tensor, grid: tuple[int, int]) -> "VisualTokens":
         """Return the tokens at `indices` (G, K) of `images` (G, 1): G images of K tokens, which are such a grid."""
@@ -124,6 +126,7 @@ def stacked(images: Sequence[VisualTokens]) -> VisualTokens:
         saliency=torch.cat([image.saliency for image in images]),
         layer_saliency=torch.cat(layers) if layers else None,
         further={name: torch.cat([image.further[name] for image in images]) for name in images[0].further},
+        videos=None if images[0].videos is None else tuple(n for image in images for n in image.videos or ()),
     )
 
 
@@ -131,6 +134,11 @@ def numbered_by_tile(into: torch.Tensor, tiles: Sequence[int]) -> torch.Tensor:
     """Add to numbers of patches (tiles, N) that of their tile within its image: tile * N + patch; -1 stays."""
     tile = torch.cat([torch.arange(count) for count in tiles]).to(into.device, non_blocking=True)
     return torch.where(into < 0, into, into + tile[:, None] * into.shape[1])
+
+
+def frames_in_order(videos: int, frames: int) -> tuple[int, ...]:
+    """Return `VisualTokens.videos` of so many videos of so many frames each."""
+    return tuple(video for video in range(videos) for _ in range(frames))
 
 
 class TokenView(NamedTuple):

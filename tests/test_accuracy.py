@@ -113,6 +113,14 @@ def test_a_record_grows_by_further_methods_about_the_same_questions(accuracy: Mo
             accuracy.with_rows_of(record, {**further, **wrong})
 
 
+def test_ratios_are_numbers_or_decided_by_the_image(accuracy: ModuleType) -> None:
+    assert accuracy.parse_arguments(["--ratios", "0", "0.5", "auto"]).ratios == [0.0, 0.5, "auto"]
+    found = accuracy.variants(["vispruner", "random"], [50], accuracy.SELECTORS, 144, (None,), ["auto", 0.5])
+    assert [row.options(0, 0).get("important_ratio") for row in found] == ["auto", 0.5, None]
+    names = [accuracy.label({**vars(row), "position_policy": None}) for row in found]
+    assert names == ["vispruner r=auto", "vispruner r=0.5", "random"]
+
+
 def test_wilsons_interval(accuracy: ModuleType) -> None:
     low, high = accuracy.wilson(0.5, 100)
     assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)

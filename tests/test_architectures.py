@@ -319,6 +319,16 @@ def test_every_method_prunes_as_much_or_says_what_it_lacks(model: Model, method:
 
 
 @pytest.mark.parametrize("model", ROWS, indirect=True)
+def test_a_ratio_for_each_image_leaves_the_counts_as_they_are(model: Model) -> None:
+    inputs = model.prompt(*model.prompts())
+    kept = model.counts(inputs)[1]
+    model.pruned.set_vispruner_config(method="vispruner", important_ratio="auto")
+    assert model.counts(inputs)[1] == kept
+    assert torch.equal(answers(model.pruned, inputs), answers(model.pruned, inputs))
+    assert json.loads(model.pruned.config.to_json_string())["vispruner_config"]["important_ratio"] == "auto"
+
+
+@pytest.mark.parametrize("model", ROWS, indirect=True)
 def test_even_spacing_knows_the_grid_of_every_image_tile_and_frame(model: Model) -> None:
     model.pruned.set_vispruner_config(method="uniform_grid")
     choices: list[Choice] = []
@@ -410,6 +420,22 @@ def test_methods_that_fold_tokens_hand_over_what_they_made(model: Model, method:
 
 def sorted_rows(tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack(sorted(tokens, key=lambda row: row.tolist()))
+
+
+# Where a video is no pile of pictures to the model: only there is known which frames are of one.
+KNOW_VIDEOS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "video_llava")
+
+
+@pytest.mark.parametrize("method", ["evs", "vidcom2"])
+@pytest.mark.parametrize("model", KNOW_VIDEOS, indirect=True)
+def test_the_frames_of_a_video_are_compared_with_each_other(model: Model, method: str) -> None:
+    model.pruned.set_vispruner_config(method=method)
+    choices: list[Choice] = []
+    with watch_choices(after=choices.append):
+        logits(model.pruned, model.prompt(CLIP, CLIP))
+    (videos,) = (choice.tokens.videos for choice in choices)
+    frames = len(videos) // 2
+    assert frames > 1 and videos == (0,) * frames + (1,) * frames
 
 
 # Rows and columns of tokens that stand for the picture of `ONE` or a part of it, where it is not made square.

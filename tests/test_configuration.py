@@ -96,7 +96,7 @@ DISABLE = ' (use method="none" to disable pruning)'
 INVALID = [
     ("visual_token_num", (0, -3, "64", True, 1.5, float("nan")), "an integer >= 1", DISABLE),
     ("keep_ratio", (0, -0.1, 1.5, "0.5", True, float("nan"), float("inf")), "a number in (0, 1]", DISABLE),
-    ("important_ratio", (-0.1, 1.1, "0.5", None, True, float("nan")), "a number in [0, 1]", ""),
+    ("important_ratio", (-0.1, 1.1, "0.5", None, True, float("nan")), 'a number in [0, 1] or "auto"', ""),
     ("dedup_step", (0, -8, 2.0, True, "8"), "an integer >= 1 or null", ""),
     ("attention_layer", ("2", 1.0, True, [1]), "an encoder layer index or null", ""),
     ("position_policy", ("renumbered", "", 0, ["original"]), 'null, "renumber" or "original"', ""),

@@ -61,6 +61,42 @@ METHODS = {
 }
 
 
+# Likewise of those that weigh variety, of which speed is recorded on its own.
+VARIED = {
+    "adts": (
+        "[FlashVID](https://arxiv.org/abs/2602.08024)",
+        "a saliency row, projected features",
+        "exact; its first stage",
+    ),
+    "mmr": (
+        "[IDPruner](https://arxiv.org/abs/2602.13315)",
+        "a saliency row, projected features",
+        "exact rule; attention in place of a trained scorer",
+    ),
+    "holov": (
+        "[HoloV](https://arxiv.org/abs/2510.02912)",
+        "a saliency row, projected features",
+        "exact; what a strip cannot fill is our choice",
+    ),
+    "otprune": ("[OTPrune](https://arxiv.org/abs/2602.20205)", "projected features", "exact"),
+    "prunesid": (
+        "[PruneSID](https://arxiv.org/abs/2603.09480)",
+        "a saliency row",
+        "statistical: their draw is random",
+    ),
+    "evs": (
+        "Efficient Video Sampling",
+        "projected features, a saliency row for first frames",
+        "own choice of counts and of the first frame",
+    ),
+    "vidcom2": (
+        "[VidCom2](https://arxiv.org/abs/2505.14454)",
+        "projected features",
+        "exact; as many in every frame is ours",
+    ),
+}
+
+
 def load(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The rows by what they measure: selector, budget, ratio and position policy."""
     rows = json.loads(path.read_text())["rows"]
@@ -111,7 +147,30 @@ def method_table() -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("table", [accuracy_table, method_table])
+def varied_table() -> list[str]:
+    """The README's rows about methods that weigh variety: paper, needs, fidelity, times the product at three sizes."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "scaling-diversity.json").read_text())
+    ratios = [{row["tokens"]: row["ratio"] for row in rows} for rows in record["sizes"].values()]
+    lines = []
+    for method, about in VARIED.items():
+        times = [
+            " / ".join(f"{rows[tokens][method]['median']:.2g}" for rows in ratios) for tokens in (576, 2592, 5184)
+        ]
+        lines.append(f"| `{method}` | {' | '.join([*about, *times])} |")
+    return lines
+
+
+def test_the_varied_methods_choose_within_the_bars() -> None:
+    """At most four times one product of all with all at 5,184 tokens, and no exponent above 2.2."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "scaling-diversity.json").read_text())
+    assert record["settings"]["channels"] == 1280 and record["settings"]["kept"] == 4
+    for features in ("random", "smooth"):
+        (largest,) = (row for row in record["sizes"][features] if row["tokens"] == 5184)
+        assert {method: largest["ratio"][method]["median"] <= 4 for method in VARIED} == dict.fromkeys(VARIED, True)
+        assert all(record["exponents"][features][method] <= 2.2 for method in VARIED)
+
+
+@pytest.mark.parametrize("table", [accuracy_table, method_table, varied_table])
 def test_the_readme_tables_are_the_recorded_results(table: Callable[[], list[str]]) -> None:
     readme = (ROOT / "README.md").read_text().splitlines()
     assert [line for line in table() if line not in readme] == []

@@ -636,6 +636,7 @@ def test_every_depth_has_layers_to_ask_for(declared):
     [
         "token_selection",
         "related_selectors",
+        "diversity_selectors",
         "merging_selectors",
         "decoder_selectors",
         "experimental_selectors",

@@ -25,7 +25,8 @@ import large_checkpoints  # noqa: E402
 import scaling  # noqa: E402
 
 MERGING = ["visionzip", "tome", "prumerge", "prumerge_plus"]
-COMPARING = ["vispruner", "gprune", "divprune", "scope", *MERGING]  # tokens with each other
+# All tokens with each other, or those of a part.
+COMPARING = ["vispruner", "gprune", "divprune", "scope", "adts", "holov", "mmr", "otprune", "prunesid", *MERGING]
 
 
 def counted(method: str, tokens: int, channels: int = 64, features: str = "random", images: int = 1) -> scaling.Counts:

@@ -1,6 +1,7 @@
 """What the selectors promise: the paper's choice index for index, exact counts, purity, errors that say what to do."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from vispruner.selectors import (
     select_tokens,
 )
 from vispruner.token_selection import (
+    adaptive_ratio,
+    effective_rank,
     important_tokens,
     select_cls_attention,
     select_random,
@@ -37,6 +40,7 @@ with safe_open(RECORDED, "pt") as recorded:
 METHODS = ["cls_attention", "random", "uniform_grid", "vispruner"]
 RELATED = ["codebook", "divprune", "gprune", "hiprune", "scope", "vtc_cls"]  # tests in test_related_selectors.py
 MERGING = ["prumerge", "prumerge_plus", "tome", "visionzip"]  # tests in test_merging_selectors.py
+VARIED = ["adts", "evs", "holov", "mmr", "otprune", "prunesid", "vidcom2"]  # tests in test_diversity_selectors.py
 ALL_OPTIONS = {"important_ratio": 0.5, "dedup_step": 8, "seed": 3}
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -173,7 +177,7 @@ def test_one_tie_broken_the_other_way_would_be_seen():
 
 
 def test_these_selectors_are_registered():
-    assert sorted(ENCODER_METHODS) == sorted([*METHODS, *RELATED, *MERGING])
+    assert sorted(ENCODER_METHODS) == sorted([*METHODS, *RELATED, *MERGING, *VARIED])
 
 
 images = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(0, 1000))
@@ -212,11 +216,12 @@ def test_an_image_is_judged_alone_and_whatever_its_scale(method, images, budget,
     assert torch.equal(kept, select_tokens(method, features * 2.0**exponent, saliency, budget, **ALL_OPTIONS))
 
 
-@pytest.mark.parametrize("method", sorted(SELECTORS.keys() - {"sparsevlm_v1"}))
+@pytest.mark.parametrize("method", sorted(SELECTORS.keys() - {"prunesid", "sparsevlm_v1"}))
 def test_features_of_any_length_are_compared_by_direction(method):
     """About 1e-4, a power of two so that nothing rounds: far below what features are, far above what float32 can hold.
 
-    The first form of SparseVLM is left out: its clusters are of distances, which are no matter of direction.
+    The first form of SparseVLM is left out: its clusters are of distances, which are no matter of direction. So is
+    PruneSID, whose components are those of a sigmoid of the features.
     """
     scale, generator = 2.0**-14, torch.Generator().manual_seed(3)
     given = {
@@ -313,6 +318,84 @@ def test_each_kept_token_is_said_to_be_important_or_diverse():
         [token in few for token in row] for row, few in zip(kept.tolist(), chosen.tolist(), strict=True)
     ]
     assert torch.equal(diverse, ~important)
+
+
+# A ratio for each image
+
+
+def ranked_images(ranks, tokens=49, channels=24, seed=0):
+    """Features of so many directions that are about equally strong, and saliency."""
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for rank in ranks:
+        left, right = (torch.randn(size, rank, generator=generator).double() for size in (tokens, channels))
+        images.append(torch.linalg.qr(left).Q @ torch.linalg.qr(right).Q.mT)
+    return torch.stack(images), torch.rand(len(ranks), tokens, generator=generator).double()
+
+
+@pytest.mark.parametrize("tokens, channels", [(49, 24), (24, 49), (1, 8), (8, 1)])
+def test_the_effective_rank_counts_equally_strong_directions(tokens, channels):
+    ranks = sorted({1, min(3, tokens, channels), min(tokens, channels)})
+    features, _ = ranked_images(ranks, tokens, channels)
+    # The roots of what rounding leaves of the other singular values count a little.
+    torch.testing.assert_close(effective_rank(features), torch.tensor(ranks).double(), rtol=1e-5, atol=0)
+    expected = [min(0.9, max(0.1, 1 - math.log(rank) / math.log(max(2, min(tokens, channels))))) for rank in ranks]
+    torch.testing.assert_close(adaptive_ratio(features), torch.tensor(expected).double(), rtol=0, atol=1e-5)
+
+
+def test_the_effective_rank_is_the_exponential_of_an_entropy():
+    features, _ = random_images(2, 30, 12, seed=4)
+    for image, rank in zip(features, effective_rank(features), strict=True):
+        values = torch.linalg.svdvals(image).tolist()
+        shares = [value / sum(values) for value in values]
+        assert float(rank) == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
+
+
+def test_auto_gives_each_image_the_ratio_of_its_own_features():
+    features, saliency = ranked_images([1, 24, 5, 5, 12])
+    for budget in (1, 7, 20, 48, 49, 60):
+        kept = select_vispruner(features, saliency, budget, "auto")
+        ratios = adaptive_ratio(features).tolist()
+        assert ratios[0] == 0.9 and ratios[1] == 0.1 and 0.1 < ratios[4] < ratios[2] < 0.9
+        expected = [
+            select_vispruner(features[i : i + 1], saliency[i : i + 1], budget, ratio) for i, ratio in enumerate(ratios)
+        ]
+        assert torch.equal(kept, torch.cat(expected))
+        singles = [select_vispruner(features[i : i + 1], saliency[i : i + 1], budget, "auto") for i in range(5)]
+        assert torch.equal(kept, torch.cat(singles))
+        assert torch.equal(kept, select_vispruner(1024 * features, saliency, budget, "auto"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_auto_takes_every_dtype_and_features_that_are_zero(dtype):
+    features, saliency = random_images(2, 49, dtype=dtype)
+    assert select_vispruner(features, saliency, 9, "auto").shape == (2, 9)
+    zeros = torch.zeros(2, 49, 16, dtype=dtype)
+    assert torch.equal(select_vispruner(zeros, saliency, 9, "auto"), select_vispruner(zeros, saliency, 9, 0.9))
+    assert select_vispruner(features.to("meta"), saliency.to("meta"), 9, "auto").shape == (2, 9)
+    features[0, 3] = float("nan")
+    with pytest.raises(ValueError, match="features hold NaN"):
+        select_vispruner(features, saliency, 9, "auto")
+
+
+def test_auto_compiles_with_a_break():
+    torch.compiler.reset()
+    features, saliency = ranked_images([1, 12])
+    compiled = torch.compile(select_vispruner, backend="eager")
+    assert torch.equal(compiled(features, saliency, 9, "auto"), select_vispruner(features, saliency, 9, "auto"))
+    torch.compiler.reset()
+
+
+def test_the_kinds_of_auto_are_told_by_what_was_dropped():
+    features, saliency = ranked_images([2, 12], seed=3)
+    kept = select_vispruner(features, saliency, 12, "auto")
+    important, diverse = kinds_of_kept("vispruner", kept, saliency, important_ratio="auto").values()
+    assert (important ^ diverse).all()
+    for row in range(2):
+        number = int(12 * float(adaptive_ratio(features)[row]))
+        assert int(important[row].sum()) >= number
+        dropped = sorted(set(range(49)) - set(kept[row].tolist()))
+        assert saliency[row][kept[row][important[row]]].min() > saliency[row][dropped].max()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -443,7 +526,8 @@ def test_no_other_default_of_an_input_is_taken(empty_registry, name, default):
     namespace = {}
     exec(f"def select(features, saliency, visual_token_num, {name}={default!r}): ...", namespace)
     with pytest.raises(
-        TypeError, match=f"selector 'maybe' has a default for {name}: of its inputs only cls_feature and grid"
+        TypeError,
+        match=f"selector 'maybe' has a default for {name}: of its inputs only cls_feature, grid",
     ):
         register_selector("maybe")(namespace["select"])
 
@@ -514,11 +598,11 @@ def test_features_without_a_finite_norm_are_refused(value):
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan"), "0.5", None, True])
 def test_important_ratio_must_be_a_fraction(ratio):
     features, saliency = exact_images(1, 9)
-    message = f"vispruner_config.important_ratio must be a number from 0 to 1, got {ratio!r}"
+    field = "vispruner_config.important_ratio must be a number from 0 to 1"
     for budget in (3, 9):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f'{field} or "auto", got {ratio!r}'):
             select_vispruner(features, saliency, budget, important_ratio=ratio)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{field}, got {ratio!r}"):
             important_tokens(saliency, budget, ratio)
 
 
@@ -544,7 +628,7 @@ def empty_registry(monkeypatch):
 
 def test_an_unknown_method_is_refused_with_the_names_that_exist():
     features, saliency = exact_images(1, 9)
-    with pytest.raises(ValueError, match=r"vispruner_config.method must be one of \['cls_attention', .*, got 'none'"):
+    with pytest.raises(ValueError, match=r"vispruner_config.method must be one of \['adts', 'cls_attention', .*, got 'none'"):
         select_tokens("none", features, saliency, 3)
 
 
