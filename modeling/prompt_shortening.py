@@ -61,7 +61,7 @@ class KeptColumns:
     def renumbered(self, positions: torch.Tensor) -> torch.Tensor:
         """Bring positions (B, S) to (B, W), counted anew; samples that were packed into one row each for itself."""
         positions = positions.to(self.index.device)
-        is_start = F.pad(positions.diff(dim=-1) != 1, (1, 0), value=True)
+        is_start = F.pad(positions.diff(dim=-1) != 1, (1, 0))
         columns = torch.arange(self.full_length, device=positions.device)
         start = torch.where(is_start, columns, 0).cummax(dim=-1).values
         before = F.pad(self.grown, (1, 0))[:, :-1].gather(1, start)

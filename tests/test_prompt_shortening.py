@@ -357,3 +357,10 @@ def test_a_cached_prompt_knows_in_which_forms_it_may_come_again() -> None:
     assert not bare.may_have({IMAGE: [4], VIDEO: [4]})
     assert not CachedPrompt({}, {}, "renumber", columns=next(
         c for p in PROMPTS if (c := p.shortened()).valid is not None)).uniform  # fmt: skip
+
+
+def test_padding_that_was_added_has_position_0() -> None:
+    padded = [columns for prompt in PROMPTS if (columns := prompt.shortened()).valid is not None]
+    for columns in padded:
+        positions = columns.renumbered(torch.arange(5, 5 + columns.full_length).expand(len(columns.index), -1))
+        assert columns.valid is not None and set(positions[~columns.valid].tolist()) == {0}

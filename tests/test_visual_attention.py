@@ -10,6 +10,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -35,6 +36,7 @@ from vispruner.visual_attention import (
     make_tappable,
     received_attention,
     received_attention_of_patches,
+    run_tower,
 )
 
 HEADS, LAYERS, N = 4, 4, 64  # of the tiny tower; N patches beside the [CLS] token
@@ -675,3 +677,32 @@ def test_attention_of_eight_megapixels_takes_half_of_a_layers_products_and_a_sta
     key_of_a_head = patches * width * 4
     assert memory.peak <= 2 * visual_attention.ATTENTION_AT_ONCE * 4 + 3 * key_of_a_head
     assert memory.peak < heads * patches**2 * 4 / 300
+
+
+def test_chunks_of_one_size_are_read_together_as_many_as_may_be_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed sequence of nine images: seven of 5 tokens, then two of 3; three of the first may be held at a time."""
+    generator = torch.Generator().manual_seed(0)
+    chunks = [torch.randn(2, 1, 2, size, 4, generator=generator) for size in [5] * 7 + [3] * 2]
+    together: list[int] = []
+
+    def read(query: torch.Tensor, *more: Any) -> torch.Tensor:
+        together.append(len(query))
+        return received_attention(query, *more)
+
+    monkeypatch.setitem(visual_attention.SALIENCY_KINDS, "received", read)
+    monkeypatch.setattr(visual_attention, "ATTENTION_IN_CACHE", 3 * 2 * 5**2)
+    reading = Reading(0, "received")
+    tap = SaliencyTap([SimpleNamespace(config=SimpleNamespace(place=0))], reading, packed=True)
+    for query, key in chunks:
+        tap.record(0, query, key, 0.7)
+        tap.record(1, key, query, 0.7)  # another layer, which is not asked about
+    alone = torch.cat([received_attention(query, key, 0.7) for query, key in chunks], dim=1)
+    torch.testing.assert_close(tap.saliency, alone)
+    assert together == [3, 3, 1, 2] and tap.layer_saliency is None
+
+
+def test_nothing_is_appended_once_the_tower_has_run(model: Any) -> None:
+    pixels = torch.zeros(1, 3, 112, 112)
+    with model.model.open_tap() as tap:
+        run_tower(model.model.vision_tower, pixels, -2, tap)
+        assert visual_attention.open_tap_that_may_pad() is None and tap.tokens is None
