@@ -224,6 +224,36 @@ def test_a_tenth_of_a_7b_base_is_read_once_and_written_once(tmp_path):
     assert memory <= 4 * 16 * 1024  # KiB; a block of the copy has 16 MiB
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the bytes that a process reads are known on Linux")
+def test_verifying_a_tenth_of_7b_reads_it_once_and_maps_one_shard_after_the_other(tmp_path):
+    """What `verify` itself does, the model not loaded: hashed as it is read, then every tensor from a mapped file."""
+    shard = 130_000_000
+    size = hollow_base(tmp_path / "base", shard=shard)
+    program = f"""
+        import re
+        from vispruner.conversion.build import build_repo
+        from vispruner.conversion.verify import verify_repo
+
+        def of(file, name):
+            return int(re.search(rf"{{name}}:\\s+(\\d+)", open(f"/proc/self/{{file}}").read())[1])
+
+        config, out, base = {[str(yaml_for(tmp_path)), str(tmp_path / "out"), str(tmp_path / "base")]!r}
+        build_repo(config, out, base, thin=False)
+        open("/proc/self/clear_refs", "w").write("5")
+        before = of("io", "rchar"), of("status", "VmRSS")
+        report = verify_repo(out, available_memory=2**20)
+        print("counted", of("io", "rchar") - before[0], of("status", "VmHWM") - before[1])
+        print("checks", *(check.name for check in report.checks if check.status == "pass"), sep="|")
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "|weights hash" in run.stdout, run.stdout
+    read, memory = map(int, next(line for line in run.stdout.splitlines() if line.startswith("counted")).split()[1:])
+    assert size - 2**20 <= read <= 1.5 * size, "what the fresh process imports counts, too; twice would be twice"
+    assert memory * 1024 <= 3 * shard
+
+
 def test_comparing_hashes_reads_every_stored_tensor_once_and_holds_one(tmp_path, monkeypatch):
     """What `verify` does to a loaded model and the files: one tensor at a time is alive beside the model."""
     state = {f"layer.{number}.weight": torch.full((256, 256), float(number)) for number in range(40)}
