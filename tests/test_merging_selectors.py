@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import vispruner
+from vispruner.choosing import Choice, watch_choices
 from vispruner.merging_selectors import (
     outlier_num,
     select_prumerge,
@@ -22,7 +24,7 @@ from vispruner.merging_selectors import (
     tome_means,
     tome_step,
 )
-from vispruner.selectors import Selection, kinds_of_kept, run_selector, select_tokens
+from vispruner.selectors import SELECTORS, Selection, Selector, kinds_of_kept, run_selector, select_tokens
 
 FILE = Path(__file__).parent / "data" / "decoder_selectors.safetensors"
 METHODS = ["visionzip", "tome", "prumerge", "prumerge_plus"]
@@ -224,3 +226,67 @@ def test_prumerge_plus_meets_every_budget(share: float, budget: int) -> None:
     attended = attention.argsort(dim=1, descending=True)[:, : round((budget - 1) * share)]
     for kept, most in zip(made.indices.tolist(), attended.tolist(), strict=True):
         assert len(kept) == budget and set(most) <= set(kept)
+
+
+def pixels_for(model: Any, images: int = 1) -> torch.Tensor:
+    size = model.config.vision_config.image_size
+    return torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("method", ["visionzip", "prumerge"])
+def test_a_method_is_given_queries_and_keys_as_the_layers_project_them(method: str, tiny_llava_repo: Path) -> None:
+    model = vispruner.load(tiny_llava_repo, method=method, visual_token_num=9).eval()
+    base, choices, projected = model.model, [], {}
+    for number, attention in enumerate(base.vision_attentions):
+        for name in ("q_proj", "k_proj"):
+            key = (number, name)
+            getattr(attention, name).register_forward_hook(
+                lambda _, __, made, key=key: projected.__setitem__(key, made)
+            )
+    pixels = pixels_for(model, images=2)
+    with watch_choices(after=choices.append), torch.no_grad():
+        output = base.get_image_features(pixels, output_hidden_states=True)
+    given, last = choices[0].tokens.further, len(base.vision_attentions) - 1
+    assert base.feature_layer < last
+    if method == "visionzip":
+        count = model.config.vision_config.num_attention_heads
+        heads = projected[base.feature_layer, "k_proj"].unflatten(-1, (count, -1))
+        torch.testing.assert_close(given["keys"], heads.mean(2)[:, 1:])
+        assert torch.equal(given["cls_feature"], output.hidden_states[-2][:, 0])
+        assert given.keys() == {"keys", "cls_feature"}
+    else:
+        assert torch.equal(given["cls_query"], projected[last, "q_proj"][:, 0])
+        assert torch.equal(given["raw_keys"], projected[last, "k_proj"])
+        assert given.keys() == {"cls_query", "raw_keys"}
+
+
+def test_what_is_folded_after_projection_is_so_or_refused(
+    tiny_llava_repo: Path, tiny_llava_next_repo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def select(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> Selection:
+        return select_tome(features, saliency, visual_token_num, features)
+
+    monkeypatch.setitem(SELECTORS, "late", Selector(select, {}, merge_on="projected"))
+    model = vispruner.load(tiny_llava_repo, method="late", visual_token_num=9).eval()
+    pixels = pixels_for(model)
+    choices: list[Choice] = []
+    with watch_choices(after=choices.append), torch.no_grad():
+        found = model.model.get_image_features(pixels).pooler_output[0]
+        tokens, _, selection = choices[0]
+        expected = selection.take(model.model.project(tokens.features))[0]
+        other = model.model.project(selection.take(tokens.features))[0]
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, other, atol=1e-4)
+    tiled = vispruner.load(tiny_llava_next_repo, method="late", visual_token_num=9).eval()
+    size = tiled.config.vision_config.image_size
+    with pytest.raises(ValueError, match='method "late" folds projected tokens together'):
+        tiled.model.get_image_features(torch.randn(1, 5, 3, size, size), torch.tensor([[size, size]]))
+
+
+def test_the_encoder_is_trained_by_what_is_folded(tiny_llava_repo: Path) -> None:
+    model = vispruner.load(tiny_llava_repo, method="visionzip", visual_token_num=9)
+    pixels = pixels_for(model)
+    model.model.get_image_features(pixels).pooler_output[0].sum().backward()
+    embedding = dict(model.model.vision_tower.named_parameters())
+    of_cls = next(value for name, value in embedding.items() if name.endswith("class_embedding"))
+    assert of_cls.grad is not None and bool(of_cls.grad.abs().sum() > 0)
