@@ -76,6 +76,10 @@ GEOMETRIES = {
     "llava-1.5-13b": lambda: LlavaConfig(
         vision_config=CLIP_L_336, text_config=_vicuna(5120, 13824, 40, 40), image_token_id=32000
     ),
+    # CLIP before a language model of half a billion weights: one that a busy machine can time, too.
+    "llava-0.5b": lambda: LlavaConfig(
+        vision_config=CLIP_L_336, text_config=_vicuna(1024, 2816, 24, 16), image_token_id=32000
+    ),
     "tiny": _tiny_config,
 }
 

@@ -133,6 +133,7 @@ class Plan:
     at_cap: bool
     max_batch: int
     as_is: bool
+    meters: bool
     seed: int
 
     @property
@@ -284,6 +285,7 @@ def measure(plan: Plan) -> dict[str, Any]:
         "allocated_weight_bytes": weights.nbytes,
         "text_tokens": plan.text_tokens,
         "new_tokens": plan.new_tokens,
+        "load_average": os.getloadavg(),
         "rounds": plan.rounds,
         "rounds_with_whole_answer": plan.long_rounds,
         "memory_cap_bytes": plan.cap_bytes,
@@ -314,7 +316,7 @@ def _measure_setting(
         progress.update()
         return seen
 
-    metered = [run(row, 2, memory=True) for row in rows]  # warms up, too
+    metered = [run(row, 2, memory=plan.meters) for row in rows]  # warms up, too
     for _ in range(plan.warmups):
         for row in rows:
             run(row, 2)
@@ -740,6 +742,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="B[/D]",
         help="images at once, and what both depths are divided by (default: 1 8/8 on the CPU, 1 8 on CUDA)",
     )
+    parser.add_argument(
+        "--no-memory", action="store_true", help="with --methods: do not meter memory and operations, which is slow"
+    )
     parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="an answer (default: 16 on the CPU, 64 on CUDA)")
     parser.add_argument("--rounds", type=int, metavar="N", help="runs of a row (default: 3 on the CPU, 20 on CUDA)")
@@ -803,6 +808,8 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
     budgets = sorted({patches_of(config), *(parsed.budgets or usual)}, reverse=True)
     if budgets[0] > patches_of(config) or budgets[-1] < 1:
         raise BenchmarkError(f"--budgets must be from 1 to the {patches_of(config)} tokens of an image")
+    if parsed.no_memory and not methods:
+        raise BenchmarkError("--no-memory goes with --methods: the other tables are of memory, too")
     if methods and len(budgets) == 1:
         raise BenchmarkError("--methods needs a budget below all tokens of an image: no method chooses among all")
     return Plan(
@@ -824,6 +831,7 @@ def plan_of(parsed: argparse.Namespace) -> Plan:
         at_cap=cuda if parsed.at_cap is None else parsed.at_cap,
         max_batch=parsed.max_batch,
         as_is=parsed.as_is,
+        meters=not parsed.no_memory,
         seed=parsed.seed,
     )
 

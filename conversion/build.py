@@ -51,7 +51,7 @@ from .model_card import card_files, model_card
 from .plain_text import one_line
 from .published_layout import ModelLayout, layout_problems, model_layout, refuse_endless, without_dropped_layers
 from .repo_config import RepoConfig, load_repo_config
-from .verify_worker import VIDEO_EXTRA, keeps_everything, needs_video_packages
+from .verify_worker import VIDEO_EXTRA, held_by_layer, keeps_everything, needs_video_packages
 
 OWN_FIELDS = ("architectures", "auto_map", "vispruner_config")  # what config.json gains or gets anew
 COPY_BLOCK = 16 * 2**20
@@ -94,14 +94,14 @@ def build_repo(
         revision = _base_revision(repo, source if base is None else None, thin)
         config_json = _repo_config_json(base_config, repo, revision, thin)
         names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
-        _refuse_ineffective(repo, expected.model, folder)
+        held = _refuse_ineffective(repo, expected.model, folder)
         codebooks = _checked_codebooks(repo, config_json)
         if drop_unused_vision_layers or repo.drop_unused_vision_layers:
             config_json = _without_unused_layers(config_json)
             names, expected = without_dropped_layers(names, config_json), model_layout(repo.architecture, config_json)
         _write_json(staging / "config.json", config_json)
         _write_json(staging / "generation_config.json", _generation_config(folder, base_config, tokenizer))
-        (staging / "README.md").write_text(model_card(repo, revision, thin), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(repo, revision, thin, held), encoding="utf-8")
         for path in (*code_files(repo.architecture), *card_files(repo), *codebooks):
             shutil.copyfile(path, staging / path.name)
         _write_processor(folder, staging)
@@ -240,10 +240,11 @@ def _check_weights(
     return names, expected
 
 
-def _refuse_ineffective(repo: RepoConfig, model: Any, folder: Path) -> None:
+def _refuse_ineffective(repo: RepoConfig, model: Any, folder: Path) -> list[int] | None:
     """Refuse a budget, main's or a branch's, that keeps everything: the repo would be published as pruned and is not.
 
-    model  of the repo, whose tensors are not allocated; its budget is main's again afterwards
+    model    of the repo, whose tensors are not allocated; its budget is main's again afterwards
+    returns  what `held_by_layer` says of main's budget
     """
     image_processor = None
     try:
@@ -251,7 +252,7 @@ def _refuse_ineffective(repo: RepoConfig, model: Any, folder: Path) -> None:
             image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as for processors
         if needs_video_packages(error):
-            return  # said already where the processor was to be tried
+            return None  # said already where the processor was to be tried
         raise BuildError(f"the image processor of the base {folder} does not load: {error}") from error
     main = model.config.vispruner_config
     for name, budget in {"vispruner_config": {}, **{f"budgets.{key}": it for key, it in repo.budgets.items()}}.items():
@@ -262,6 +263,7 @@ def _refuse_ineffective(repo: RepoConfig, model: Any, folder: Path) -> None:
         if (problem := keeps_everything(model, image_processor)) is not None:
             raise BuildError(f"{repo.path}: {name}.{problem}")
         model.config.vispruner_config = main
+    return held_by_layer(model, image_processor)
 
 
 def _checked_codebooks(repo: RepoConfig, config_json: Mapping[str, Any]) -> list[Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,10 @@ CITATION = """\
 }"""
 
 
-def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
+def model_card(repo: RepoConfig, revision: str | None, thin: bool, held: Sequence[int] | None = None) -> str:
     """Return the README.md of a repo.
 
+    held      visual tokens of the largest image in each decoder layer, where these differ and it is known
     revision  the commit of the base that the repo is built from, None for a base without revisions
     thin      whether the repo leaves its weights with the base
     """
@@ -82,7 +83,7 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool) -> str:
         is_vispruner=own_method,
         pruning=PAPER if own_method else f"visual token pruning by the method `{options['method']}` (see below)",
         budget=_budget_text(repo, options),
-        options=_option_rows(repo),
+        options=_option_rows(repo, held),
         built_by=_version(__version__),
         requires=REQUIRES,
         check=_check_line(repo),
@@ -239,7 +240,7 @@ def _shown(name: str, options: Mapping[str, Any]) -> str:
     return "8 for every full 1,024 tokens of an image" if unset else str(options[name])
 
 
-def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
+def _option_rows(repo: RepoConfig, held: Sequence[int] | None) -> list[tuple[str, str]]:
     """Return the rows of the first table that say how it prunes: the options that the method takes, and the rest."""
     options, architecture = repo.vispruner_config, ARCHITECTURES[repo.architecture]
     rows = [("class", f"`{architecture.model_class.__name__}`")]
@@ -270,7 +271,7 @@ def _option_rows(repo: RepoConfig) -> list[tuple[str, str]]:
         *rows,
         *(("method", f"`{method}`{_experimental(method)}: {_summary(method)}") for method in methods),
         ("budget", _budget_text(repo, options).rstrip(",")),
-        *_stage_rows(options),
+        *_stage_rows(options, held),
         *((f"`{name}`", f"{_shown(name, options)}: {text}") for name, text in meanings.items() if name in taken),
         *([("attention", f"{whose}, in {where}")] if where else []),
         ("positions", POSITIONS[policy or architecture.model_class.default_position_policy]),
@@ -288,11 +289,17 @@ def _summary(method: str) -> str:
     return first[:1].lower() + first[1:]
 
 
-def _stage_rows(options: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the rows of what prunes in the language model: layers it names, options it sets."""
+def _stage_rows(options: Mapping[str, Any], held: Sequence[int] | None) -> list[tuple[str, str]]:
+    """Return the rows of what prunes in the language model: what its layers hold, options it sets."""
     layers, further = options["prune_layers"], options["method_options"]
+    if held is not None:
+        starts = [layer for layer in range(len(held)) if layer == 0 or held[layer] != held[layer - 1]]
+        parts = [f"{held[start]} from {start} on" for start in starts[1:]]
+        row = f"of an image of {held[0]} visual tokens: {', '.join(['all from layer 0 on', *parts])}"
+    else:
+        row = f"tokens leave before {', '.join(map(str, layers))}, counted from 0" if layers else ""
     return [
-        *([("layers", f"tokens leave before {', '.join(map(str, layers))}, counted from 0")] if layers else []),
+        *([("layers", row)] if row else []),
         *((f"`{name}`", json.dumps(value)) for name, value in (further or {}).items()),
     ]
 

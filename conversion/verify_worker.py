@@ -322,6 +322,17 @@ def keeps_everything(model: Any, image_processor: Any) -> str | None:
     )
 
 
+def held_by_layer(model: Any, image_processor: Any) -> list[int] | None:
+    """Return how many visual tokens each decoder layer holds of the largest image; None where all hold as many.
+
+    model  as above
+    """
+    encoder, decoder = model.model.methods
+    if encoder is not None or decoder is None:
+        return None
+    return list(model.model.layer_counts(max(whole for _, whole in _largest_images(model, image_processor))))
+
+
 def _largest_images(model: Any, image_processor: Any) -> list[tuple[int, int]]:
     """Return of the largest images how many tokens that which the encoder's budget is for has, and the whole has."""
     base, config = model.model, model.config

@@ -33,6 +33,7 @@ def test_verify_counts_what_every_layer_caches(repo: Path) -> None:
 def test_the_card_says_where_tokens_leave_and_a_budget_that_can_be_met(repo: Path) -> None:
     card = (repo / "README.md").read_text(encoding="utf-8")
     assert "72 visual tokens per image, on average over its layers, instead of all of them" in card
+    assert "| layers | of an image of 144 visual tokens: all from layer 0 on, 48 from 1 on |" in card
     assert "dropped between layers of the language model" in card and "without a look at the question" not in card
     assert "model.set_vispruner_config(visual_token_num=90)" in card
     model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True).eval()

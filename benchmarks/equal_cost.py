@@ -1,0 +1,200 @@
+"""Compare methods in the language model with those behind the encoder at equal KV cache, operations and time.
+
+Nothing is measured here: accuracies are those of results/accuracy-decoder-seed{0,1}.json, times those of
+results/latency-methods-decoder-*.json, operations those of flops.py. For each method in the language model and each
+budget at which its accuracy was recorded, the other method gets the budget that costs as much, and its accuracy there:
+
+equal cache   the same budget, which is the mean of the decoder layers for both
+equal FLOPs   the budget with as many operations until the first token, for the model whose accuracy it is, one image
+              and 14 text tokens (the mean of the test questions with their template), choosing and ranking included;
+              of SparseVLM, all words behind the image rate
+equal time    the budget with which the first token comes as soon: time as a share of stock's, interpolated between the
+              recorded budgets and stock. The model timed is wider, since the toy's own times are those of Python, and
+              has four decoder layers, too, so that every method prunes before the same ones
+
+The accuracy at a budget between recorded ones is interpolated, too, linearly in tokens. Nothing is extrapolated, and
+no method's options were chosen by these test sets. Accuracies are means of both; a difference stands in bold where it
+is larger than its 95 % interval, taken as of independent questions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from flops import OURS, first_token_flops, stage_flops
+from geometry import load_geometry, patches_of
+
+from vispruner.conversion.repo_config import ASSETS
+from vispruner.selectors import DECODER_METHODS, SELECTORS
+
+RESULTS = Path(__file__).parent / "results"
+MODEL = ASSETS / "tiny-llava"
+TEXT_TOKENS = 14
+AGAINST = ("vispruner", "divprune")
+
+Points = Sequence[tuple[float, float]]
+
+
+def accuracies() -> dict[str, dict[float, float]]:
+    """Return by method and percent of the tokens the share of right answers, over both test sets."""
+    by_method: dict[str, dict[float, list[float]]] = {}
+    for seed in (0, 1):
+        record = json.loads((RESULTS / f"accuracy-decoder-seed{seed}.json").read_text(encoding="utf-8"))
+        for row in record["rows"]:
+            if row["important_ratio"] in (None, 0.5):
+                shares = by_method.setdefault(row["selector"], {}).setdefault(row["budget_percent"], [])
+                shares.append(row["accuracy"])
+    return {name: {budget: sum(s) / len(s) for budget, s in rows.items()} for name, rows in by_method.items()}
+
+
+def questions() -> int:
+    """Return how many questions both test sets have."""
+    records = [json.loads((RESULTS / f"accuracy-decoder-seed{seed}.json").read_text("utf-8")) for seed in (0, 1)]
+    return sum(record["questions"] for record in records)
+
+
+def operations(method: str, percent: float) -> float:
+    """Return the operations until the first token with this share of the tokens, any share, of the small model."""
+    config = load_geometry(str(MODEL))
+    budget = patches_of(config) * percent / 100
+
+    def of(tokens: int) -> int:
+        return first_token_flops(stage_flops(config, OURS, tokens, text_tokens=TEXT_TOKENS, method=method))
+
+    low, high = math.floor(budget), math.ceil(budget)
+    return of(low) + (of(high) - of(low)) * (budget - low)
+
+
+def speed_record() -> dict[str, Any] | None:
+    """Return the record of latency.py, where there is one."""
+    paths = sorted(RESULTS.glob("latency-methods-decoder-*.json"))
+    return json.loads(paths[0].read_text(encoding="utf-8")) if paths else None
+
+
+def times(record: Mapping[str, Any] | None) -> dict[str, dict[float, float]]:
+    """Return by method and percent of the tokens the time until the first token, as a share of stock's."""
+    found: dict[str, dict[float, float]] = {}
+    if record is None:
+        return found
+    (setting,) = record["settings"]
+    full = setting["rows"][0]["visual_token_num"]
+    for row in setting["rows"][1:]:
+        percent = 100 * row["visual_token_num"] / full
+        found.setdefault(row["method"], {100.0: 1.0})[percent] = 1 / row["ratio_to_stock"]["ttft"]["median"]
+    return found
+
+
+def interpolated(points: Points, at: float) -> float | None:
+    """Return the value at `at` between points (x, y); None outside of them."""
+    points = sorted(points)
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x0 <= at <= x1:
+            return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    return None
+
+
+def budget_of_equal_operations(method: str, percent: float, other: str) -> float:
+    """Return the percent of the tokens with which `other` has as many operations as `method` with `percent`."""
+    wanted, low, high = operations(method, percent), 1.0, 100.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if operations(other, middle) < wanted else (low, middle)
+    return (low + high) / 2
+
+
+def budget_of_equal_time(method: str, percent: float, other: str, by_method: Mapping[str, dict]) -> float | None:
+    """As above, of time; 100 where even the whole prompt comes sooner, None below the recorded budgets."""
+    taken = by_method.get(method, {}).get(percent)
+    if taken is None:
+        return None
+    if taken >= 1:
+        return 100.0
+    return interpolated([(share, budget) for budget, share in by_method[other].items()], taken)
+
+
+def table(against: Sequence[str] = AGAINST) -> str:
+    """Return the comparison as Markdown: what the other method gains, in points, and its budget in percent."""
+    right, count, by_time = accuracies(), questions(), times(speed_record())
+    lines = [
+        "| method | tokens | right | "
+        + " | ".join(f"`{other}` at equal cache | FLOPs | time" for other in against)
+        + " |",
+        "|---" * (3 + 3 * len(against)) + "|",
+    ]
+    for percent in (50.0, 37.5):
+        for method in (name for name in DECODER_METHODS if name in right):
+            own, cells = right[method][percent], []
+            for other in against:
+                budgets = [
+                    percent,
+                    budget_of_equal_operations(method, percent, other),
+                    budget_of_equal_time(method, percent, other, by_time),
+                ]
+                cells += [_gain(own, list(right[other].items()), budget, count) for budget in budgets]
+            lines.append(f"| `{method}` | {percent:g} % | {100 * own:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gain(own: float, points: Points, budget: float | None, questions: int) -> str:
+    """Return what another method gains at `budget`, in points; bold where that is more than its interval."""
+    other = None if budget is None else interpolated(points, budget)
+    if other is None or budget is None:
+        return "not recorded"
+    interval = 1.96 * math.sqrt((own * (1 - own) + other * (1 - other)) / questions)
+    text = f"{100 * (other - own):+.1f}"
+    return f"{f'**{text}**' if abs(other - own) > interval else text} ({budget:.0f} %)"
+
+
+def time_table(record: Mapping[str, Any]) -> str:
+    """Return how long the first token, the whole answer and the cache are, as Markdown."""
+    (setting,) = record["settings"]
+    lines = [
+        "| tokens | method | first token, x (low to high) | whole answer, x (low to high) | KV MiB |",
+        "|---" * 5 + "|",
+    ]
+    for row in setting["rows"]:
+        ratios = [row["ratio_to_stock"][name] for name in ("ttft", "e2e")]
+        cells = [f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" for ratio in ratios]
+        name = {None: "stock", "downsample": "smaller picture, no selection"}.get(row["method"], f"`{row['method']}`")
+        lines.append(f"| {row['visual_token_num']} | {name} | {' | '.join(cells)} | {row['kv_bytes'] / 2**20:.1f} |")
+    return "\n".join(lines)
+
+
+def loss_table() -> str:
+    """Return what each kind of method gives up, as Markdown, by what the methods declare."""
+    lines = [
+        "| method | an encoded image holds | paged engines | a second question on the same cache | Qwen-VL |",
+        "|---" * 5 + "|",
+        "| all behind the encoder | what is left | yes | sees the same tokens | yes, where [CLS] is not needed |",
+    ]
+    kinds: dict[tuple[bool, bool], list[str]] = {}
+    for method in DECODER_METHODS:
+        place = SELECTORS[method].place
+        assert place is not None
+        asks = place.ranking in ("last_row", "rater_rows", "level_rater_rows") or "text" in SELECTORS[method].needs
+        kinds.setdefault((asks, place.positions == "renumber"), []).append(method)
+    for (asks, renumbers), methods in sorted(kinds.items(), reverse=True):
+        second = "sees what the first one left" if asks else "sees the same tokens"
+        lines.append(f"| {_names(methods)} | all tokens | no | {second} | {'no' if renumbers else 'yes'} |")
+    return "\n".join(lines)
+
+
+def _names(methods: Sequence[str]) -> str:
+    return ", ".join(f"`{method}`" for method in methods)
+
+
+def main() -> int:
+    record = speed_record()
+    print(table(), *([] if record is None else [time_table(record)]), loss_table(), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Methods at equal cache, operations and time: what is compared with what, and that the README shows it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def equal_cost() -> ModuleType:
+    folder = str(ROOT / "benchmarks")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("equal_cost")
+
+
+def test_nothing_is_extrapolated(equal_cost: ModuleType) -> None:
+    points = [(100.0, 4.0), (50.0, 2.0), (37.5, 1.0)]
+    assert equal_cost.interpolated(points, 75.0) == 3.0 and equal_cost.interpolated(points, 37.5) == 1.0
+    assert equal_cost.interpolated(points, 37.0) is None and equal_cost.interpolated(points, 101.0) is None
+
+
+@pytest.mark.parametrize("percent", [50.0, 37.5])
+@pytest.mark.parametrize("method", ["fastv", "visiondrop"])
+def test_the_budget_of_equal_operations_has_as_many(equal_cost: ModuleType, method: str, percent: float) -> None:
+    for other in equal_cost.AGAINST:
+        budget = equal_cost.budget_of_equal_operations(method, percent, other)
+        wanted = equal_cost.operations(method, percent)
+        assert equal_cost.operations(other, budget) == pytest.approx(wanted, rel=1e-6)
+    assert equal_cost.budget_of_equal_operations("vispruner", percent, "vispruner") == pytest.approx(percent)
+
+
+def test_a_method_slower_than_the_whole_prompt_is_compared_with_the_whole_prompt(equal_cost: ModuleType) -> None:
+    by_method = {"slow": {50.0: 1.2}, "fast": {50.0: 0.5}, "even": {50.0: 0.75}, "other": {100.0: 1.0, 50.0: 0.6}}
+    names = ("slow", "fast", "even", "never timed")
+    budgets = [equal_cost.budget_of_equal_time(name, 50.0, "other", by_method) for name in names]
+    assert budgets == [100.0, None, pytest.approx(68.75), None]
+
+
+def test_a_gain_is_bold_where_it_is_larger_than_its_interval(equal_cost: ModuleType) -> None:
+    points = [(50.0, 0.95), (100.0, 0.99)]
+    assert equal_cost._gain(0.90, points, 50.0, 1500) == "**+5.0** (50 %)"
+    assert equal_cost._gain(0.94, points, 50.0, 1500) == "+1.0 (50 %)"
+    assert equal_cost._gain(0.98, points, 75.0, 1500) == "-1.0 (75 %)"
+    assert equal_cost._gain(0.98, points, None, 1500) == "not recorded"
+
+
+def test_the_readme_s_tables_at_equal_cost_are_what_the_command_prints(equal_cost: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "python benchmarks/equal_cost.py" in readme
+    record = equal_cost.speed_record()
+    tables = [equal_cost.table(), *([equal_cost.time_table(record)] if record else []), equal_cost.loss_table()]
+    assert [table for table in tables if table not in readme] == []
+
+
+def test_what_the_readme_says_of_equal_cost_is_what_the_records_say(equal_cost: ModuleType) -> None:
+    """Who is ahead at which budget: by more than the interval, where it says so."""
+    right, count = equal_cost.accuracies(), equal_cost.questions()
+
+    def ahead(other: str, method: str, percent: float, budget: float | None = None) -> bool:
+        budget = percent if budget is None else budget
+        points = list(right[other].items())
+        return equal_cost._gain(right[method][percent], points, budget, count).startswith("**+")
+
+    asking = ("fastv", "pyramiddrop", "sparsevlm", "sparsevlm_v1")
+    assert all(ahead("divprune", method, percent) for method in asking for percent in (50.0, 37.5))
+    assert {method for method in asking if ahead("vispruner", method, 37.5)} == {*asking} - {"pyramiddrop"}
+    assert not any(ahead("vispruner", method, 50.0) for method in asking)
+    fair = equal_cost.budget_of_equal_operations("pyramiddrop", 37.5, "vispruner")
+    assert ahead("vispruner", "pyramiddrop", 37.5, fair)
+    assert all(right[method][50.0] <= max(right[name][50.0] for name in asking) for method in ("visiondrop", "dart"))
+
+
+def test_the_costs_that_the_readme_names_are_those_counted(equal_cost: ModuleType) -> None:
+    ratios = {
+        method: [
+            equal_cost.operations(method, percent) / equal_cost.operations("vispruner", percent)
+            for percent in (50.0, 37.5)
+        ]
+        for method in ("fastv", "dart", "sparsevlm", "sparsevlm_v1", "pyramiddrop", "visiondrop")
+    }
+    for method, found in ratios.items():
+        low, high = (1.075, 1.105) if method in ("pyramiddrop", "visiondrop") else (1.005, 1.02)
+        assert all(low <= ratio <= high for ratio in found), (method, found)
