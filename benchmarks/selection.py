@@ -60,6 +60,7 @@ from vispruner import duplicate_removal, similarity, token_selection
 from vispruner.conversion.checkpoint_io import replacing
 from vispruner.duplicate_removal import drops_of_rounds
 from vispruner.duplicate_removal_triton import kernel_can_run
+from vispruner.selector_inputs import most_attended_first
 from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
 from vispruner.token_selection import select_vispruner
 
@@ -73,7 +74,7 @@ Form = Callable[[], Any]
 def select_by_tensors(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
     """Choose as `select_vispruner` does while it is compiled."""
     important_num = int(visual_token_num * IMPORTANT_RATIO)
-    order = token_selection._most_attended_first(saliency)
+    order = most_attended_first(saliency)
     drops = drops_of_rounds(order.shape[1] - important_num, visual_token_num - important_num, STEP)
     cosine = cosine_matrix(features, order[:, important_num:])
     slots = duplicate_removal.slots_left(duplicate_removal._compare_in(cosine), order[:, important_num:], drops)
@@ -166,7 +167,7 @@ def measure_stages(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for budget in tqdm(args.budgets, desc="stages", unit="budget"):
         important_num = budget // 2
-        residual = token_selection._most_attended_first(saliency)[:, important_num:]
+        residual = most_attended_first(saliency)[:, important_num:]
         drops = drops_of_rounds(residual.shape[1], budget - important_num, STEP)
         norms = similarity.norms_of(features)
         unit = (features / norms)[0, residual[0]]

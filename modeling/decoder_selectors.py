@@ -11,11 +11,11 @@ import torch
 from torch.nn import functional as F
 
 from .merging_selectors import CONTEXTUAL_SHARE, contextual_num, fold_into_spaced
+from .selector_inputs import checked_budget, most_attended_first
 from .selector_registry import DecoderPlace, Merge, Selection, register_selector, rows_at
-from .token_selection import _checked_budget, _most_attended_first
 
 
-def _in_proportion(*layers: int) -> Callable[[int], list[int]]:
+def in_proportion(*layers: int) -> Callable[[int], list[int]]:
     """Return the layers of a model of any depth that stand for `layers` of one of 32."""
 
     def layers_of(depth: int) -> list[int]:
@@ -24,7 +24,7 @@ def _in_proportion(*layers: int) -> Callable[[int], list[int]]:
     return layers_of
 
 
-@register_selector("fastv", kinds=("important: attended by the question",), place=DecoderPlace(_in_proportion(2)))
+@register_selector("fastv", kinds=("important: attended by the question",), place=DecoderPlace(in_proportion(2)))
 def select_fastv(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
     """Keep what the last token of the prompt attends to in the second layer (FastV, arXiv 2403.06764).
 
@@ -34,14 +34,14 @@ def select_fastv(features: torch.Tensor, saliency: torch.Tensor, visual_token_nu
 
     The authors' demonstration ranks anew with every token it generates; here, as with a cache there, the prompt ranks.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    return _most_attended_first(saliency)[:, :budget].sort(dim=-1).values
+    budget = checked_budget(features, saliency, visual_token_num)
+    return most_attended_first(saliency)[:, :budget].sort(dim=-1).values
 
 
 @register_selector(
     "pyramiddrop",
     kinds=("important: attended by the question",),
-    place=DecoderPlace(_in_proportion(8, 16, 24), of_layer="own", positions="renumber"),
+    place=DecoderPlace(in_proportion(8, 16, 24), of_layer="own", positions="renumber"),
 )
 def select_pyramiddrop(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
     """Keep, at three depths, what the last token of the prompt is about to attend to (PyramidDrop, arXiv 2410.17247).
@@ -56,7 +56,7 @@ def select_pyramiddrop(features: torch.Tensor, saliency: torch.Tensor, visual_to
 @register_selector(
     "sparsevlm",
     kinds=("important: attended by words about the image",),
-    place=DecoderPlace(_in_proportion(3, 7, 16), "level_rater_rows"),
+    place=DecoderPlace(in_proportion(3, 7, 16), "level_rater_rows"),
 )
 def select_sparsevlm(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> torch.Tensor:
     """Keep, at three depths, what words that resemble the image attend to (SparseVLM, arXiv 2410.04417, version 2).
@@ -72,7 +72,7 @@ def select_sparsevlm(features: torch.Tensor, saliency: torch.Tensor, visual_toke
     "sparsevlm_v1",
     kinds=("important: attended by words about the image", "recycled: the middle of a cluster of others"),
     kind_of=lambda kept, saliency: _recycled_kind(kept),
-    place=DecoderPlace(_in_proportion(3, 7, 16), "rater_rows", positions="renumber"),
+    place=DecoderPlace(in_proportion(3, 7, 16), "rater_rows", positions="renumber"),
 )
 def select_sparsevlm_v1(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> Selection:
     """As `sparsevlm` in its first form: what is dropped is clustered, and clusters stay (arXiv 2410.04417, 1.5).
@@ -84,11 +84,11 @@ def select_sparsevlm_v1(features: torch.Tensor, saliency: torch.Tensor, visual_t
     The authors add random numbers to break ties of density; here, of two equally dense tokens the more attended one is
     denser.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     tokens = saliency.shape[1]
     if budget == tokens:
         return Selection(torch.arange(tokens, device=saliency.device).expand(len(saliency), -1))
-    order = _most_attended_first(saliency)
+    order = most_attended_first(saliency)
     kept = next(k for k in range(budget, -1, -1) if k == 0 or k + _clusters_of(tokens - k)[1] == budget)
     recycled, clusters = _clusters_of(tokens - kept)
     clusters = budget - kept
@@ -137,7 +137,7 @@ def _recycled_kind(kept: torch.Tensor) -> torch.Tensor:
     "visiondrop",
     kinds=("dominant: attended by the image", "contextual: the middle of others"),
     kind_of=lambda kept, saliency, contextual_share=CONTEXTUAL_SHARE: _contextual_kind(kept, contextual_share),
-    place=DecoderPlace(_in_proportion(8, 16, 24), "visual_rows", of_layer="own", positions="renumber"),
+    place=DecoderPlace(in_proportion(8, 16, 24), "visual_rows", of_layer="own", positions="renumber"),
 )
 def select_visiondrop(
     features: torch.Tensor,
@@ -156,12 +156,12 @@ def select_visiondrop(
 
     The authors prune behind the encoder too, by VisionZip; that is a method of its own here.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     batch, tokens = saliency.shape
     contextual = contextual_num(budget, contextual_share)
-    dominant = _most_attended_first(saliency)[:, : budget - contextual].sort(dim=-1).values
+    dominant = most_attended_first(saliency)[:, : budget - contextual].sort(dim=-1).values
     if contextual == 0 or budget == tokens:
-        return Selection(_most_attended_first(saliency)[:, :budget].sort(dim=-1).values)
+        return Selection(most_attended_first(saliency)[:, :budget].sort(dim=-1).values)
     targets, sources, nearest, weight = fold_into_spaced(keys, dominant, contextual)
     own = torch.ones(batch, budget, device=saliency.device)
     merge = Merge(sources, nearest + dominant.shape[1], weight, own)
@@ -177,7 +177,7 @@ def _contextual_kind(kept: torch.Tensor, contextual_share: float) -> torch.Tenso
 @register_selector(
     "dart",
     kinds=("unlike: far from the pivots",),
-    place=DecoderPlace(_in_proportion(2), "key_norms", normed=True),
+    place=DecoderPlace(in_proportion(2), "key_norms", normed=True),
 )
 def select_dart(
     features: torch.Tensor,
@@ -200,9 +200,9 @@ def select_dart(
     The authors go through the pivots in the order of a Python set; here the visual ones come first, then the words,
     each by falling norm. Their counts per pivot are equal; what is left over goes to the first ones here.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    pivots = _most_attended_first(saliency)[:, : min(image_pivots, budget)]
-    words = _most_attended_first(text_saliency)[:, :text_pivots]
+    budget = checked_budget(features, saliency, visual_token_num)
+    pivots = most_attended_first(saliency)[:, : min(image_pivots, budget)]
+    words = most_attended_first(text_saliency)[:, :text_pivots]
     is_word = text_saliency.gather(1, words) > float("-inf")
     asking = torch.cat([rows_at(features, pivots), rows_at(text, words)], dim=1)
     usable = torch.cat([torch.ones_like(pivots, dtype=torch.bool), is_word], dim=1)

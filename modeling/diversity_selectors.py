@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 
-from .related_selectors import FEW_TOKENS, POOL, _checked_projected, _every_token, _picked_apart, _widened
+from .related_selectors import FEW_TOKENS, POOL, picked_apart
+from .selector_inputs import (
+    check_count,
+    checked_budget,
+    checked_projected,
+    checked_share,
+    every_token,
+    most_attended_first,
+    widened,
+)
 from .selector_registry import register_selector
 from .similarity import BLOCK, cosines, images_at_once, is_traced, norms_of, row_blocks, without_autocast
-from .token_selection import _check_count, _checked_budget, _most_attended_first
 
 
 @register_selector("mmr", kinds=("diverse: attended, and far from each other",))
@@ -37,19 +45,19 @@ def select_mmr(
     The first is the most attended. The rule is the authors'; that attention ranks is a choice of ours, for they train
     a scorer, and their figures hold for that one alone.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    weight = _checked_share("importance_weight", importance_weight)
-    projected = _checked_projected(projected, saliency)
+    budget = checked_budget(features, saliency, visual_token_num)
+    weight = checked_share("importance_weight", importance_weight)
+    projected = checked_projected(projected, saliency)
     unit = projected / norms_of(projected)
     if budget == saliency.shape[1]:
-        return _every_token(saliency)
+        return every_token(saliency)
     attention = saliency.detach().to(unit.dtype)
     lowest, highest = attention.amin(dim=-1, keepdim=True), attention.amax(dim=-1, keepdim=True)
     span = (highest - lowest).masked_fill(highest == lowest, 1)
     importance = (attention - lowest) / span
     first = importance.argmax(dim=-1, keepdim=True)
     slope = torch.full_like(importance, 1 - weight)
-    return _picked_apart(unit, weight * importance, slope, budget, first).sort(dim=-1).values
+    return picked_apart(unit, weight * importance, slope, budget, first).sort(dim=-1).values
 
 
 @register_selector("adts", kinds=("diverse: far from each other, the attended farther",))
@@ -66,13 +74,13 @@ def select_adts(
     The authors' first version; each frame of a video is chosen from alone, as in theirs. They go on to fold the rest
     into tokens of other frames, which is no part of this.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    projected = _checked_projected(projected, saliency)
+    budget = checked_budget(features, saliency, visual_token_num)
+    projected = checked_projected(projected, saliency)
     unit = projected / norms_of(projected)
     if budget == saliency.shape[1]:
-        return _every_token(saliency)
+        return every_token(saliency)
     attention = saliency.detach().to(unit.dtype)
-    return _picked_apart(unit, attention, attention, budget).sort(dim=-1).values
+    return picked_apart(unit, attention, attention, budget).sort(dim=-1).values
 
 
 VARIANCE_WEIGHT = 0.09  # HoloV's alpha
@@ -96,13 +104,13 @@ def select_holov(
     tokens than it deserves, their code makes up for them by rows of zeros; here by the most attended tokens that are
     left anywhere. A strip of one token is scaled as the others are.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    _check_count("strips", strips)
-    projected = _checked_projected(projected, saliency)
+    budget = checked_budget(features, saliency, visual_token_num)
+    check_count("strips", strips)
+    projected = checked_projected(projected, saliency)
     unit = projected / norms_of(projected)
     tokens = saliency.shape[1]
     if budget == tokens:
-        return _every_token(saliency)
+        return every_token(saliency)
     strips = min(strips, tokens)
     deserved = _deserved(unit, saliency.detach().to(unit.dtype), strips, budget)
     lengths = _strip_lengths(tokens, strips)
@@ -110,12 +118,12 @@ def select_holov(
         torch.tensor(lengths, device=unit.device), output_size=tokens
     )
     start = torch.tensor([sum(lengths[:number]) for number in range(strips)], device=unit.device)
-    order = _most_attended_first(saliency)
+    order = most_attended_first(saliency)
     by_strip = order.gather(1, strip[order].argsort(dim=-1, stable=True))
     place = torch.arange(tokens, device=unit.device) - start[strip]  # in the order of attention, within its strip
     first = (place < deserved[:, strip]).int()
     is_first = torch.zeros_like(first).scatter(1, by_strip, first)
-    order = order.gather(1, _most_attended_first(is_first.gather(1, order)))
+    order = order.gather(1, most_attended_first(is_first.gather(1, order)))
     return order[:, :budget].sort(dim=-1).values
 
 
@@ -134,7 +142,7 @@ def _deserved(unit: torch.Tensor, attention: torch.Tensor, strips: int, budget: 
     total = score.sum(dim=-1, keepdim=True)
     share = score / total.masked_fill(total == 0, 1)
     whole = (share * budget).floor().to(torch.int64)
-    rank = _most_attended_first(share).argsort(dim=-1)
+    rank = most_attended_first(share).argsort(dim=-1)
     return whole + (rank < budget - whole.sum(dim=-1, keepdim=True)).to(torch.int64)
 
 
@@ -170,12 +178,12 @@ def select_prunesid(features: torch.Tensor, saliency: torch.Tensor, visual_token
     The authors' components are drawn at random (`pca_lowrank`), here they are those of an exact decomposition: what is
     kept agrees with theirs as far as theirs agrees with itself. Their [CLS] takes one of the T places, here none.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    features = _widened(features)
+    budget = checked_budget(features, saliency, visual_token_num)
+    features = widened(features)
     batch, tokens, width = features.shape
     unit = features / norms_of(features)
     if budget == tokens:
-        return _every_token(saliency)
+        return every_token(saliency)
     attention = saliency.detach().to(unit.dtype)
     groups = max(1, min(budget // 4, tokens, width))
     group = _principal_component(torch.sigmoid(features), groups)
@@ -183,13 +191,13 @@ def select_prunesid(features: torch.Tensor, saliency: torch.Tensor, visual_token
     none = torch.zeros(batch, groups, dtype=torch.int64, device=unit.device)
     size = none.scatter_add(1, group, torch.ones_like(group))
     quota = _quotas(size, none.scatter_add(1, group, stays.to(torch.int64)), budget, budget)
-    order = _most_attended_first(attention)
-    order = order.gather(1, _most_attended_first(stays.gather(1, order).int()))
+    order = most_attended_first(attention)
+    order = order.gather(1, most_attended_first(stays.gather(1, order).int()))
     order = order.gather(1, group.gather(1, order).argsort(dim=-1, stable=True))
     own = group.gather(1, order)
     place = torch.arange(tokens, device=unit.device) - (size.cumsum(dim=-1) - size).gather(1, own)
     is_kept = torch.zeros_like(group, dtype=torch.int32).scatter(1, order, (place < quota.gather(1, own)).int())
-    return _most_attended_first(is_kept)[:, :budget]
+    return most_attended_first(is_kept)[:, :budget]
 
 
 def _principal_component(values: torch.Tensor, count: int) -> torch.Tensor:
@@ -230,7 +238,7 @@ def _quotas(size: torch.Tensor, stays: torch.Tensor, budget: int, kept: int) -> 
     others = kept - fewest.sum(dim=-1, keepdim=True)
     until = _rounded_quotient(stays.cumsum(dim=-1) * others, stays.sum(dim=-1, keepdim=True).clamp_min(1))
     quota = torch.minimum(fewest + until.diff(dim=-1, prepend=torch.zeros_like(until[:, :1])), most)
-    order = _most_attended_first(stays)
+    order = most_attended_first(stays)
     room = (most - quota).gather(1, order)
     left = kept - quota.sum(dim=-1, keepdim=True) - (room.cumsum(dim=-1) - room)
     return quota.scatter_add(1, order, torch.minimum(left.clamp_min(0), room))
@@ -258,7 +266,7 @@ def _unlike_by_tensors(
     unit: torch.Tensor, group: torch.Tensor, attention: torch.Tensor, threshold: torch.Tensor
 ) -> torch.Tensor:
     batch, tokens = group.shape
-    order = _most_attended_first(attention)
+    order = most_attended_first(attention)
     unit = unit.gather(1, order[..., None].expand_as(unit))
     group, attended = group.gather(1, order), attention.gather(1, order) > 0
     blocked = []
@@ -280,7 +288,7 @@ def _unlike_on_cpu(
     unit: torch.Tensor, group: torch.Tensor, attention: torch.Tensor, threshold: torch.Tensor
 ) -> torch.Tensor:
     batch, tokens = group.shape
-    order = _most_attended_first(attention)
+    order = most_attended_first(attention)
     by_group = order.gather(1, group.gather(1, order).argsort(dim=-1, stable=True)).numpy()
     numbers, attended = group.numpy(), (attention > 0).numpy()
     stays = torch.zeros_like(group, dtype=torch.bool).numpy()
@@ -353,14 +361,14 @@ def select_otprune(
 
     Each next token adds most to the determinant of I + gamma (V V') (V V')', of the rows and columns of those kept.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     if not isinstance(strength, int | float) or isinstance(strength, bool) or not 0 < strength < float("inf"):
         raise ValueError(f"vispruner_config.strength must be a number above 0, got {strength!r}")
-    projected = _checked_projected(projected, saliency)
+    projected = checked_projected(projected, saliency)
     spread = projected / norms_of(projected.mT).mT
     batch, tokens, width = spread.shape
     if budget == tokens:
-        return _every_token(saliency)
+        return every_token(saliency)
     # The matrix is I + F S F', F and S of the smaller of two sizes. Once some are picked it is that with a smaller S.
     if tokens <= width:
         rows = cosines(spread, spread)
@@ -460,15 +468,15 @@ def select_evs(
     The rule is that of vLLM, which keeps all of the first frame and shares the rest out among the others; that every
     frame keeps as many, known beforehand, and what the first one keeps, are choices of ours.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    projected = _checked_projected(projected, saliency)
+    budget = checked_budget(features, saliency, visual_token_num)
+    projected = checked_projected(projected, saliency)
     unit = projected / norms_of(projected)
     lengths = _lengths_of_videos(videos, len(unit))
     change = -(unit[1:] * unit[:-1]).sum(dim=-1)
     score = torch.cat([torch.zeros_like(unit[:1, :, 0]), change])
     first = torch.tensor([place == 0 for length in lengths for place in range(length)], device=unit.device)
     score = torch.where(first[:, None], saliency.detach().to(score.dtype), score)
-    return _most_attended_first(score)[:, :budget].sort(dim=-1).values
+    return most_attended_first(score)[:, :budget].sort(dim=-1).values
 
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of VidCom2's Gaussian kernels
@@ -493,11 +501,11 @@ def select_vidcom2(
     The authors give a frame more tokens the less it is like its video; that every frame keeps as many, known
     beforehand, is a choice of ours.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    projected = _checked_projected(projected, saliency)
+    budget = checked_budget(features, saliency, visual_token_num)
+    projected = checked_projected(projected, saliency)
     norms_of(projected)
     if budget == saliency.shape[1]:
-        return _every_token(saliency)
+        return every_token(saliency)
     if videos is None:
         likeness = _likeness(projected[:, None])[:, 0]
     else:
@@ -532,10 +540,3 @@ def _lengths_of_videos(videos: Sequence[int] | None, frames: int) -> list[int]:
             f"videos must name the video of each of {frames} frames, those of one video together, got {numbers}"
         )
     return lengths
-
-
-def _checked_share(option: str, value: float) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and 0 <= value <= 1):
-        raise ValueError(f"vispruner_config.{option} must be a number from 0 to 1, got {value!r}")
-    return float(value)

@@ -8,10 +8,10 @@ import math
 import torch
 from torch.nn import functional as F
 
-from .decoder_selectors import _in_proportion
+from .decoder_selectors import in_proportion
+from .selector_inputs import checked_budget, most_attended_first
 from .selector_registry import DecoderPlace, Then, register_selector, rows_at
 from .similarity import cosines, norms_of
-from .token_selection import _checked_budget, _most_attended_first
 
 APART, CENTRE = 0.5, 0.5  # how much distances count in TopV beside what tokens hold
 SOFTNESS, ROUNDS = 0.1, 30  # of Sinkhorn's algorithm
@@ -35,7 +35,7 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
 @register_selector(
     "image_text",
     kinds=("alike: resembles the image as a whole, or fills the budget evenly",),
-    then=Then("fastv", _in_proportion(2), share=0.5),
+    then=Then("fastv", in_proportion(2), share=0.5),
     experimental=True,
 )
 def select_image_text(
@@ -53,9 +53,9 @@ def select_image_text(
     stay, as many as the budget holds, and what is left of it goes to others at even steps, so that counts are known
     beforehand. `fastv` then halves them in the second of 32 layers. Text is never dropped.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     similarity = (_unit(features) * _unit(cls_feature)[:, None]).sum(-1)  # rounds in a batch as alone
-    order = _most_attended_first(similarity)
+    order = most_attended_first(similarity)
     front = _until_the_bend(similarity.gather(1, order)).clamp(max=budget)
     rank = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return _fill_evenly(torch.zeros_like(rank).scatter(1, order, rank) < front, budget)
@@ -89,7 +89,7 @@ def select_todre(
     tokens have had their say; here all leave after three quarters of the layers. Where `stage_token_nums` lets some
     stay, they are those that `fastv` ranks first.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     unit = _unit(projected)
     closeness = (unit * unit.sum(1, keepdim=True)).sum(-1)  # to all, which ranks as that to their mean does
     picked = torch.zeros_like(closeness, dtype=torch.bool)
@@ -105,7 +105,7 @@ def select_todre(
 @register_selector(
     "topv",
     kinds=("matched: moved at little cost, or recovered evenly",),
-    place=DecoderPlace(_in_proportion(3), normed=True),
+    place=DecoderPlace(in_proportion(3), normed=True),
     experimental=True,
 )
 def select_topv(
@@ -128,12 +128,12 @@ def select_topv(
     image's centre. Sinkhorn's algorithm (`ROUNDS` of it) finds the plan, and those stay whose own move costs least. A
     tenth of the budget goes to others at even steps.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     recovered = int(RECOVERED * budget) if budget < saliency.shape[1] else 0
     importance = [
         -_transport_costs(*image) for image in zip(_unit(layer_inputs), _unit(features), places, strict=True)
     ]
-    best = _most_attended_first(torch.stack(importance))[:, : budget - recovered]
+    best = most_attended_first(torch.stack(importance))[:, : budget - recovered]
     return _fill_evenly(torch.zeros_like(saliency, dtype=torch.bool).scatter(1, best, True), budget)
 
 

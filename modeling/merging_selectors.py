@@ -6,14 +6,12 @@ a sum of what is left over) takes those of a token that does not stay. The autho
 merged ones behind the others; here all are in the order of the picture. Ties go to the lowest index.
 """
 
-from typing import Any
-
 import torch
 from torch.nn import functional as F
 
+from .selector_inputs import check_count, checked_budget, checked_rows, checked_share, most_attended_first, widened
 from .selector_registry import Merge, Selection, register_selector, rows_at
 from .similarity import cosines, norms_of, refuse_unless, row_blocks
-from .token_selection import _check_count, _checked_budget, _most_attended_first
 
 # Of the tokens that VisionZip keeps, how many others are folded into: 10 of 64, 20 of 128 and 30 of 192 in its README.
 CONTEXTUAL_SHARE = 0.15625
@@ -22,13 +20,6 @@ CONTEXTUAL_SHARE = 0.15625
 def contextual_num(budget: int, contextual_share: float) -> int:
     """Return how many of the tokens that stay others are folded into."""
     return min(budget, round(budget * checked_share("contextual_share", contextual_share)))
-
-
-def checked_share(name: str, share: Any) -> float:
-    """Return an option that is a part of the budget; ValueError unless it is a number from 0 to 1."""
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise ValueError(f"vispruner_config.method_options.{name} must be a number from 0 to 1, got {share!r}")
-    return share
 
 
 def fold_into_spaced(
@@ -75,7 +66,7 @@ def _visionzip_kind(
     is_cls = merged_into.gather(1, kept) != kept
     contextual = min(contextual_num(kept.shape[1], contextual_share), int((~is_cls[0]).sum()))
     dominant = kept.shape[1] - contextual - int(is_cls[0].sum())
-    is_dominant = _is_taken(saliency.shape[1], _most_attended_first(saliency)[:, :dominant]).gather(1, kept)
+    is_dominant = _is_taken(saliency.shape[1], most_attended_first(saliency)[:, :dominant]).gather(1, kept)
     return torch.where(is_cls, 0, torch.where(is_dominant, 1, 2))
 
 
@@ -104,14 +95,14 @@ def select_visionzip(
     The mean of what is folded into a token is added to it, not averaged with it. The authors put [CLS] before the
     others and contextual tokens behind them; here all stand in the order of the picture.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    keys = _checked_rows("keys", keys, saliency)
+    budget = checked_budget(features, saliency, visual_token_num)
+    keys = checked_rows("keys", keys, saliency)
     batch, tokens = saliency.shape
     cls_num = 0 if cls_feature is None else 1
     contextual = min(contextual_num(budget, contextual_share), budget - cls_num)
     if budget == tokens:
         return _everything(saliency)
-    dominant = _most_attended_first(saliency)[:, : budget - cls_num - contextual]
+    dominant = most_attended_first(saliency)[:, : budget - cls_num - contextual]
     targets, sources, nearest, weight = fold_into_spaced(keys, dominant, contextual)
     indices, own = torch.cat([dominant, targets], dim=1), torch.ones(batch, budget, device=saliency.device)
     merge = Merge(sources, nearest + dominant.shape[1], weight, own)
@@ -147,8 +138,8 @@ def select_tome(
     The authors merge within the encoder, some tokens in every layer. How tables of pruning methods ran it is not told;
     here all steps follow each other behind the encoder, each folding as many pairs as it can.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    metric = _checked_rows("keys", keys, saliency)
+    budget = checked_budget(features, saliency, visual_token_num)
+    metric = checked_rows("keys", keys, saliency)
     batch, tokens = saliency.shape
     if budget == tokens:
         return _everything(saliency)
@@ -233,11 +224,11 @@ def select_prumerge(
     The authors take as many as the attention has outliers, see `outlier_num`; here the budget says how many, and they
     stand in the order of the picture.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     attention, keys = _last_attention(cls_query, raw_keys, saliency)
     if budget == saliency.shape[1]:
         return _everything(saliency)
-    return _with_neighbours(attention, keys, _most_attended_first(attention)[:, : budget - 1], neighbours)
+    return _with_neighbours(attention, keys, most_attended_first(attention)[:, : budget - 1], neighbours)
 
 
 @register_selector(
@@ -268,12 +259,12 @@ def select_prumerge_plus(
     others are spaced as theirs are for so many attended ones; some are left out evenly where those are too many, and
     the next most attended tokens come on top where they are too few.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     attention, keys = _last_attention(cls_query, raw_keys, saliency)
     batch, tokens = saliency.shape
     if budget == tokens:
         return _everything(saliency)
-    order = _most_attended_first(attention)
+    order = most_attended_first(attention)
     attended = round((budget - 1) * checked_share("attended_share", attended_share))
     is_spaced = torch.zeros(batch, tokens, dtype=torch.bool, device=order.device)
     is_spaced[:, : tokens - 1 : max(1, tokens // max(1, attended) // 3)] = True
@@ -306,8 +297,8 @@ def _last_attention(
         raise ValueError(f"raw_keys must be (B, 1+N, d) of the {(batch, tokens)} tokens, got {tuple(raw_keys.shape)}")
     if cls_query.shape != (batch, raw_keys.shape[2]):
         raise ValueError(f"cls_query must be {(batch, raw_keys.shape[2])}, got {tuple(cls_query.shape)}")
-    keys = _widened(raw_keys)
-    logits = cosines(_widened(cls_query)[:, None], keys)[:, 0] / keys.shape[-1] ** 0.5
+    keys = widened(raw_keys)
+    logits = cosines(widened(cls_query)[:, None], keys)[:, 0] / keys.shape[-1] ** 0.5
     attention = logits.softmax(-1)[:, -tokens:]
     refuse_unless(
         (attention == attention).all(), "cls_query or raw_keys are not finite: load the model in bfloat16 or float32"
@@ -317,7 +308,7 @@ def _last_attention(
 
 def _with_neighbours(attention: torch.Tensor, keys: torch.Tensor, centres: torch.Tensor, neighbours: int) -> Selection:
     """Add to each centre the tokens alike, by their attention, and make one token of all that are no centre."""
-    _check_count("method_options.neighbours", neighbours)
+    check_count("method_options.neighbours", neighbours)
     batch, tokens = attention.shape
     unit = keys / norms_of(keys)
     likeness = cosines(rows_at(unit, centres), unit).scatter(2, centres[..., None], float("-inf"))
@@ -332,16 +323,3 @@ def _with_neighbours(attention: torch.Tensor, keys: torch.Tensor, centres: torch
     target = torch.cat([target.flatten(1), torch.full_like(every, centres.shape[1])], dim=1)
     own = F.pad(attention.new_ones(centres.shape), (0, 1))
     return Selection(torch.cat([centres, place], dim=1), Merge(source, target, weight, own)).ascending()
-
-
-def _checked_rows(name: str, rows: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
-    if rows.ndim != 3 or rows.shape[:2] != saliency.shape or not rows.is_floating_point():
-        raise ValueError(
-            f"{name} must be a floating-point tensor (B, N, d) of the {tuple(saliency.shape)} tokens, "
-            f"got {rows.dtype} {tuple(rows.shape)}"
-        )
-    return _widened(rows)
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))

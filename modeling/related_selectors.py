@@ -9,6 +9,16 @@ from typing import Any
 
 import torch
 
+from .selector_inputs import (
+    check_count,
+    checked_budget,
+    checked_grid,
+    checked_layers,
+    checked_projected,
+    every_token,
+    most_attended_first,
+    widened,
+)
 from .selector_registry import register_selector
 from .similarity import (
     BLOCK,
@@ -18,14 +28,12 @@ from .similarity import (
     is_traced,
     matrix_fits,
     norms_of,
-    refuse_unless,
     row_blocks,
     without_autocast,
 )
-from .token_selection import _check_count, _checked_budget, _checked_grid, _most_attended_first
 
 FEW_TOKENS = 256  # of images on a CPU for which measuring every gain in every step costs less than choosing which
-POOL = 256  # best tokens that `_picked_apart` picks from, where not all cosines can be held
+POOL = 256  # best tokens that `picked_apart` picks from, where not all cosines can be held
 MOST_ASKED = 512  # gains that `select_scope` measures at a time
 LISTED = 2**24  # cosines of `select_scope`, each with an index of twice its size: 192 MiB
 
@@ -48,9 +56,9 @@ def select_vtc_cls(
     layer_saliency  (B, L, N)     attention of [CLS] in the last third of the layers, up to the features' one
     returns         (B, T)        kept indices, ascending; T = min(visual_token_num, N)
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    layer_saliency = _checked_layers(layer_saliency, saliency)
-    return _most_attended_first(layer_saliency.sum(dim=1))[:, :budget].sort(dim=-1).values
+    budget = checked_budget(features, saliency, visual_token_num)
+    layer_saliency = checked_layers(layer_saliency, saliency)
+    return most_attended_first(layer_saliency.sum(dim=1))[:, :budget].sort(dim=-1).values
 
 
 @register_selector("gprune", kinds=("central: many pass to it",))
@@ -75,12 +83,12 @@ def select_gprune(
 
     A token without direction is its own only neighbour.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    _check_count("iterations", iterations)
-    projected = _checked_projected(projected, saliency)
+    budget = checked_budget(features, saliency, visual_token_num)
+    check_count("iterations", iterations)
+    projected = checked_projected(projected, saliency)
     arguments = similarity_threshold, temperature, iterations
     score = _image_groups(lambda some: _gathered(some, *arguments), projected)
-    return _most_attended_first(score)[:, :budget].sort(dim=-1).values
+    return most_attended_first(score)[:, :budget].sort(dim=-1).values
 
 
 def _gathered(projected: torch.Tensor, threshold: float, temperature: float, iterations: int) -> torch.Tensor:
@@ -133,7 +141,7 @@ def redundancy(projected: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
             f"codebook must be made for this model: its prototypes are {codebook.shape[1]} wide on {codebook.device}, "
             f"the projected features {projected.shape[2]} on {projected.device}"
         )
-    projected = _widened(projected)
+    projected = widened(projected)
     prototypes = codebook.detach().to(projected.dtype)
     with without_autocast(projected.device):
         cosine = (projected / norms_of(projected)) @ (prototypes / norms_of(prototypes)).mT
@@ -158,8 +166,8 @@ def select_codebook(
 
     The authors' other mode keeps whatever `redundancy` puts below a threshold; here the budget is given.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    score = redundancy(_checked_projected(projected, saliency), codebook)
+    budget = checked_budget(features, saliency, visual_token_num)
+    score = redundancy(checked_projected(projected, saliency), codebook)
     return score.argsort(dim=-1, stable=True)[:, :budget].sort(dim=-1).values
 
 
@@ -176,16 +184,16 @@ def select_divprune(
 
     The authors' code may pick a token twice where others equal it; here it is picked once.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    projected = _checked_projected(projected, saliency)
+    budget = checked_budget(features, saliency, visual_token_num)
+    projected = checked_projected(projected, saliency)
     unit = projected / norms_of(projected)
     if budget == saliency.shape[1]:
-        return _every_token(saliency)
+        return every_token(saliency)
     slope = torch.ones_like(unit[..., 0])
-    return _picked_apart(unit, torch.zeros_like(slope), slope, budget).sort(dim=-1).values
+    return picked_apart(unit, torch.zeros_like(slope), slope, budget).sort(dim=-1).values
 
 
-def _picked_apart(
+def picked_apart(
     unit: torch.Tensor, rise: torch.Tensor, slope: torch.Tensor, budget: int, first: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Pick one token after the other: each next one has most of `rise - slope * closeness to the nearest picked one`.
@@ -277,7 +285,7 @@ def _hiprune_layers(layers: int, feature_layer: int) -> list[int]:
 
 def _hiprune_rank(middle: torch.Tensor, columns: int, anchor_num: int) -> torch.Tensor:
     """Return 2 at the anchors, 1 at their neighbours and 0 elsewhere: (B, N) -> (B, N)."""
-    anchors = _most_attended_first(middle)[:, :anchor_num]
+    anchors = most_attended_first(middle)[:, :anchor_num]
     neighbours = torch.cat([anchors + step for step in (-1, 1, -columns, columns)], dim=-1)
     rank = torch.zeros_like(middle, dtype=torch.int64).scatter(1, neighbours.clamp(0, middle.shape[1] - 1), 1)
     return rank.scatter(1, anchors, 2)
@@ -323,14 +331,14 @@ def select_hiprune(
     that code does not allow for, anchors come first and then the most attended neighbours. Their code for Qwen2.5-VL
     counts a token twice that is both a neighbour and much attended late, and so keeps fewer; here T are kept.
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    middle, late = _checked_layers(layer_saliency, saliency, 2).unbind(dim=1)
-    _, columns = _checked_grid(grid, saliency.shape[1])
+    budget = checked_budget(features, saliency, visual_token_num)
+    middle, late = checked_layers(layer_saliency, saliency, 2).unbind(dim=1)
+    _, columns = checked_grid(grid, saliency.shape[1])
     if not 0 <= anchor_share <= 1:
         raise ValueError(f"vispruner_config.anchor_share must be a number from 0 to 1, got {anchor_share!r}")
     rank = _hiprune_rank(middle, columns, round(budget * anchor_share / 5))
-    order = _most_attended_first(late)
-    order = order.gather(1, _most_attended_first(rank.gather(1, order)))[:, :budget]
+    order = most_attended_first(late)
+    order = order.gather(1, most_attended_first(rank.gather(1, order)))[:, :budget]
     return order.sort(dim=-1).values
 
 
@@ -345,10 +353,10 @@ def select_scope(
     saliency_exponent             alpha: how much attention counts; 0 for not at all
     returns            (B, T)     kept indices, ascending; T = min(visual_token_num, N)
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     if budget == saliency.shape[1]:
-        return _every_token(saliency)
-    features = _widened(features)
+        return every_token(saliency)
+    features = widened(features)
     unit = features / norms_of(features)
     weight = saliency.detach().to(unit.dtype) ** saliency_exponent
     return _covering(unit, weight, budget).sort(dim=-1).values
@@ -497,41 +505,7 @@ class _Coverage:
                 start = stop
 
 
-def _every_token(saliency: torch.Tensor) -> torch.Tensor:
-    return torch.arange(saliency.shape[1], device=saliency.device).repeat(len(saliency), 1)
-
-
-def _widened(features: torch.Tensor) -> torch.Tensor:
-    return features.detach().to(torch.promote_types(features.dtype, torch.float32))
-
-
 def _image_groups(choose: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """Call `choose` with as many images (B, N, C) at a time as may have their cosines held."""
     chosen = [choose(some) for some in images.split(images_at_once(images.shape[1]))]
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
-
-
-def _checked_projected(projected: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
-    if projected.ndim != 3 or not projected.is_floating_point() or projected.shape[:2] != saliency.shape:
-        raise ValueError(
-            f"projected must be a floating-point tensor (B, N, D) of the {tuple(saliency.shape)} tokens, "
-            f"got {projected.dtype} {tuple(projected.shape)}"
-        )
-    return _widened(projected)
-
-
-def _checked_layers(layer_saliency: torch.Tensor, saliency: torch.Tensor, layers: int | None = None) -> torch.Tensor:
-    batch, tokens = saliency.shape
-    shape = tuple(layer_saliency.shape)
-    fits = len(shape) == 3 and (shape[0], shape[2]) == (batch, tokens) and shape[1] >= 1
-    if not fits or layers not in (None, shape[1]) or not layer_saliency.is_floating_point():
-        raise ValueError(
-            f"layer_saliency must be a floating-point tensor ({batch}, {layers or 'L'}, {tokens}), "
-            f"got {layer_saliency.dtype} {shape}"
-        )
-    refuse_unless(
-        (layer_saliency == layer_saliency).all(),  # NaN alone differs from itself
-        "layer_saliency holds NaN: the vision encoder's attention is not finite; check pixel_values, "
-        "or load the model in bfloat16 or float32",
-    )
-    return _widened(layer_saliency)

@@ -8,13 +8,13 @@ the options that `select_tokens` hands to it. Selectors of related work are in r
 """
 
 import math
-from typing import TypeGuard
 
 import torch
 
 from .duplicate_removal import default_step, keep_without_duplicates
+from .selector_inputs import check_count, checked_budget, checked_count, checked_grid, is_int, most_attended_first
 from .selector_registry import register_selector
-from .similarity import norms_of, refuse_unless, without_autocast
+from .similarity import norms_of, without_autocast
 
 AUTO = "auto"  # of `important_ratio`
 LEAST_RATIO, MOST_RATIO = 0.1, 0.9  # that this may mean
@@ -52,14 +52,14 @@ def select_vispruner(
     Raises ValueError for a wrong shape, dtype or option, and for NaN saliency or features whose norm is not finite (on
     CUDA, or while compiling, the latter two are asserted on the device instead, because a check would wait for it).
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     important_num = None if important_ratio == AUTO else _important_num(budget, important_ratio, ' or "auto"')
     if dedup_step is not None:
-        _check_count("dedup_step", dedup_step)
+        check_count("dedup_step", dedup_step)
     batch, tokens = saliency.shape
     if budget == tokens:
         return torch.arange(tokens, device=saliency.device).repeat(batch, 1)
-    order, features = _most_attended_first(saliency), features.detach()
+    order, features = most_attended_first(saliency), features.detach()
     step = default_step(tokens) if dedup_step is None else dedup_step
     if important_num is not None:
         return _keep(features, order, important_num, budget, step)
@@ -116,10 +116,8 @@ def important_tokens(saliency: torch.Tensor, visual_token_num: int, important_ra
     saliency  (B, N)
     returns   (B, int(T * important_ratio))  most attended first; T = min(visual_token_num, N)
     """
-    _check_saliency(saliency)
-    _check_visual_token_num(visual_token_num)
-    important_num = _important_num(min(visual_token_num, saliency.shape[1]), important_ratio)
-    return _most_attended_first(saliency)[:, :important_num]
+    important_num = _important_num(checked_count(saliency, visual_token_num), important_ratio)
+    return most_attended_first(saliency)[:, :important_num]
 
 
 def _important_num(budget: int, important_ratio: float | str, otherwise: str = "") -> int:
@@ -139,8 +137,8 @@ def select_cls_attention(features: torch.Tensor, saliency: torch.Tensor, visual_
     saliency  (B, N)     attention each token receives, higher is more important
     returns   (B, T)     kept indices, ascending; T = min(visual_token_num, N)
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    return _most_attended_first(saliency)[:, :budget].sort(dim=-1).values
+    budget = checked_budget(features, saliency, visual_token_num)
+    return most_attended_first(saliency)[:, :budget].sort(dim=-1).values
 
 
 @register_selector("random", kinds=("drawn: at random",))
@@ -154,8 +152,8 @@ def select_random(
     seed                  every call with it draws the same tokens, on every device; it must be given
     returns    (B, T)     kept indices, ascending; T = min(visual_token_num, N)
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
-    if not _is_int(seed):
+    budget = checked_budget(features, saliency, visual_token_num)
+    if not is_int(seed):
         raise ValueError(f'method "random" draws by vispruner_config.seed, which must be an integer, got {seed!r}')
     generator = torch.Generator().manual_seed(seed)
     batch, tokens = saliency.shape
@@ -176,9 +174,9 @@ def select_uniform_grid(
     grid      (rows, columns)  of the N tokens; None takes them as a square, or as a line where N is no square
     returns   (B, T)           kept indices, ascending, the same for every image; T = min(visual_token_num, N)
     """
-    budget = _checked_budget(features, saliency, visual_token_num)
+    budget = checked_budget(features, saliency, visual_token_num)
     batch, tokens = saliency.shape
-    height, width = _square_or_line(tokens) if grid is None else _checked_grid(grid, tokens)
+    height, width = _square_or_line(tokens) if grid is None else checked_grid(grid, tokens)
     # As far apart down as across; but no more rows than there are, and no fewer than hold the budget.
     rows = min(height, budget, max(math.ceil(budget / width), round(math.sqrt(budget * height / width))))
     kept = []
@@ -195,62 +193,3 @@ def _square_or_line(tokens: int) -> tuple[int, int]:
 
 def _evenly_placed(count: int, length: int) -> list[int]:
     return [(2 * k + 1) * length // (2 * count) for k in range(count)]
-
-
-def _most_attended_first(saliency: torch.Tensor) -> torch.Tensor:
-    return saliency.argsort(dim=-1, descending=True, stable=True)
-
-
-def _checked_budget(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> int:
-    """Check what every selector is given, and return how many tokens it keeps per image."""
-    _check_saliency(saliency)
-    _check_visual_token_num(visual_token_num)
-    if features.ndim != 3 or not features.is_floating_point():
-        raise ValueError(
-            f"features must be a floating-point tensor (B, N, C), got {features.dtype} {tuple(features.shape)}"
-        )
-    if features.shape[:2] != saliency.shape:
-        raise ValueError(
-            "features (B, N, C) and saliency (B, N) must agree in B and N, "
-            f"got {tuple(features.shape)} and {tuple(saliency.shape)}"
-        )
-    if features.device != saliency.device:
-        raise ValueError(
-            f"features and saliency must be on one device, got {features.device} and {saliency.device}; move one"
-        )
-    return min(visual_token_num, saliency.shape[1])
-
-
-def _checked_grid(grid: tuple[int, int], tokens: int) -> tuple[int, int]:
-    rows, columns = grid
-    if rows * columns != tokens or columns < 1:
-        raise ValueError(f"grid must be the (rows, columns) of the {tokens} tokens, got {grid}")
-    return rows, columns
-
-
-def _check_saliency(saliency: torch.Tensor) -> None:
-    if saliency.ndim != 2 or saliency.shape[1] == 0 or not saliency.is_floating_point():
-        raise ValueError(
-            "saliency must be a floating-point tensor (B, N) with at least one token, "
-            f"got {saliency.dtype} {tuple(saliency.shape)}"
-        )
-    refuse_unless(
-        (saliency == saliency).all(),  # NaN alone differs from itself
-        "saliency holds NaN: the vision encoder's attention is not finite; check pixel_values, "
-        "or load the model in bfloat16 or float32",
-    )
-
-
-def _check_visual_token_num(visual_token_num: int) -> None:
-    _check_count("visual_token_num", visual_token_num, ' (use method="none" to disable pruning)')
-
-
-def _check_count(field: str, value: int, remedy: str = "") -> None:
-    if not _is_int(value):
-        raise ValueError(f"vispruner_config.{field} must be an integer >= 1, got {value!r}{remedy}")
-    if value < 1:
-        raise ValueError(f"vispruner_config.{field} must be >= 1, got {value}{remedy}")
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
