@@ -136,6 +136,9 @@ def _of_checkpoint(folder: Path) -> Any:
 def _made(model_type: str, content: dict[str, Any] | None) -> Any:
     architecture, dense = architecture_of(model_type), {"vispruner_config": {"method": "none"}}
     config = architecture.config_class.from_dict({**(content or {}), **dense})
+    if content is None:  # the defaults of some versions pad by a token beyond the vocabulary, which makes no model
+        for part in (config, config.get_text_config()):
+            part.pad_token_id = None
     with torch.device("meta"):
         return architecture.base_class(config)
 
