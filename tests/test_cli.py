@@ -295,7 +295,7 @@ def test_it_runs_as_a_module(module: str) -> None:
     command = [sys.executable, "-m", module, "build", "no-such-config", "--out", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "vispruner: error: 'no-such-config'" in done.stderr
+    assert "vispruner: error: no-such-config: neither a file" in done.stderr
 
 
 def methods_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

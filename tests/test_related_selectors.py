@@ -570,6 +570,7 @@ NAN = float("nan")
         ("hiprune", {"grid": (3, 4)}, r"grid must be the \(rows, columns\) of the 9 tokens, got \(3, 4\)"),
         ("hiprune", {"grid": (-3, -3)}, "grid must be"),
         ("hiprune", {"anchor_share": 1.5}, "vispruner_config.anchor_share must be a number from 0 to 1, got 1.5"),
+        ("hiprune", {"anchor_share": -0.1}, "anchor_share must be a number from 0 to 1, got -0.1"),
         ("gprune", {"iterations": 0}, "vispruner_config.iterations must be >= 1, got 0"),
         ("divprune", {"projected": torch.zeros(1, 8, 4)}, r"projected must be .* of the \(1, 9\) tokens, got .*8"),
         ("gprune", {"projected": torch.zeros(9, 4)}, r"projected must be .* \(B, N, D\)"),
