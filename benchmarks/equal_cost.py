@@ -10,7 +10,8 @@ equal FLOPs   the budget with as many operations until the first token, for the 
               of SparseVLM, all words behind the image rate
 equal time    the budget with which the first token comes as soon: time as a share of stock's, interpolated between the
               recorded budgets and stock. The model timed is wider, since the toy's own times are those of Python, and
-              has four decoder layers, too, so that every method prunes before the same ones
+              has four decoder layers, too, so that every method prunes before the same ones. Times whose runs spread
+              by more than 15 % are left out: a busy machine tells nothing
 
 The accuracy at a budget between recorded ones is interpolated, too, linearly in tokens. Nothing is extrapolated, and
 no method's options were chosen by these test sets. Accuracies are means of both; a difference stands in bold where it
@@ -37,6 +38,7 @@ from vispruner.selectors import DECODER_METHODS, SELECTORS
 RESULTS = Path(__file__).parent / "results"
 MODEL = ASSETS / "tiny-llava"
 TEXT_TOKENS = 14
+STEADY = 1.15
 AGAINST = ("vispruner", "divprune")
 
 Points = Sequence[tuple[float, float]]
@@ -85,10 +87,16 @@ def times(record: Mapping[str, Any] | None) -> dict[str, dict[float, float]]:
         return found
     (setting,) = record["settings"]
     full = setting["rows"][0]["visual_token_num"]
-    for row in setting["rows"][1:]:
+    steady = (row for row in setting["rows"][1:] if is_steady(row["ratio_to_stock"]["ttft"]))
+    for row in steady:
         percent = 100 * row["visual_token_num"] / full
         found.setdefault(row["method"], {100.0: 1.0})[percent] = 1 / row["ratio_to_stock"]["ttft"]["median"]
     return found
+
+
+def is_steady(ratio: Mapping[str, float]) -> bool:
+    """Whether the runs of a row are near enough to each other to be set against those of another."""
+    return ratio["high"] <= STEADY * ratio["low"]
 
 
 def interpolated(points: Points, at: float) -> float | None:
@@ -116,7 +124,7 @@ def budget_of_equal_time(method: str, percent: float, other: str, by_method: Map
         return None
     if taken >= 1:
         return 100.0
-    return interpolated([(share, budget) for budget, share in by_method[other].items()], taken)
+    return interpolated([(share, budget) for budget, share in by_method.get(other, {}).items()], taken)
 
 
 def table(against: Sequence[str] = AGAINST) -> str:

@@ -43,12 +43,40 @@ def test_a_method_slower_than_the_whole_prompt_is_compared_with_the_whole_prompt
     assert budgets == [100.0, None, pytest.approx(68.75), None]
 
 
+def test_times_that_spread_too_far_are_left_out(equal_cost: ModuleType) -> None:
+    rows = [
+        {
+            "visual_token_num": count,
+            "method": method,
+            "ratio_to_stock": {"ttft": {"median": 2.0, "low": 1.9, "high": high}},
+        }
+        for count, method, high in [(100, None, 2.0), (50, "steady", 2.1), (50, "busy", 2.3)]
+    ]
+    assert equal_cost.times({"settings": [{"rows": rows}]}) == {"steady": {100.0: 1.0, 50.0: 0.5}}
+
+
 def test_a_gain_is_bold_where_it_is_larger_than_its_interval(equal_cost: ModuleType) -> None:
     points = [(50.0, 0.95), (100.0, 0.99)]
     assert equal_cost._gain(0.90, points, 50.0, 1500) == "**+5.0** (50 %)"
     assert equal_cost._gain(0.94, points, 50.0, 1500) == "+1.0 (50 %)"
     assert equal_cost._gain(0.98, points, 75.0, 1500) == "-1.0 (75 %)"
     assert equal_cost._gain(0.98, points, None, 1500) == "not recorded"
+
+
+def test_the_recorded_run_timed_equal_caches(equal_cost: ModuleType) -> None:
+    (setting,) = equal_cost.speed_record()["settings"]
+    stock, *rows = setting["rows"]
+    assert len(equal_cost.speed_record()["load_average"]) == 3
+    per_token = stock["kv_bytes"] / sum(stock["kv_length"] - 576 + held for held in stock["held_by_layer"])
+    by_budget: dict[int, list[int]] = {}
+    for row in rows:
+        assert len(row["held_by_layer"]) == 4 and len(row["seconds"]["ttft"]["runs"]) == 3
+        if row["method"] != "downsample":
+            by_budget.setdefault(row["visual_token_num"], []).append(row["kv_bytes"])
+    assert list(by_budget) == [288, 216]
+    for sizes in by_budget.values():
+        assert len(sizes) == 4  # vispruner and three in the language model
+        assert max(sizes) - min(sizes) <= 4 * 3 * per_token  # whole tokens in whole layers miss a mean by less
 
 
 def test_the_readme_s_tables_at_equal_cost_are_what_the_command_prints(equal_cost: ModuleType) -> None:
