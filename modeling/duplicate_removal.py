@@ -32,7 +32,9 @@ FEWEST_ROWS = 16  # to multiply at a time: the product of one or two is rounded 
 def default_step(tokens: int) -> int:
     """Return the most tokens that fall per round: 8, as in the paper, for every full 1,024 that an image has.
 
-    So up to 2,047 tokens the rounds are the paper's, and never more than 256.
+    Full ones, because in proportion it would be 9 for CogVLM's 1,225 tokens, which the paper prunes with 8, and the
+    default is to be the paper's wherever that has been used. So up to 2,047 tokens the rounds are the paper's, and
+    never more than 256.
     """
     return 8 * max(1, tokens // 1024)
 

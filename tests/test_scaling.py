@@ -21,6 +21,7 @@ from vispruner.selectors import ENCODER_METHODS, SELECTORS, Selector
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import dedup_step  # noqa: E402
 import large_checkpoints  # noqa: E402
 import scaling  # noqa: E402
 
@@ -331,6 +332,19 @@ def test_the_recorded_run_stays_below_the_bars(recorded, features):
 
 def test_the_readme_shows_the_recorded_run(recorded):
     assert scaling.markdown(recorded) in (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_step_benchmark_asks_every_question_under_every_step(tmp_path, monkeypatch):
+    """One picture of 14 x 14 patches, where the default is the paper's step."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of other tests in this process, too
+    out = tmp_path / "out.json"
+    dedup_step.main(["--pictures", "1", "--grids", "14", "--kept", "20", "--json", str(out)])
+    result = json.loads(out.read_text())
+    paper, other = result["rows"]
+    assert result["settings"]["questions"] == len(dedup_step.asked(1, 0)) > 5
+    assert (paper["dedup_step"], paper["default"], paper["in_common"]) == (8, True, 1)
+    assert (other["dedup_step"], other["default"]) == (32, False) and 0 < other["in_common"] <= 1
+    assert other["only_this_right"] + other["only_8_right"] <= result["settings"]["questions"]
 
 
 def test_the_recorded_share_of_the_first_token_is_small(recorded):
