@@ -334,6 +334,14 @@ def test_the_readme_shows_the_recorded_run(recorded):
     assert scaling.markdown(recorded) in (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_readme_shows_what_the_default_step_changes_in_large_pictures():
+    recorded = json.loads((BENCHMARKS / "results" / "dedup-step.json").read_text())
+    assert recorded["settings"]["pictures"] >= 24 and all(row["tokens"] > 2047 for row in recorded["rows"])
+    text = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    assert dedup_step.markdown(recorded["rows"]) in text
+    assert f"{recorded['settings']['questions']} questions about {recorded['settings']['pictures']} pictures" in text
+
+
 def test_the_step_benchmark_asks_every_question_under_every_step(tmp_path, monkeypatch):
     """One picture of 14 x 14 patches, where the default is the paper's step."""
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of other tests in this process, too
