@@ -365,3 +365,14 @@ def test_what_cannot_be_measured_is_refused(
 ) -> None:
     assert latency.main(["--quick", *arguments]) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_method_in_the_language_model_is_timed_at_equal_cache(latency: ModuleType, tmp_path: Path) -> None:
+    arguments = ["--quick", "--methods", "vispruner", "fastv", "--budgets", "32", "--batches", "1", "--rounds", "1"]
+    assert latency.main([*arguments, "--no-memory", "--out", str(tmp_path)]) == 0
+    (file,) = tmp_path.glob("latency-methods-decoder-*.json")
+    rows = {row["method"]: row for row in json.loads(file.read_text())["settings"][0]["rows"]}
+    assert rows["fastv"]["held_by_layer"] == [64] + [27] * 7 and rows["vispruner"]["held_by_layer"] == [32] * 8
+    assert 0.98 * rows["vispruner"]["kv_bytes"] < rows["fastv"]["kv_bytes"] <= rows["vispruner"]["kv_bytes"]
+    assert rows["fastv"]["seconds"]["e2e"]["median"] > 0 and rows["fastv"]["peak_bytes"] == {}
+    assert latency.main(["--quick", "--no-memory"]) == 2
