@@ -42,10 +42,11 @@ class Method:
     """One row of the table.
 
     paper    the arXiv number, and the name there where the docstring says one
-    prunes   behind the encoder, or before which layers of a language model of 32
+    prunes   behind the encoder, before which layers of a language model of 32, or both
     needs    beside features: inputs of the registry, with "?" those that it can do without
     differs  how it differs from its authors' code; empty where it does not
     loses    what other methods have, keys of `LOSSES`
+    experimental  whether its authors published no code
     refused  why the model asked about cannot have it; None where it can, or none was asked
     """
 
@@ -57,11 +58,14 @@ class Method:
     options: dict[str, Any]
     differs: str
     loses: tuple[str, ...]
+    experimental: bool
     refused: str | None = None
 
     @property
     def authors(self) -> str:
         """Whether it does what its authors' code does."""
+        if self.experimental:
+            return "experimental"
         return "" if not self.paper else "differs" if self.differs else "exact"
 
 
@@ -71,24 +75,27 @@ def all_methods(base: Any = None) -> list[Method]:
 
 
 def _order(entry: tuple[str, Selector]) -> tuple[bool, str]:
-    return entry[1].place is not None, entry[0]
+    return entry[1].in_decoder, entry[0]
 
 
 def _method(name: str, selector: Selector, base: Any) -> Method:
     summary, *paragraphs = re.split(r"\n\s*\n", inspect.getdoc(selector.function) or "")
     paper = re.search(r" \((?:([^(),]+), )?(?:arXiv )?(\d{4}\.\d{5})[^()]*\)", summary)
     named = f"{paper[1]}, {paper[2]}" if paper and paper[1] and paper[1] != "arXiv" else paper[2] if paper else ""
-    layers = [] if selector.place is None else selector.place.layers(DEPTH)
+    place = selector.place or selector.then
+    layers = [] if place is None else place.layers(DEPTH)
+    where = [ENCODER] * (selector.place is None) + ["before layer " + ", ".join(map(str, layers))] * bool(layers)
     looked_at = not re.search(r"^ *saliency .*not looked at", "\n".join(paragraphs), re.MULTILINE)
     return Method(
         name,
         re.sub(r" \([^()]*\d{4}\.\d{5}[^()]*\)", "", summary.replace("\n", " ")).rstrip("."),
         named,
-        f"before layer {', '.join(map(str, layers))}" if layers else ENCODER,
+        ", ".join(where),
         (*(["saliency"] if looked_at else []), *sorted(selector.needs), *(f"{use}?" for use in sorted(selector.uses))),
         dict(selector.options),
         " ".join(re.sub(r"\s+", " ", part) for part in paragraphs if "authors" in part and not _is_list(part)),
         LOST_IN_DECODER if layers else ("vLLM plugin",) if selector.needs - SELECTOR_INPUTS else (),
+        selector.experimental,
         None if base is None else _refusal(base, name),
     )
 
@@ -158,6 +165,7 @@ def table(methods: Sequence[Method], asked: str | None = None) -> str:
     lines += _list("Against the authors' code:", {m.name: m.differs for m in methods if m.differs})
     lines += _list("Lost:", {name: text for name, text in LOSSES.items() if any(name in m.loses for m in methods)})
     lines += ["", f"Layers are those of a language model of {DEPTH}. Needs with ? are used where there are any."]
+    lines += ["Of experimental methods there is no code of the authors."]
     return "\n".join(lines)
 
 
