@@ -65,6 +65,10 @@ ALL_WITH_ALL: dict[str, Callable[[LlavaConfig], int]] = {
     **dict.fromkeys(("cls_attention", "random", "uniform_grid"), lambda config: 0),
 }
 PROJECTED = frozenset({"divprune"})
+# Methods whose every stage is counted: not those that prune behind the encoder too, nor what another model found.
+IN_LAYERS = tuple(
+    name for name in DECODER_METHODS if SELECTORS[name].place is not None and not SELECTORS[name].is_told
+)
 FIRST_TOKEN_STAGES = ("vision", "select", "project", "prefill", "logits")
 STAGES = (*FIRST_TOKEN_STAGES, "decode")
 TEXT_TOKENS = 64
@@ -110,7 +114,7 @@ def stage_flops(
     """
     patches = patches_of(config)
     kept = patches if row == STOCK else min(visual_token_num, patches)
-    in_decoder = row == OURS and method in DECODER_METHODS
+    in_decoder = row == OURS and method in IN_LAYERS
     held = layers_of_method(config, method, kept) if in_decoder else [kept] * config.text_config.num_hidden_layers
     lengths = [text_tokens + count for count in held]
     reads = row == OURS and not in_decoder and kept < patches
@@ -133,7 +137,7 @@ def stage_flops(
 
 def has_known_cost(method: str) -> bool:
     """Whether `stage_flops` knows what a method compares."""
-    return method in (VISPRUNER, *ALL_WITH_ALL, *DECODER_METHODS)
+    return method in (VISPRUNER, *ALL_WITH_ALL, *IN_LAYERS)
 
 
 def layers_of_method(config: LlavaConfig, method: str, visual_token_num: int) -> list[int]:
@@ -183,6 +187,8 @@ def _comparing_flops(config: LlavaConfig, method: str, before: int, left: int, l
         options = SELECTORS[method].options
         asking = min(options["image_pivots"], left) + min(options["text_pivots"], length)
         return 2 * asking * before * config.text_config.hidden_size
+    if method == "topv":  # what the layer was given with what it made of it
+        return 2 * before**2 * config.text_config.hidden_size
     return 0
 
 
@@ -360,7 +366,7 @@ def methods_table(
     for budget in budgets:
         for method in methods:
             flops = stage_flops(config, OURS, budget, text_tokens=text_tokens, method=method)
-            in_decoder = method in DECODER_METHODS
+            in_decoder = method in IN_LAYERS
             held = layers_of_method(config, method, budget) if in_decoder else [budget] * depth
             cache = kv_cache_bytes(config, [text_tokens + count for count in held], bytes_per_value)
             runs = ", ".join(f"{len(list(group))} x {count}" for count, group in groupby(held))
@@ -477,7 +483,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--methods",
         nargs="*",
-        choices=[*ALL_WITH_ALL, VISPRUNER, *DECODER_METHODS],
+        choices=[*ALL_WITH_ALL, VISPRUNER, *IN_LAYERS],
         metavar="NAME",
         help="compare methods at equal KV cache instead, by default vispruner and those in the language model",
     )
@@ -513,7 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budgets = sorted(parsed.tokens or budgets_of(config), reverse=True)
     if parsed.methods is not None:
         halves = [patches_of(config) // 2, 3 * patches_of(config) // 8]
-        methods = parsed.methods or [VISPRUNER, *DECODER_METHODS]
+        methods = parsed.methods or [VISPRUNER, *IN_LAYERS]
         try:
             print(methods_table(config, methods, parsed.tokens or halves, parsed.text_tokens, parsed.bytes_per_value))
         except ValueError as error:  # a mean that cannot be met

@@ -72,6 +72,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent))
 from flops import (
     FIRST_TOKEN_STAGES,
+    IN_LAYERS,
     MODEL_CLASSES,
     OURS,
     PEER,
@@ -90,7 +91,7 @@ from vispruner import __version__
 from vispruner.conversion.checkpoint_io import replacing
 from vispruner.conversion.prefill_cost import kv_cache_bytes
 from vispruner.llava_encoder import transformer_of
-from vispruner.selectors import DECODER_METHODS, ENCODER_METHODS, SELECTORS
+from vispruner.selectors import ENCODER_METHODS, SELECTORS
 from vispruner.visual_features import VisualTokens
 
 RESULTS = Path(__file__).parent / "results"
@@ -139,7 +140,7 @@ class Plan:
     @property
     def benchmark(self) -> str:
         """The name of the record."""
-        in_decoder = not set(self.methods).isdisjoint(DECODER_METHODS)
+        in_decoder = not set(self.methods).isdisjoint(IN_LAYERS)
         return "latency" + "-methods" * bool(self.methods) + "-decoder" * in_decoder + "-as-is" * self.as_is
 
     @property
@@ -239,7 +240,7 @@ class Models:
 
 def held_by_layer(config: LlavaConfig, row: Row) -> list[int]:
     """Return how many visual tokens of an image each decoder layer holds."""
-    if row.method in DECODER_METHODS:
+    if row.method in IN_LAYERS:
         return layers_of_method(config, row.method, row.visual_token_num)
     return [row.visual_token_num] * config.text_config.num_hidden_layers
 
@@ -730,7 +731,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--methods",
         nargs="*",
-        choices=[*ENCODER_METHODS, *DECODER_METHODS],
+        choices=[*ENCODER_METHODS, *IN_LAYERS],
         metavar="NAME",
         help="compare these methods, by default all behind the encoder, at --budgets (default: 64) with answers of 2 "
         "tokens",

@@ -331,7 +331,7 @@ OURS = {name for tree in TREES.values() for name in defined_by(tree)}
 OURS -= {name for tree in TREES.values() for name in declared_by(tree)}
 KNOWN = (
     *(torch.Tensor, torch.nn.Module(), torch.device, torch.Size, torch.finfo, numpy.ndarray),
-    *(str, list, dict, set, tuple, type, property, builtins),
+    *(str, int, list, dict, set, tuple, type, property, builtins, typing.NamedTuple("Record", [])),
     *(OSError, Path, re.Match, re.Pattern, inspect.Signature, inspect.Parameter),
 )
 COMMON = {name for known in KNOWN for name in dir(known)}
