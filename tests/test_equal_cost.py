@@ -70,12 +70,12 @@ def test_the_recorded_run_timed_equal_caches(equal_cost: ModuleType) -> None:
     per_token = stock["kv_bytes"] / sum(stock["kv_length"] - 576 + held for held in stock["held_by_layer"])
     by_budget: dict[int, list[int]] = {}
     for row in rows:
-        assert len(row["held_by_layer"]) == 4 and len(row["seconds"]["ttft"]["runs"]) == 3
+        assert len(row["held_by_layer"]) == 4 and len(row["seconds"]["ttft"]["runs"]) >= 3
         if row["method"] != "downsample":
             by_budget.setdefault(row["visual_token_num"], []).append(row["kv_bytes"])
     assert list(by_budget) == [288, 216]
     for sizes in by_budget.values():
-        assert len(sizes) == 4  # vispruner and three in the language model
+        assert len(sizes) == 8  # vispruner, divprune and six in the language model
         assert max(sizes) - min(sizes) <= 4 * 3 * per_token  # whole tokens in whole layers miss a mean by less
 
 
