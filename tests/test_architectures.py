@@ -423,6 +423,19 @@ def test_methods_that_fold_tokens_hand_over_what_they_made(model: Model, method:
     assert torch.equal(answers(model.pruned, model.prompt(ONE)), answers(model.pruned, model.prompt(ONE, SEVERAL))[:1])
 
 
+@pytest.mark.parametrize("model", ["llava"], indirect=True)
+def test_features_are_folded_together_before_they_are_projected(model: Model) -> None:
+    model.pruned.set_vispruner_config(method="visionzip")
+    inputs, rows = model.prompt(ONE), []
+    hook = model.pruned.model.multi_modal_projector.register_forward_hook(
+        lambda module, given, made: rows.append(given[0].shape[-2])
+    )
+    logits(model.pruned, inputs)
+    hook.remove()
+    ((kept,),) = model.counts(inputs)[1].values()
+    assert rows == [kept]
+
+
 def sorted_rows(tokens: torch.Tensor) -> torch.Tensor:
     return torch.stack(sorted(tokens, key=lambda row: row.tolist()))
 
