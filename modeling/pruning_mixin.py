@@ -24,7 +24,7 @@ from .encoded_images import EncodedImages
 from .engine_interface import EngineModelMixin
 from .full_prompt_view import FullPromptHook, FullPromptStreamer, FullPromptView
 from .pretrained_mixin import PretrainedMixin, stock_class_of
-from .prompt_reading import FEATURES, PER_TOKEN, Modality, Prompt, cached_length, cached_prompt
+from .prompt_reading import FEATURES, PER_TOKEN, Modality, Prompt, cached_length, cached_prompt, find_placeholders
 from .prompt_shortening import IGNORED, CachedPrompt, KeptColumns, any_of, read_layout, rows_of_images
 from .pruned_forward import HeadCall
 from .stock_versions import CACHE, CACHE_NAMES, SLICES_FEATURES, TAKES_FEATURES
@@ -315,16 +315,18 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         return type(merged)(wrappers.get(id(hook), hook) for hook in merged)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> Any:
-        """Stock, with the features of each row repeated for its copies where stock does not know of features."""
-        if expand_size > 1 and not TAKES_FEATURES and (encoded := inputs.get(FEATURES)):
-            flags = {token: inputs["input_ids"] == token for token in self.model.placeholder_ids}
+        """Stock, but for features: old versions repeat none, or mix up those of a row with several images."""
+        encoded = inputs.pop(FEATURES, None) if expand_size > 1 else None
+        ids, expanded = super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
+        if encoded:
+            flags = find_placeholders(inputs, self.model.placeholder_ids, self.get_input_embeddings())
             placeholders = read_layout(flags).placeholders
-            inputs[FEATURES] = {
+            expanded[FEATURES] = {
                 modality.name: _repeated(encoded[modality.name], placeholders[token], expand_size)
                 for modality, token in zip(self.modalities, placeholders, strict=True)
-                if modality.name in encoded
+                if encoded.get(modality.name) is not None
             }
-        return super()._expand_inputs_for_generation(expand_size=expand_size, **inputs)
+        return ids, expanded
 
     def _inferred_mask(self, ids: torch.Tensor, arguments: dict[str, Any], config: Any) -> dict[str, Any]:
         """As stock does without a mask: padding is told by its id, unless that id also ends a sequence."""
