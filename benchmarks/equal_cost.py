@@ -183,7 +183,8 @@ def loss_table() -> str:
         "| all behind the encoder | what is left | yes | sees the same tokens | yes, where [CLS] is not needed |",
     ]
     kinds: dict[tuple[bool, bool], list[str]] = {}
-    for method in (name for name in DECODER_METHODS if name in accuracies()):
+    right = accuracies()
+    for method in (name for name in DECODER_METHODS if name in right):
         place = SELECTORS[method].place
         assert place is not None
         asks = place.ranking in ("last_row", "rater_rows", "level_rater_rows") or "text" in SELECTORS[method].needs

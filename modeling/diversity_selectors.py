@@ -17,6 +17,7 @@ from .selector_inputs import (
     checked_budget,
     checked_projected,
     checked_share,
+    checked_unit,
     every_token,
     most_attended_first,
     widened,
@@ -47,8 +48,7 @@ def select_mmr(
     """
     budget = checked_budget(features, saliency, visual_token_num)
     weight = checked_share("importance_weight", importance_weight)
-    projected = checked_projected(projected, saliency)
-    unit = projected / norms_of(projected)
+    unit = checked_unit(projected, saliency)
     if budget == saliency.shape[1]:
         return every_token(saliency)
     attention = saliency.detach().to(unit.dtype)
@@ -75,8 +75,7 @@ def select_adts(
     into tokens of other frames, which is no part of this.
     """
     budget = checked_budget(features, saliency, visual_token_num)
-    projected = checked_projected(projected, saliency)
-    unit = projected / norms_of(projected)
+    unit = checked_unit(projected, saliency)
     if budget == saliency.shape[1]:
         return every_token(saliency)
     attention = saliency.detach().to(unit.dtype)
@@ -106,8 +105,7 @@ def select_holov(
     """
     budget = checked_budget(features, saliency, visual_token_num)
     check_count("strips", strips)
-    projected = checked_projected(projected, saliency)
-    unit = projected / norms_of(projected)
+    unit = checked_unit(projected, saliency)
     tokens = saliency.shape[1]
     if budget == tokens:
         return every_token(saliency)
@@ -469,8 +467,7 @@ def select_evs(
     frame keeps as many, known beforehand, and what the first one keeps, are choices of ours.
     """
     budget = checked_budget(features, saliency, visual_token_num)
-    projected = checked_projected(projected, saliency)
-    unit = projected / norms_of(projected)
+    unit = checked_unit(projected, saliency)
     lengths = _lengths_of_videos(videos, len(unit))
     change = -(unit[1:] * unit[:-1]).sum(dim=-1)
     score = torch.cat([torch.zeros_like(unit[:1, :, 0]), change])

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .decoder_selectors import in_proportion
-from .selector_inputs import checked_budget, most_attended_first
+from .selector_inputs import checked_budget, checked_unit, most_attended_first, widened
 from .selector_registry import DecoderPlace, Then, register_selector, rows_at
 from .similarity import cosines, norms_of
 
@@ -28,7 +28,7 @@ def _fill_evenly(stays: torch.Tensor, budget: int) -> torch.Tensor:
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
-    wide = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+    wide = widened(features)
     return wide / norms_of(wide)
 
 
@@ -90,7 +90,7 @@ def select_todre(
     stay, they are those that `fastv` ranks first.
     """
     budget = checked_budget(features, saliency, visual_token_num)
-    unit = _unit(projected)
+    unit = checked_unit(projected, saliency)
     closeness = (unit * unit.sum(1, keepdim=True)).sum(-1)  # to all, which ranks as that to their mean does
     picked = torch.zeros_like(closeness, dtype=torch.bool)
     to_kept = torch.zeros_like(closeness)

@@ -260,7 +260,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         Each keeps as many as `budgets` says, by default what the configured budget leaves of its own N.
         """
         if budgets is None:
-            budgets = [self.encoder_options.budget(image.features.shape[1]) for image in images]
+            options = self.encoder_options
+            budgets = [options.budget(image.features.shape[1]) for image in images]
         groups: dict[tuple[int, tuple[int, int] | None, int], list[int]] = {}
         for number, (image, budget) in enumerate(zip(images, budgets, strict=True)):
             groups.setdefault((image.features.shape[1], image.grid, budget), []).append(number)

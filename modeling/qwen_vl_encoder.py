@@ -86,7 +86,8 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         if grid_thw is None:
             raise ValueError(f"{name} is missing: pass all that the processor returned")
         full = [rows * columns for rows, columns in self.frames_of(grid_thw)]
-        return full, [self.encoder_options.budget(count) for count in full]
+        options = self.encoder_options
+        return full, [options.budget(count) for count in full]
 
     def frames_of(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
         """Return per frame of (images, 3) grids the rows and columns of its merged tokens."""

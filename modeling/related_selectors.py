@@ -15,6 +15,7 @@ from .selector_inputs import (
     checked_grid,
     checked_layers,
     checked_projected,
+    checked_unit,
     every_token,
     most_attended_first,
     widened,
@@ -185,8 +186,7 @@ def select_divprune(
     The authors' code may pick a token twice where others equal it; here it is picked once.
     """
     budget = checked_budget(features, saliency, visual_token_num)
-    projected = checked_projected(projected, saliency)
-    unit = projected / norms_of(projected)
+    unit = checked_unit(projected, saliency)
     if budget == saliency.shape[1]:
         return every_token(saliency)
     slope = torch.ones_like(unit[..., 0])

@@ -4,7 +4,7 @@ from typing import TypeGuard
 
 import torch
 
-from .similarity import refuse_unless
+from .similarity import norms_of, refuse_unless
 
 
 def checked_budget(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> int:
@@ -62,6 +62,12 @@ def checked_grid(grid: tuple[int, int], tokens: int) -> tuple[int, int]:
 
 def checked_projected(projected: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
     return checked_rows("projected", projected, saliency)
+
+
+def checked_unit(projected: torch.Tensor, saliency: torch.Tensor) -> torch.Tensor:
+    """Check projected features (B, N, D) and bring each token to length 1."""
+    projected = checked_projected(projected, saliency)
+    return projected / norms_of(projected)
 
 
 def checked_layers(layer_saliency: torch.Tensor, saliency: torch.Tensor, layers: int | None = None) -> torch.Tensor:

@@ -85,7 +85,11 @@ def model(
     name = request.param
     if name not in models:
         models[name] = made(name, tmp_path_factory.mktemp(name) / "base")
-    model = models[name]
+    yield from lent(models[name])
+
+
+def lent(model: Model) -> Iterator[Model]:
+    """Lend a model that several tests use; it gets its own options back."""
     before = dict(model.pruned.config.vispruner_config)
     yield model
     model.pruned.config.vispruner_config = before

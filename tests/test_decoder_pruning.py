@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import ONE, ROWS, SEVERAL, TEXT, TOKEN_TYPES, TOLERANCE, Model, generate, made
+from matrix import ONE, ROWS, SEVERAL, TEXT, TOKEN_TYPES, TOLERANCE, Model, generate, lent, made
 from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import QuantizedLayer
@@ -53,11 +53,8 @@ def deep(
             text.layer_types = [kind for kind, _ in zip(itertools.cycle(text.layer_types), range(DEPTH), strict=False)]
         text.num_hidden_layers = DEPTH
         deep_models[name] = made(name, tmp_path_factory.mktemp(name) / "deep", config, keep_ratio=0.5)
-    model = deep_models[name]
-    before = dict(model.pruned.config.vispruner_config)
     with torch.set_grad_enabled("gradients" in request.keywords):
-        yield model
-    model.pruned.config.vispruner_config = before
+        yield from lent(deep_models[name])
 
 
 every_model = pytest.mark.parametrize("deep", ROWS, indirect=True)

@@ -5,15 +5,14 @@ Each recorded layer is computed here by hand: attention from recorded hidden sta
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decoder_vectors import CASES, cases, tensors
 from PIL import Image
-from safetensors import safe_open
 from test_build import write_yaml
 from test_packaging import python_block, run_python_block
 from transformers import AutoConfig, LlavaForConditionalGeneration
@@ -43,19 +42,6 @@ from vispruner.decoder_selectors import (
     select_visiondrop,
 )
 from vispruner.selectors import DECODER_METHODS, SELECTORS, Selection, run_selector
-
-FILE = Path(__file__).parent / "data" / "decoder_selectors.safetensors"
-with safe_open(FILE, "pt") as recorded:
-    CASES = {name: json.loads(text) for name, text in recorded.metadata().items()}
-
-
-def cases(method: str) -> Any:
-    return pytest.mark.parametrize("name", sorted(name for name in CASES if name.split(".")[0] == method))
-
-
-def tensors(name: str) -> dict[str, torch.Tensor]:
-    with safe_open(FILE, "pt") as file:
-        return {key[len(name) + 1 :]: file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}.")}  # noqa: SIM118
 
 
 def rotary(positions: torch.Tensor, width: int, theta: float = 1e4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,13 +5,12 @@ Indices are equal, merged rows agree to 1e-4 (recorded noise of the sums: 3e-6).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from decoder_vectors import CASES, cases, tensors
 
 import vispruner
 from vispruner.choosing import Choice, watch_choices
@@ -26,19 +25,7 @@ from vispruner.merging_selectors import (
 )
 from vispruner.selectors import SELECTORS, Selection, Selector, kinds_of_kept, run_selector, select_tokens
 
-FILE = Path(__file__).parent / "data" / "decoder_selectors.safetensors"
 METHODS = ["visionzip", "tome", "prumerge", "prumerge_plus"]
-with safe_open(FILE, "pt") as recorded:
-    CASES = {name: json.loads(text) for name, text in recorded.metadata().items()}
-
-
-def cases(method: str) -> Any:
-    return pytest.mark.parametrize("name", sorted(name for name in CASES if name.split(".")[0] == method))
-
-
-def tensors(name: str) -> dict[str, torch.Tensor]:
-    with safe_open(FILE, "pt") as file:
-        return {key[len(name) + 1 :]: file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}.")}  # noqa: SIM118
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
