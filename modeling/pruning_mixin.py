@@ -28,7 +28,7 @@ from .prompt_reading import FEATURES, PER_TOKEN, Modality, Prompt, cached_length
 from .prompt_shortening import IGNORED, CachedPrompt, KeptColumns, any_of, read_layout, rows_of_images
 from .pruned_forward import HeadCall
 from .stock_versions import CACHE, CACHE_NAMES, SLICES_FEATURES, TAKES_FEATURES
-from .visual_features import only_tokens
+from .visual_features import only_tokens, tokens_of
 
 # Under the logger of transformers, so that `transformers serve --log-level` counts.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -374,7 +374,7 @@ def labels_that_stay(arguments: dict[str, Any], columns: KeptColumns) -> dict[st
 
 def _repeated(features: Any, placeholders: list[int], times: int) -> Any:
     """Repeat the images of each row as often as the row is."""
-    rows = rows_of_images(placeholders, [len(image) for image in features.pooler_output])
+    rows = rows_of_images(placeholders, [len(image) for image in tokens_of(features)])
     copies = [
         image for row in range(len(placeholders)) for _ in range(times) for image, own in enumerate(rows) if own == row
     ]
