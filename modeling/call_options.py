@@ -4,12 +4,13 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
+from .prompt_reading import Questions
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Call:
     places         (B, S, 3) where the visual tokens of its prompt lie in their images; None where no method asks
     importance     (B, N) what its caller said of these tokens, in their order
     told           (B, S) the same in their columns; None where no method asks
+    questions      by modality what is asked about its images, where a method chooses by that
+    question       that of the modality whose images are encoded now
     """
 
     vispruner_config: dict[str, Any]
@@ -57,6 +60,8 @@ class Call:
     places: torch.Tensor | None = None
     importance: torch.Tensor | None = None
     told: torch.Tensor | None = None
+    questions: Mapping[str, Questions] = field(default_factory=dict)
+    question: Questions | None = None
 
 
 class _Calls(threading.local):

@@ -12,7 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
-from .selectors import require_no_decoder_stage
+from .selectors import require_choice_by_image
 
 # The attention function that vLLM's Transformers backend gives the language model.
 ENGINE_ATTENTION = "vllm"
@@ -50,7 +50,7 @@ def require_servable(config: Any) -> None:
 
 
 def _require_known_counts(options: VisPrunerOptions) -> None:
-    require_no_decoder_stage(options)
+    require_choice_by_image(options)
     if options.position_policy == "original":
         raise ValueError(
             'vispruner_config.position_policy "original" cannot be served: the engine numbers tokens itself '

@@ -6,6 +6,7 @@ grid; T tokens a tile, no newlines. "native": stock packing of the kept tokens t
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,6 +141,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         if pixel_values.dim() == 5:
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
+        tokens = replace(tokens, owners=tuple(image for image, count in enumerate(tiles) for _ in range(count)))
         self.require_folded_features()
         if options.tile_mode == "paper":
             selection = self.select(tokens, options.budget(patches))
@@ -181,7 +183,9 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             group = torch.tensor(numbers)[:, None].to(keep.device, non_blocking=True)
             columns = torch.stack([survivors[number] for number in numbers]).to(keep.device, non_blocking=True)
             budget = min(self.encoder_options.budget(keep.shape[1]), count)
-            part = tokens.part(group, columns, grid)
+            assert tokens.owners is not None
+            owners = tuple(tokens.owners[number] for number in numbers)
+            part = replace(tokens.part(group, columns, grid), owners=owners)
             selection = self.select(part, budget)
             places = columns.gather(1, selection.indices)
             keep[group, places] = True

@@ -239,12 +239,12 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         first = tokens_in(torch.stack([image[0] for image in tiles]), tokens, (self.side, self.side))
         kept_of_base = self.select(first, self.encoder_options.budget(base)).of_each()
         rests, budgets = [], []
-        for image, packing in zip(tiles, packings, strict=True):
+        for number, (image, packing) in enumerate(zip(tiles, packings, strict=True)):
             rows, columns = packing.rest(base)
             if rows * columns:
                 packed = self._pack(image, packing.size, image.new_zeros(image.shape[-1]))
                 grid = packed[base:].unflatten(0, (rows, columns + 1))[:, :columns].flatten(0, 1)
-                rests.append(tokens_in(grid[None], tokens, (rows, columns)))
+                rests.append(replace(tokens_in(grid[None], tokens, (rows, columns)), owners=(number,)))
                 budgets.append(self._budgets(packing)[1])
         kept_of_rests = iter(self.select_each(rests, budgets))
         chosen = []
@@ -302,7 +302,8 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         outputs, tokens = self.encode(pixel_values_videos.flatten(0, 1), vision_feature_layer, **kwargs)
         side = math.ceil(self.side / 2)
         pooled = tokens_in(self.apply_pooling(channels_of(tokens)), tokens, (side, side))
-        pooled = replace(pooled, videos=frames_in_order(videos, frames))
+        of_videos = frames_in_order(videos, frames)
+        pooled = replace(pooled, videos=of_videos, owners=of_videos)
         selection = self.select(pooled, self.encoder_options.budget(self.frame_tokens))
         visual = selection.take(self.apply_pooling(self.project(tokens.features)))
         visual = visual.unflatten(0, (videos, frames)).flatten(1, 2)

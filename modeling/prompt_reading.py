@@ -4,7 +4,7 @@ A prompt is *full* when it has as many placeholders as a stock processor writes,
 visual tokens are kept. Nothing that a caller handed over is changed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -17,10 +17,13 @@ from .prompt_shortening import (
     Flags,
     KeptColumns,
     PromptLayout,
+    any_of,
     holds_unbroken_images,
     keep_columns,
     read_layout,
+    rows_of_images,
 )
+from .selector_registry import rows_at
 from .stock_versions import CACHE
 from .visual_features import full_counts_of, kept_counts_of
 
@@ -50,6 +53,20 @@ IMAGES = Modality(
     ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy"),
     "image_token_id",
 )
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the rows of a prompt ask about their images.
+
+    words    (B, L, D) the words of each row's question, as the language model embeds them
+    is_word  (B, L)    False for what fills up a row with fewer words
+    rows     of each image, in reading order, the row that shows it
+    """
+
+    words: torch.Tensor
+    is_word: torch.Tensor
+    rows: list[int]
 
 
 @dataclass(frozen=True)
@@ -156,6 +173,32 @@ class Prompt:
         for modality, token in self.modalities:
             if not self.full[token] and (placeholders := sum(self.layout.placeholders[token])):
                 raise ValueError(_wrong_placeholders(modality, token, placeholders, [], []))
+
+    def questions(
+        self, embed: Callable[[torch.Tensor], torch.Tensor], last: torch.Tensor | None = None
+    ) -> dict[str, Questions]:
+        """Return what is asked about the images of each modality, by its name.
+
+        embed  ids (B, L) to embeddings (B, L, D)
+        last   (B,) the last column of each row that is question, not answer; None for all
+        A question is the words behind the last image of its row; all words of a row where none come behind it.
+        """
+        visual = any_of(list(self.is_placeholder.values()))
+        column = torch.arange(self.width, device=self.device)
+        is_text = ~visual if self.mask is None else ~visual & self.mask.bool().to(self.device)
+        if last is not None:
+            is_text &= column <= last.to(self.device)[:, None]
+        behind = is_text & (column > (visual * column).amax(dim=1, keepdim=True))
+        is_word = torch.where(behind.any(dim=1, keepdim=True), behind, is_text)
+        per_row = zip(self.layout.seen, *self.layout.placeholders.values(), strict=True)
+        most = max(1, *(seen - sum(images) for seen, *images in per_row))  # known without a look at the device
+        order = (~is_word).int().argsort(dim=1, stable=True)[:, :most]
+        with torch.no_grad():
+            embeds = self.inputs.get("inputs_embeds")
+            words = embed(self.inputs["input_ids"].gather(1, order)) if embeds is None else rows_at(embeds, order)
+        written, is_word = self.full if self.form == "full" else self.kept, is_word.gather(1, order)
+        rows = {token: rows_of_images(self.layout.placeholders[token], images) for token, images in written.items()}
+        return {modality.name: Questions(words.detach(), is_word, rows[token]) for modality, token in self.modalities}
 
     def with_inputs(self, inputs: Mapping[str, Any]) -> "Prompt":
         """Return this prompt with other inputs of the same tokens; what was read of it stays."""

@@ -4,6 +4,7 @@ Knows the registry of selectors; where attention and tokens are in a model is th
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,6 +188,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         """Return which tokens stay, T of each image, by the configured method."""
         options = self.encoder_options
         codebook = self._read_codebook() if "codebook" in SELECTORS[options.method].needs else None
+        if self.is_guided:
+            tokens = replace(tokens, further={**tokens.further, **self._asked_about(tokens)})
         selection = choose(options, tokens, visual_token_num, project=self.project, codebook=codebook)
         if selection.appended:
             raise ValueError(
@@ -194,6 +197,20 @@ class VisPrunerModelMixin(PrunedForwardMixin):
                 "model can: give it prune_layers"
             )
         return selection
+
+    def _asked_about(self, tokens: VisualTokens) -> dict[str, torch.Tensor]:
+        """Return what a method is given of the question that each of B images is asked."""
+        question = None if self.open_call is None else self.open_call.question
+        if question is None:
+            raise ValueError(
+                f'vispruner_config.method "{self.vispruner_options.method}" chooses by the question, which is not '
+                "known here: pass the images to generate or forward, together with the prompt"
+            )
+        owners = range(len(tokens.features)) if tokens.owners is None else tokens.owners
+        rows = torch.tensor([question.rows[owner] for owner in owners]).to(question.words.device, non_blocking=True)
+        words, is_word = (given[rows].to(tokens.features.device) for given in (question.words, question.is_word))
+        saliency = torch.zeros(is_word.shape, device=is_word.device).masked_fill(~is_word, float("-inf"))
+        return {"text": words, "text_saliency": saliency}
 
     def prune(self, outputs: Any, tokens: VisualTokens, asked: Mapping[str, Any]) -> PrunedImageFeatures:
         """Select from every image by one budget and project what stays; `pooler_output` is one tensor (B, T, D).

@@ -29,6 +29,7 @@ from .prompt_reading import (
 )
 from .prompt_shortening import CachedPrompt, Counts, KeptColumns, every_column, joined_counts, last_placeholders
 from .pruned_decoder import PrunedDecoderMixin
+from .selectors import selector_named
 from .stock_versions import CACHE, CACHE_NAMES, TAKES_FEATURES, by_stock_name, merge_features, versions
 from .visual_features import tokens_of
 
@@ -112,7 +113,7 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         last = None if last is None else torch.as_tensor(last).reshape(-1) - 1
         importance = inputs.pop("visual_importance", None)
         compiling = torch.compiler.is_compiling()
-        if compiling and not self.prunes_in_decoder:
+        if compiling and not self.prunes_in_decoder and not self.is_guided:
             # How many columns fall cannot be traced: stock checks that none need to.
             outputs = self._run_stock(stock_forward, self._compiled_inputs(inputs))
         else:
@@ -134,6 +135,8 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         prompt = self.read_prompt(inputs)
         self.note_pruning(prompt)
         policy = self.position_policy()
+        if self.is_guided and not self.is_in_generate:
+            self.note_questions(prompt, head.last)
         if prompt.form != "same":
             shortened, columns = self.shorten(prompt, policy.in_forward)
         else:
@@ -237,6 +240,32 @@ class PrunedForwardMixin(PrunedDecoderMixin):
             call.places = self.places_in_images(prompt)
             call.told = self.told_of_columns(prompt, call.importance)
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether which visual tokens stay behind the encoder depends on the question."""
+        method = self.methods[0]
+        return method is not None and selector_named(method).is_guided
+
+    def note_questions(self, prompt: Prompt, last: torch.Tensor | None = None) -> None:
+        """Note what a prompt asks about its images, before they are encoded.
+
+        last  (B,) the last column of each row that is question, not answer; None for all
+        """
+        call = self.open_call
+        if call is not None and self._has_pixels(prompt.inputs):
+            call.questions = prompt.questions(self.get_input_embeddings(), last)
+
+    def encode_prompt(self, **inputs: Any) -> dict[str, Any]:
+        """Return the vision outputs of a prompt's images by modality, as `forward` has them: chosen for its question.
+
+        inputs  what the processor returned
+        """
+        with self.call_with():
+            given = self.named_as_stock(inputs)
+            if self.is_guided:
+                self.note_questions(self.read_prompt(given))
+            return dict(self.encoded(given)[FEATURES])
+
     def shorten(
         self, prompt: Prompt, full_positions: Callable[[Prompt], torch.Tensor | None], cached: bool = False
     ) -> tuple[dict[str, Any], KeptColumns | None]:
@@ -287,11 +316,13 @@ class PrunedForwardMixin(PrunedDecoderMixin):
 
     def encoded(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return inputs with features in place of pixels."""
-        features = dict(inputs.get(FEATURES) or {})
+        features, call = dict(inputs.get(FEATURES) or {}), self.open_call
         for modality in self.modalities:
             if (pixels := inputs.get(modality.pixels)) is not None:
                 described = {name: inputs[name] for name in modality.described_by if name in inputs}
                 encode = getattr(self, f"get_{modality.name}_features")
+                if call is not None:
+                    call.question = call.questions.get(modality.name)
                 features[modality.name] = encode(pixels, **described, return_dict=True)
         pixels = {modality.pixels for modality in self.modalities}
         return {**{name: value for name, value in inputs.items() if name not in pixels}, FEATURES: features}
@@ -300,8 +331,10 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         """Say whether stock cannot encode the pixels in `inputs` itself.
 
         It takes either pixels or features, and reads no tuples, which it would get where the config asks for them.
+        And it does not say which images it is about to encode, so that a method could look up what is asked about them.
         """
-        return self._has_pixels(inputs) and (bool(inputs.get(FEATURES)) or not self.config.return_dict)
+        cannot = bool(inputs.get(FEATURES)) or not self.config.return_dict or self.is_guided
+        return self._has_pixels(inputs) and cannot
 
     def put_features(self, inputs: dict[str, Any], features: Mapping[str, Any]) -> dict[str, Any]:
         """Return inputs of a stock forward that takes no features: here put into the embedded prompt."""

@@ -179,7 +179,8 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         videos = [(number,) for number, (t, _, _) in enumerate(grid_thw.tolist()) for _ in range(int(t))]
         parts = zip(features.split(counts), saliency, of_layers, frames, videos, strict=True)
         images = [
-            VisualTokens(tokens[None], score, layer, grid, videos=own) for tokens, score, layer, grid, own in parts
+            VisualTokens(tokens[None], score, layer, grid, videos=own, owners=(number,))
+            for number, (tokens, score, layer, grid, own) in enumerate(parts)
         ]
         for name, given in tap.further.items():
             of_images = self._merged(given.mT, grid_thw).split(counts, dim=-1)

@@ -3,7 +3,7 @@
 Every selector is called as `select(features, saliency, visual_token_num, **further)` and says which tokens stay: an
 index tensor (B, T), ascending, T = min(visual_token_num, N), or a `Selection`. It never changes its inputs. Its
 further parameters are inputs it needs (see `FURTHER_INPUTS`) and its options. With the default None, `grid` is an
-input that it gets where the tokens are a whole grid, and can do without; likewise `videos` and `cls_feature`.
+input that it gets where the tokens are a whole grid, and can do without; likewise the others of `USABLE_INPUTS`.
 """
 
 import difflib
@@ -217,6 +217,11 @@ class Selector(NamedTuple):
         return self.place is not None or self.then is not None
 
     @property
+    def is_guided(self) -> bool:
+        """Whether what stays behind the encoder depends on the question."""
+        return self.place is None and bool(QUESTION & (self.needs | self.uses))
+
+    @property
     def is_told(self) -> bool:
         """Whether each call has to say by what it ranks: what another model found."""
         return self.place is not None and self.place.ranking == "told"
@@ -236,18 +241,20 @@ _INPUTS = ["features", "saliency", "visual_token_num"]
 #   cls_feature     (B, C)           what `features` has of the [CLS] token
 #   cls_query       (B, d)           the query of [CLS] in the encoder's last layer, heads side by side
 #   raw_keys        (B, 1+N, d)      the keys of that layer likewise, that of [CLS] first
-#   text            (B, L, C)        features of the prompt's columns
-#   text_saliency   (B, L)           saliency of these; -inf where a column is no word behind the image
+#   text            (B, L, C)        features of the prompt's columns; behind the encoder, its embedded words
+#   text_saliency   (B, L)           saliency of these; -inf where there is no word of the question
+#   image_embeds    (B, N, E)        the tokens in the common space of CLIP, which no architecture here gives
+#   text_embeds     (B, M, E)        the question's parts in that space
 #   layer_inputs    (B, N, C)        what the decoder layer that ranks was given; the features are what it made of it
 #   places          (B, N, 3)        the number of each token's image, and how far down and across from its centre it
 #                                    lies, where an image's diagonal has length 1
 # What a decoder layer can give; not each model can tell the places.
 DECODER_INPUTS = frozenset({"projected", "keys", "text", "text_saliency", "layer_inputs", "places"})
 OF_CLS = frozenset({"cls_feature", "cls_query", "raw_keys"})
-FURTHER_INPUTS = DECODER_INPUTS | {"grid", "videos", "layer_saliency", "codebook"} | OF_CLS
-USABLE_INPUTS = frozenset(
-    {"grid", "videos", "cls_feature"}
-)  # of these, the ones with a default: not every place has them
+QUESTION = frozenset({"text", "text_saliency", "image_embeds", "text_embeds"})
+FURTHER_INPUTS = DECODER_INPUTS | {"grid", "videos", "layer_saliency", "codebook"} | OF_CLS | QUESTION
+# Of these, the ones that may have a default: not every place has them.
+USABLE_INPUTS = QUESTION | {"grid", "videos", "cls_feature"}
 
 
 def register_selector(

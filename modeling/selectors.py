@@ -4,6 +4,7 @@ from .configuration_vispruner import VisPrunerOptions
 from .decoder_selectors import select_fastv  # noqa: F401 - as are the next three, so that all register
 from .diversity_selectors import select_mmr  # noqa: F401
 from .experimental_selectors import select_image_text  # noqa: F401
+from .guided_selectors import select_cdpruner  # noqa: F401
 from .merging_selectors import select_visionzip  # noqa: F401
 from .related_selectors import select_scope  # noqa: F401
 from .selector_registry import (
@@ -51,12 +52,18 @@ def require_last_layer_unread(options: VisPrunerOptions) -> None:
             )
 
 
-def require_no_decoder_stage(options: VisPrunerOptions) -> None:
-    """Raise ValueError for a method that prunes in the language model, where each layer caches other tokens."""
-    if methods_by_place(options)[1] is not None:
+def require_choice_by_image(options: VisPrunerOptions) -> None:
+    """Raise ValueError for what an engine cannot do: prune in the language model, or by the question."""
+    encoder, decoder = methods_by_place(options)
+    if decoder is not None:
         raise ValueError(
             f'vispruner_config.method "{options.method}" prunes in the language model, which an engine with a paged '
             "cache cannot: choose a method that prunes behind the encoder"
+        )
+    if encoder is not None and selector_named(encoder).is_guided:
+        raise ValueError(
+            f'vispruner_config.method "{options.method}" chooses by the question, but an engine stores what it '
+            "encoded under the picture alone: choose a method that does not read the question"
         )
 
 
@@ -76,7 +83,7 @@ __all__ = [
     "methods_by_place",
     "register_selector",
     "require_last_layer_unread",
-    "require_no_decoder_stage",
+    "require_choice_by_image",
     "require_published",
     "run_selector",
     "select_tokens",

@@ -89,6 +89,7 @@ class VisualTokens:
     further         what else the method asked for, by its name in the registry: of the tokens (B, N, d), of these and
                     [CLS] before them (B, 1+N, d), or of an image (B, d)
     videos          which video each of B frames is of, the frames of each in order; None where they are no frames
+    owners          which image of the call each of B is, or is a part of; None where they are its images, in order
     """
 
     features: torch.Tensor
@@ -98,6 +99,7 @@ class VisualTokens:
     projected: torch.Tensor | None = None
     further: Mapping[str, torch.Tensor] = field(default_factory=dict)
     videos: tuple[int, ...] | None = None
+    owners: tuple[int, ...] | None = None
 
     def part(self, images: torch.Tensor, indices: torch.Tensor, grid: tuple[int, int]) -> "VisualTokens":
         """Return the tokens at `indices` (G, K) of `images` (G, 1): G images of K tokens, which are such a grid."""
@@ -127,6 +129,7 @@ def stacked(images: Sequence[VisualTokens]) -> VisualTokens:
         layer_saliency=torch.cat(layers) if layers else None,
         further={name: torch.cat([image.further[name] for image in images]) for name in images[0].further},
         videos=None if images[0].videos is None else tuple(n for image in images for n in image.videos or ()),
+        owners=None if images[0].owners is None else tuple(n for image in images for n in image.owners or ()),
     )
 
 

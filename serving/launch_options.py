@@ -8,7 +8,7 @@ from typing import Any
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
-from vispruner.selectors import SELECTORS, require_no_decoder_stage
+from vispruner.selectors import SELECTORS, require_choice_by_image
 from vispruner.visual_attention import Reading
 
 # What a selector may ask for beside features and saliency.
@@ -26,7 +26,7 @@ def merged_options(config: Any, stored: dict[str, Any] | None, given: dict[str, 
     options = VisPrunerOptions.from_dict(merge_vispruner_config(stored, given))
     if options.method == "none":
         return options
-    require_no_decoder_stage(options)
+    require_choice_by_image(options)
     if missing := sorted(SELECTORS[options.method].needs - SELECTOR_INPUTS):
         raise ValueError(f'vispruner_config.method "{options.method}" needs {", ".join(missing)}, which is not served')
     if SELECTORS[options.method].merge_on == "projected":
