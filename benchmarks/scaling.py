@@ -48,7 +48,7 @@ from transformers import Qwen2_5_VLConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from outputs import output_file
-from selection import FEATURE_LAYER, HEAD, LAYERS, PROTOTYPES, Form, interleave, machine, summary, write_json
+from selection import FEATURE_LAYER, HEAD, LAYERS, PROTOTYPES, WORDS, Form, interleave, machine, summary, write_json
 
 from vispruner.conversion.checkpoint_io import replacing
 from vispruner.conversion.prefill_cost import language_model_flops, logits_flops
@@ -96,6 +96,8 @@ def inputs(batch: int, tokens: int, args: argparse.Namespace, features: str) -> 
         "keys": rows(HEAD),
         "cls_query": torch.randn(batch, args.channels, generator=generator),
         "raw_keys": given["features"],
+        "text": torch.randn(batch, WORDS, width, generator=generator),
+        "text_saliency": torch.zeros(batch, WORDS),
     }
 
 

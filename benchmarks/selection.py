@@ -68,6 +68,7 @@ IMPORTANT_RATIO, STEP = 0.5, 8
 LAYERS, FEATURE_LAYER = 24, 22  # of LLaVA's tower, counted from 0
 PROTOTYPES = 64
 HEAD = 64  # width of the keys, mean over heads
+WORDS = 16  # of a question
 Form = Callable[[], Any]
 
 
@@ -225,6 +226,8 @@ def method_form(method: str, args: argparse.Namespace, device: str) -> Form:
         "cls_feature": torch.randn(1, args.channels, generator=generator).to(dtype),
         "cls_query": torch.randn(1, args.channels, generator=generator).to(dtype),
         "raw_keys": torch.randn(1, 1 + args.tokens, args.channels, generator=generator).to(dtype),
+        "text": torch.randn(1, WORDS, args.width, generator=generator).to(dtype),
+        "text_saliency": torch.zeros(1, WORDS),
     }
     inputs: dict[str, Any] = {name: value.to(device) for name, value in drawn.items()}
     inputs |= {"grid": (side, args.tokens // side), "seed": args.seed}

@@ -195,7 +195,7 @@ def show(
                       Its own code is never run: the installed package reads it. None for the embedded checkpoint
     visual_token_num  overrides the budget that the repo stores
     budgets           draw these budgets side by side, after the unpruned image
-    question          answer this under every budget, and unpruned
+    question          answer this under every budget, and unpruned; a method may choose by it
     method            overrides the method that the repo stores; "random" draws by the seed 0
     """
     if visual_token_num is not None and budgets:
@@ -229,7 +229,11 @@ def view_budgets(
     budgets: Sequence[int | None],
     questions: Sequence[Question] = (),
 ) -> list[Panel]:
-    """Return a panel of the unpruned model and one for each budget (None: the configured one), with its answers."""
+    """Return a panel of the unpruned model and one for each budget (None: the configured one), with its answers.
+
+    Where what stays depends on the question, it is drawn for the first of `questions`.
+    """
+    first = questions[0].text if questions else ""
     stored = model.config.vispruner_config
     variants: list[dict[str, Any]] = [{} if budget is None else {"visual_token_num": budget} for budget in budgets]
     panels = []
@@ -239,9 +243,9 @@ def view_budgets(
             model.set_vispruner_config(**changes)
             answers = [ask(model, processor, picture, question.text) for question in questions]
             if model.model.methods[0] is not None or not model.model.prunes_in_decoder:
-                panels.append(Panel(view_kept_patches(model, processor, picture), answers))
+                panels.append(Panel(view_kept_patches(model, processor, picture, first), answers))
             if model.model.prunes_in_decoder:
-                *earlier, last = view_stages(model, processor, picture, questions[0].text if questions else "")
+                *earlier, last = view_stages(model, processor, picture, first)
                 panels += [*earlier, replace(last, answers=answers)]
     finally:
         model.config.vispruner_config = stored
@@ -249,12 +253,13 @@ def view_budgets(
 
 
 @torch.no_grad()
-def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture) -> list[TileView]:
+def view_kept_patches(model: PreTrainedModel, processor: Any, picture: Picture, question: str = "") -> list[TileView]:
     """Encode one photo, or the frames of one video, and return what it was encoded as: tiles, or a strip of frames.
 
+    question  by which a method may choose
     A cell of their grids is a visual token: a patch, or the block of patches that the model merged into one.
     """
-    shown = _Shown.of(model, processor, picture, "")
+    shown = _Shown.of(model, processor, picture, question)
     return shown.tiles(_looked_at(shown.output), shown.output.kept_indices)
 
 
@@ -303,9 +308,8 @@ class _Shown:
         given = sorted((m for m in model.modalities if m.pixels in inputs), key=lambda m: m.name != read_as)
         modality = given[0]  # of a video, where the model has no other modality: its frames are images
         arguments = {name: inputs[name] for name in modality.described_by if name in inputs}
-        pixels = inputs[modality.pixels]
-        output = getattr(model.model, f"get_{modality.name}_features")(pixels, **arguments, return_dict=True)
-        items = getattr(model.model, f"{modality.name}_views")(pixels, **arguments)
+        output = model.model.encode_prompt(**inputs)[modality.name]
+        items = getattr(model.model, f"{modality.name}_views")(inputs[modality.pixels], **arguments)
         return cls(model, modality, inputs, output, items, getattr(processor, f"{read_as}_processor"))
 
     def tiles(

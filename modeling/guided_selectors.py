@@ -119,11 +119,8 @@ def select_trim(
     """
     budget = checked_budget(features, saliency, visual_token_num)
     projected = checked_rows("projected", projected, saliency)
-    relevance = _relevance(
-        "trim", projected, saliency, text, text_saliency, image_embeds, text_embeds, normed=False
-    )
-    batch, tokens = saliency.shape
-    if budget == tokens:
+    relevance = _relevance("trim", projected, saliency, text, text_saliency, image_embeds, text_embeds, normed=False)
+    if budget == saliency.shape[1]:
         return Selection(every_token(saliency))
     order = most_attended_first(relevance)
     kept, fallen = order[:, : budget - 1], order[:, budget - 1 :]
@@ -167,10 +164,12 @@ def _relevance(
     is_word = (text_saliency > float("-inf")).to(words.dtype)
     if is_word.shape != words.shape[:2]:
         raise ValueError(f"text_saliency must be {tuple(words.shape[:2])}, got {tuple(is_word.shape)}")
-    refuse_unless((is_word.sum(1) > 0).all(), "text has no word: the prompt of an image asks nothing (in training, what stands before the first label asks)")
-    unit = projected / norms_of(projected)
+    refuse_unless(
+        (is_word.sum(1) > 0).all(),
+        "text has no word: the prompt of an image asks nothing (in training, what stands before the first label asks)",
+    )
     mean = (words / norms_of(words) * is_word[..., None]).sum(dim=1, keepdim=True) / is_word.sum(1)[:, None, None]
-    return cosines(unit, mean)[..., 0]
+    return (projected / norms_of(projected) * mean).sum(dim=-1)
 
 
 def _require_question(name: str, words: torch.Tensor, images: int, width: int) -> None:

@@ -331,7 +331,7 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         """Say whether stock cannot encode the pixels in `inputs` itself.
 
         It takes either pixels or features, and reads no tuples, which it would get where the config asks for them.
-        And it does not say which images it is about to encode, so that a method could look up what is asked about them.
+        And it does not say what it is about to encode, so that a method could look up what is asked about that.
         """
         cannot = bool(inputs.get(FEATURES)) or not self.config.return_dict or self.is_guided
         return self._has_pixels(inputs) and cannot

@@ -27,7 +27,19 @@ import scaling  # noqa: E402
 
 MERGING = ["visionzip", "tome", "prumerge", "prumerge_plus"]
 # All tokens with each other, or those of a part.
-COMPARING = ["vispruner", "gprune", "divprune", "scope", "adts", "holov", "mmr", "otprune", "prunesid", *MERGING]
+COMPARING = [
+    "vispruner",
+    "gprune",
+    "divprune",
+    "scope",
+    "adts",
+    "holov",
+    "mmr",
+    "otprune",
+    "prunesid",
+    "cdpruner",
+    *MERGING,
+]
 
 
 def counted(method: str, tokens: int, channels: int = 64, features: str = "random", images: int = 1) -> scaling.Counts:

@@ -41,6 +41,7 @@ METHODS = ["cls_attention", "random", "uniform_grid", "vispruner"]
 RELATED = ["codebook", "divprune", "gprune", "hiprune", "scope", "vtc_cls"]  # tests in test_related_selectors.py
 MERGING = ["prumerge", "prumerge_plus", "tome", "visionzip"]  # tests in test_merging_selectors.py
 VARIED = ["adts", "evs", "holov", "mmr", "otprune", "prunesid", "vidcom2"]  # tests in test_diversity_selectors.py
+GUIDED = ["cdpruner", "trim"]  # tests in test_guided_selectors.py
 ALL_OPTIONS = {"important_ratio": 0.5, "dedup_step": 8, "seed": 3}
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -177,7 +178,7 @@ def test_one_tie_broken_the_other_way_would_be_seen():
 
 
 def test_these_selectors_are_registered():
-    assert sorted(ENCODER_METHODS) == sorted([*METHODS, *RELATED, *MERGING, *VARIED])
+    assert sorted(ENCODER_METHODS) == sorted([*METHODS, *RELATED, *MERGING, *VARIED, *GUIDED])
 
 
 images = st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(0, 1000))
@@ -628,7 +629,7 @@ def empty_registry(monkeypatch):
 
 def test_an_unknown_method_is_refused_with_the_names_that_exist():
     features, saliency = exact_images(1, 9)
-    known = r"\['adts', 'cls_attention', .*"
+    known = r"\['adts', 'cdpruner', 'cls_attention', .*"
     with pytest.raises(ValueError, match=f"vispruner_config.method must be one of {known}, got 'none'"):
         select_tokens("none", features, saliency, 3)
 
