@@ -28,9 +28,11 @@ from .repo_config import RepoConfigError, load_repo_config
 DEPTH = 32  # of the language models that the papers' layers are counted in
 ENCODER = "behind the encoder"
 LOST_IN_DECODER = ("engines", "second questions")
+LOST_TO_QUESTIONS = ("engines", "encoded images", "second questions")
 LOSSES = {
-    "engines": "a paged cache cannot hold layers of different lengths",
-    "second questions": "on the same cache they find what the first one left; encoded images serve any number",
+    "engines": "a paged cache holds no layers of different lengths, and pictures are stored without their questions",
+    "encoded images": "nothing can be chosen before the question is known",
+    "second questions": "on the same cache they find what the first one left",
     "vLLM plugin": "does not read what the method needs; transformers does",
 }
 # What nothing can be asked without: none of it is for or against an architecture.
@@ -94,10 +96,18 @@ def _method(name: str, selector: Selector, base: Any) -> Method:
         (*(["saliency"] if looked_at else []), *sorted(selector.needs), *(f"{use}?" for use in sorted(selector.uses))),
         dict(selector.options),
         " ".join(re.sub(r"\s+", " ", part) for part in paragraphs if "authors" in part and not _is_list(part)),
-        LOST_IN_DECODER if layers else ("vLLM plugin",) if selector.needs - SELECTOR_INPUTS else (),
+        _lost(selector, bool(layers)),
         selector.experimental,
         None if base is None else _refusal(base, name),
     )
+
+
+def _lost(selector: Selector, in_decoder: bool) -> tuple[str, ...]:
+    if selector.is_guided:
+        return LOST_TO_QUESTIONS
+    if in_decoder:
+        return LOST_IN_DECODER
+    return ("vLLM plugin",) if selector.needs - SELECTOR_INPUTS else ()
 
 
 def _is_list(paragraph: str) -> bool:

@@ -45,6 +45,19 @@ TILES = {
 SHOWN_RATIOS = (None, 0.0, 0.5)
 DENSE, DOWNSAMPLE = "none", "downsample"
 
+# Why the repos of an architecture's family take a method, where published figures speak for another than VisPruner.
+WHY = {
+    ("qwen", "scope"): (
+        "`scope` keeps the most of what this family can, of the methods without training or text that one table "
+        "compares on Qwen2.5-VL-7B ([AngelSlim](https://github.com/Tencent/AngelSlim/blob/main/docs/source/features/"
+        "token_compressor/idpruner.md), eleven benchmarks): 92.5 % of the unpruned score with a quarter of the tokens "
+        "and 79.4 % with a tenth; DivPrune keeps 89.3 and 76.1 %, VisPruner 88.3 and 72.6 %. A trained scorer keeps "
+        "more there, 95.2 and 86.5 %. Tables disagree: VisPruner with 64 of LLaVA-1.5's 576 tokens is said to keep "
+        "96.6 % (by its authors), 95.1 % (AgilePruner), 93.5 % (FSR) and 91.7 % (PriorTR), on different benchmarks, "
+        'so figures of two tables do not compare. `method="vispruner"` takes less time to choose.'
+    )
+}
+
 PAPER = "[VisPruner](https://arxiv.org/abs/2412.01818) visual token pruning"
 CITATION = """\
 @inproceedings{zhang2025vispruner,
@@ -75,11 +88,13 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool, held: Sequenc
         title=_name(repo),
         repo_id=repo.repo_id,
         note=repo.card.get("note", "").strip(),
+        why=_why(repo, options),
         base=_base(repo, revision),
         thin=thin,
         pruned=options["method"] != DENSE,
         where=_where(options),
         in_decoder=_methods(options)[1] is not None,
+        is_guided=_is_guided(options),
         is_vispruner=own_method,
         pruning=PAPER if own_method else f"visual token pruning by the method `{options['method']}` (see below)",
         budget=_budget_text(repo, options),
@@ -99,6 +114,18 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool, held: Sequenc
         license=_license(repo.card),
         citations=[CITATION, *(entry.strip() for entry in as_list(repo.card.get("citation")))],
     )
+
+
+def _why(repo: RepoConfig, options: Mapping[str, Any]) -> str | None:
+    """Return why a repo takes its method, from published figures."""
+    wanted = options["method"]
+    fits = (why for (family, method), why in WHY.items() if method == wanted and repo.architecture.startswith(family))
+    return next(fits, None)
+
+
+def _is_guided(options: Mapping[str, Any]) -> bool:
+    encoder, _ = _methods(options)
+    return encoder is not None and SELECTORS[encoder].is_guided
 
 
 def card_files(repo: RepoConfig) -> list[Path]:

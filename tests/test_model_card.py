@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
 import subprocess
@@ -587,3 +588,26 @@ def test_without_trust_remote_code_a_thin_repo_is_an_error_about_its_weights(thi
     done = run(load)
     assert done.returncode == 1 and done.stdout == ""
     assert re.search(r"^OSError: .*\bmodel\.safetensors\b", done.stderr, re.MULTILINE), done.stderr
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl-7b", "qwen2.5-vl-7b", "qwen3-vl-8b"])
+def test_a_card_says_why_its_method_is_not_vispruner(name: str) -> None:
+    repo = load_repo_config(f"{name}-vispruner")
+    assert repo.vispruner_config["method"] == "scope"
+    card = model_card(repo, None, thin=True)
+    assert "`scope` keeps the most of what this family can" in card and "Tables disagree" in card
+    other = dataclasses.replace(repo, vispruner_config={**repo.vispruner_config, "method": "vispruner"})
+    assert "Tables disagree" not in model_card(other, None, thin=True)
+
+
+def test_where_an_encoder_has_a_class_token_the_method_is_vispruner() -> None:
+    for name in ("llava-1.5-7b", "llava-v1.6-vicuna-7b", "internvl3-8b", "video-llava-7b"):
+        assert load_repo_config(f"{name}-vispruner").vispruner_config["method"] == "vispruner"
+
+
+@pytest.mark.parametrize("method", ["cdpruner", "trim"])
+def test_a_card_says_that_the_question_chooses(method: str) -> None:
+    repo = load_repo_config("llava-1.5-7b-vispruner")
+    repo = dataclasses.replace(repo, vispruner_config={**repo.vispruner_config, "method": method})
+    card = model_card(repo, None, thin=True)
+    assert "Tokens are chosen by the question" in card and "without knowing the question" not in card
