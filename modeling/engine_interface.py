@@ -46,6 +46,8 @@ def require_servable(config: Any) -> None:
             "vispruner_config is not that of the repo's config.json, by which its processor counts kept tokens: "
             f"change it there (or serve a branch with another budget), {remedy}"
         )
+    if getattr(config.vision_config, "num_register_tokens", 0):
+        raise ValueError("the processor does not count the registers of this vision tower: serve another base")
     _require_known_counts(options)
 
 

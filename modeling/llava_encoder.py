@@ -1,4 +1,4 @@
-"""What the LLaVA family shares: a tower (CLIP, SigLIP) whose attention ranks the patches, and their projector."""
+"""What the LLaVA family shares: a tower whose attention ranks the patches (CLIP, SigLIP, DINOv2, ViT); a projector."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +16,13 @@ from .visual_features import VisualTokens
 class TowerEncoderMixin(VisPrunerModelMixin):
     """Encode (B, 3, height, width) with a tower of transformer layers, rank and project the patches.
 
-    tower_type       model_type of the towers whose attention is read
+    tower_types      model_type of the towers whose attention is read
     select_strategy  the `vision_feature_select_strategy` by which features are the patches alone
     """
 
     vision_tower: Any
     multi_modal_projector: Any
-    tower_type = "clip_vision_model"
+    tower_types: tuple[str, ...] = ("clip_vision_model",)
     select_strategy = "default"
 
     @property
@@ -36,7 +36,7 @@ class TowerEncoderMixin(VisPrunerModelMixin):
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
-        return [layer.self_attn for layer in self.vision_layers]
+        return [attention_of(layer) for layer in self.vision_layers]
 
     @property
     def feature_layer(self) -> int:
@@ -54,15 +54,20 @@ class TowerEncoderMixin(VisPrunerModelMixin):
         if not self._has_known_tower:
             lacking = "of a [CLS] token, which it lacks" if self.has_cls_token else "of that encoder"
             raise ValueError(
-                f"vision_config.model_type must be {self.tower_type}, got {vision.model_type!r}: tokens are ranked by "
-                f'the attention {lacking} (vispruner_config.method="none" loads it dense)'
+                f"vision_config.model_type must be {' or '.join(self.tower_types)}, got {vision.model_type!r}: tokens "
+                f'are ranked by the attention {lacking} (vispruner_config.method="none" loads it dense)'
             )
         self.require_patches(self.config.vision_feature_select_strategy)
         self.warn_if_all_are_kept((vision.image_size // vision.patch_size) ** 2)
 
     @property
     def _has_known_tower(self) -> bool:
-        return self.config.vision_config.model_type == self.tower_type
+        return self.config.vision_config.model_type in self.tower_types
+
+    @property
+    def register_tokens(self) -> int:
+        """How many tokens stand between [CLS] and the patches: registers, which are of no place in the picture."""
+        return int(getattr(self.config.vision_config, "num_register_tokens", 0))
 
     def make_prunable(self) -> None:
         if self._has_known_tower:
@@ -99,14 +104,17 @@ class TowerEncoderMixin(VisPrunerModelMixin):
             selector = SELECTORS[self.encoder_options.method]
             if "cls_feature" in selector.needs | selector.uses:
                 further["cls_feature"] = states[:, 0]
-        return outputs, states, VisualTokens(features, tap.saliency, tap.layer_saliency, grid, further=further)
+        tokens = VisualTokens(features, tap.saliency, tap.layer_saliency, grid, further=further)
+        return outputs, states, tokens.behind(self.register_tokens)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         return self.multi_modal_projector(features)
 
 
 class LlavaEncoderMixin(TowerEncoderMixin):
-    """For `LlavaModel` and its like, whose prompts hold images alone."""
+    """For `LlavaModel` and its like, whose prompts hold images alone. Towers with a [CLS], which ranks."""
+
+    tower_types = ("clip_vision_model", "dinov2", "dinov2_with_registers", "vit")
 
     def make_prunable(self) -> None:
         super().make_prunable()
@@ -135,10 +143,18 @@ class LlavaEncoderMixin(TowerEncoderMixin):
 
 
 def layers_of(tower: Any) -> Sequence[Any]:
-    """Return the transformer layers of a CLIP or SigLIP tower."""
-    return transformer_of(tower).encoder.layers
+    """Return the transformer layers of a tower."""
+    transformer = transformer_of(tower)
+    stack = getattr(transformer, "encoder", transformer)
+    return stack.layers if hasattr(stack, "layers") else stack.layer
+
+
+def attention_of(layer: Any) -> Any:
+    """Return the module of a tower's layer that attends: itself named so, or within one that only wraps it."""
+    attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
+    return getattr(attention, "attention", attention)
 
 
 def transformer_of(tower: Any) -> Any:
-    """Return what holds the embeddings and layers of a CLIP or SigLIP tower: itself, or a module within it."""
+    """Return what holds the embeddings and layers of a tower: itself, or a module within it."""
     return getattr(tower, "vision_model", tower)

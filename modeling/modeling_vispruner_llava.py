@@ -1,5 +1,6 @@
 """LLaVA-1.5 with visual token pruning: one image is one tile of N patches behind a [CLS] token."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
 
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
-        full, images = self._patches(pixel_values), len(pixel_values)
-        return [full] * images, [self.encoder_options.budget(full)] * images
+        patches, images = self._patches(pixel_values), len(pixel_values)
+        full = self.register_tokens + patches
+        kept = full if self.keeps_all(patches) else self.encoder_options.budget(patches)
+        return [full] * images, [kept] * images
 
     def _patches(self, pixel_values: torch.Tensor) -> int:
         height, width = pixel_values.shape[-2:]
@@ -56,12 +59,21 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
                 return_dict=True,
                 **kwargs,
             )
-            return self.keep_everything(outputs)
+            return self.keep_everything(outputs, self._numbered(outputs.pooler_output))
         self.require_patches(vision_feature_select_strategy)
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
         pruned = self.prune(outputs, tokens, kwargs)
         pruned.pooler_output = list(pruned.pooler_output)
+        if registers := self.register_tokens:  # of these a full prompt has placeholders too
+            pruned.placeholders = [registers + kept for kept in pruned.kept_indices]
+            pruned.full_counts = [registers + count for count in pruned.full_counts]
         return pruned
+
+    def _numbered(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return of each image which patch each of its tokens is, -1 for registers."""
+        registers = self.register_tokens
+        numbers = (torch.arange(len(image), device=image.device) - registers for image in images)
+        return [number.clamp(min=-1) for number in numbers]
 
 
 class VisPrunerLlavaForConditionalGeneration(VisPrunerMixin, LlavaForConditionalGeneration, GenerationMixin):

@@ -42,6 +42,11 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
 
     def check_prunable(self) -> None:
         super().check_prunable()
+        if self.register_tokens:
+            raise ValueError(
+                "vision_config.num_register_tokens must be 0: LLaVA-NeXT packs all tokens of a tile as a grid, and "
+                "registers are of no place in it"
+            )
         options = self.encoder_options
         if options.position_policy == "original" and options.tile_mode == "paper":
             raise ValueError(

@@ -79,7 +79,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         Modality("video", "pixel_values_videos", FEATURE_CHOICE, "video_token_id"),
     )
     has_cls_token = False
-    tower_type = "siglip_vision_model"
+    tower_types = ("siglip_vision_model",)
     select_strategy = "full"
     budget_unit = "tile of an image or frame of a video"
     images_are_grids = False  # newlines stand between them

@@ -22,7 +22,7 @@ from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, kept_
 
 logger = logging.get_logger(__name__)
 
-DROPPED_LAYERS = r"(vision|image|video)_tower\.(vision_model\.)?encoder\.layers?\.\d+\."
+DROPPED_LAYERS = r"(vision|image|video)_tower\.(vision_model\.)?(encoder\.)?layers?\.\d+\."
 
 
 def inherit_checkpoint_conversion(model_class: type[nn.Module], stock_name: str) -> None:

@@ -101,13 +101,22 @@ class VisualTokens:
     videos: tuple[int, ...] | None = None
     owners: tuple[int, ...] | None = None
 
-    def part(self, images: torch.Tensor, indices: torch.Tensor, grid: tuple[int, int]) -> "VisualTokens":
+    def part(self, images: torch.Tensor, indices: torch.Tensor, grid: tuple[int, int] | None) -> "VisualTokens":
         """Return the tokens at `indices` (G, K) of `images` (G, 1): G images of K tokens, which are such a grid."""
         layers = self.layer_saliency
         layers = None if layers is None else layers.transpose(1, 2)[images, indices].transpose(1, 2)
         further = {name: self._part_of(given, images, indices) for name, given in self.further.items()}
         features, saliency = self.features[images, indices], self.saliency[images, indices]
         return VisualTokens(features, saliency, layers, grid, further=further)
+
+    def behind(self, count: int) -> "VisualTokens":
+        """Return the same without the first `count` of its N tokens."""
+        if count == 0:
+            return self
+        batch, tokens = self.saliency.shape
+        images = torch.arange(batch, device=self.saliency.device)[:, None]
+        rest = torch.arange(count, tokens, device=self.saliency.device).expand(batch, -1)
+        return self.part(images, rest, self.grid)
 
     def _part_of(self, given: torch.Tensor, images: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         first = images[:, 0]

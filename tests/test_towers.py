@@ -1,0 +1,173 @@
+"""LLaVA on other towers with [CLS] than CLIP's: DINOv2, with registers and without, and ViT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matrix import ASK, HELLO, Model, answers, dropped_columns, logits, pair, reference_of, require_the_reference
+from rows import Image, Part, left_padded, noise
+from rows.llava import IMAGE, PAD, PATCHES, LlavaRow
+from transformers import Dinov2Config, Dinov2WithRegistersConfig, SiglipVisionConfig, ViTConfig
+
+import vispruner
+from vispruner.choosing import watch_choices
+from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
+
+REGISTERS = 3
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 112,
+    "patch_size": 14,
+    "layerscale_value": 1.0,
+}
+VIT = {name: value for name, value in SIZES.items() if name != "layerscale_value"}
+TOWERS = {
+    "dinov2": Dinov2Config(**SIZES, mlp_ratio=2),
+    "dinov2_with_registers": Dinov2WithRegistersConfig(**SIZES, mlp_ratio=2, num_register_tokens=REGISTERS),
+    "vit": ViTConfig(**VIT, intermediate_size=64),
+}
+PROMPT = [HELLO, Image((112, 112), seed=1), ASK]
+BATCH = [PROMPT, [HELLO, Image((112, 112), seed=2), [18], Image((112, 112), seed=3), ASK], [[*HELLO, *ASK]]]
+
+
+class TowerRow(LlavaRow):
+    """LLaVA's row with another tower. Stock's prompt has placeholders for registers too, which never stay."""
+
+    def __init__(self, tower: Any) -> None:
+        self.tower = tower
+        self.registers = int(getattr(tower, "num_register_tokens", 0))
+
+    def config(self) -> Any:
+        config = super().config()
+        config.vision_config = self.tower
+        config.image_seq_length = self.registers + PATCHES
+        return config
+
+    def inputs(self, prompts: Sequence[Sequence[Part]]) -> dict[str, torch.Tensor]:
+        rows, pixels = [], []
+        for prompt in prompts:
+            rows.append([1])
+            for part in prompt:
+                if isinstance(part, Image):
+                    rows[-1] += [IMAGE] * (self.registers + PATCHES)
+                    pixels.append(noise((3, 112, 112), part.seed))
+                else:
+                    rows[-1] += part
+        return {**left_padded(rows, PAD), **({"pixel_values": torch.stack(pixels)} if pixels else {})}
+
+    @torch.no_grad()
+    def reference(self, stock: Any, inputs: Any, options: Any) -> Any:
+        tower, items, behind = stock.model.vision_tower, [], 1 + self.registers
+        for pixels in inputs["pixel_values"]:
+            outputs = tower(pixels[None], output_hidden_states=True, output_attentions=True)
+            features = outputs.hidden_states[-2][:, behind:]
+            saliency = outputs.attentions[-2][:, :, 0, behind:].mean(1)
+            kept = select_tokens("vispruner", features, saliency, options["visual_token_num"])[0]
+            items.append((stock.model.multi_modal_projector(features)[0, kept], self.registers + kept))
+        return {IMAGE: items}
+
+
+@pytest.fixture(scope="module", params=TOWERS)
+def model(request: pytest.FixtureRequest) -> Model:
+    row = TowerRow(TOWERS[request.param])
+    stock, pruned = pair(row)
+    for one in (stock, pruned):
+        one.set_attn_implementation("eager")
+    return Model(row, Path(), stock, pruned)
+
+
+@pytest.mark.parametrize("prompt", BATCH[:2])
+def test_answers_and_logits_are_those_of_the_stock_model_on_what_stays(model: Model, prompt: list) -> None:
+    require_the_reference(model, prompt)
+
+
+def test_kept_tokens_are_patches_and_registers_are_never_ranked(model: Model) -> None:
+    seen: list[Any] = []
+    with watch_choices(seen.append):
+        features = model.pruned.model.encode_prompt(**model.prompt(*BATCH))["image"]
+    assert [tuple(choice.tokens.saliency.shape) for choice in seen] == [(3, PATCHES)]
+    registers = model.row.registers
+    assert features.full_counts == [registers + PATCHES] * 3
+    for kept, places in zip(features.kept_indices, features.placeholders, strict=True):
+        assert len(kept) == 9 and int(kept.min()) >= 0 and int(kept.max()) < PATCHES
+        assert torch.equal(places, registers + kept)
+
+
+def test_rows_of_a_batch_answer_as_they_do_alone(model: Model) -> None:
+    together = answers(model.pruned, model.prompt(*BATCH))
+    for row, prompt in enumerate(BATCH):
+        assert torch.equal(together[row], answers(model.pruned, model.prompt(prompt))[0])
+
+
+def test_nothing_pruned_is_the_stock_model(model: Model) -> None:
+    inputs = model.prompt(PROMPT)
+    for change in ({"method": "none"}, {"visual_token_num": PATCHES}):
+        dense = model.pruned(**inputs, vispruner_config=change).logits
+        torch.testing.assert_close(dense, model.stock(**inputs).logits)
+        made = model.pruned.generate(**inputs, max_new_tokens=3, do_sample=False, vispruner_config=change)
+        assert torch.equal(made, model.stock.generate(**inputs, max_new_tokens=3, do_sample=False))
+    assert model.pruned.last_pruning.kept_counts == (model.row.registers + PATCHES,)
+
+
+def test_original_positions_are_those_of_patches_behind_the_registers(model: Model) -> None:
+    inputs = model.prompt(PROMPT)
+    _, stays = reference_of(model, inputs)
+    found = model.pruned(**inputs, vispruner_config={"position_policy": "original"}).logits[0, -1]
+    full = {**inputs, "attention_mask": inputs["attention_mask"].masked_fill(dropped_columns(inputs, stays), 0)}
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    expected = model.stock(**full, position_ids=positions).logits[0, -1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(set(ENCODER_METHODS) - {"codebook"}))
+def test_every_method_gets_what_it_needs_of_the_patches(model: Model, method: str) -> None:
+    seen: list[Any] = []
+    with watch_choices(seen.append):
+        model.pruned(**model.prompt(PROMPT), vispruner_config={"method": method, "seed": 0})
+    (choice,) = seen
+    assert choice.selection.indices.shape == (1, 9) and int(choice.selection.indices.max()) < PATCHES
+    for name, given in choice.tokens.further.items():
+        if name not in ("text", "text_saliency", "cls_feature", "cls_query"):
+            assert given.shape[1] == PATCHES + (name == "raw_keys")
+    if (layers := SELECTORS[method].saliency_layers) is not None:
+        assert choice.tokens.layer_saliency.shape[1:] == (len(layers(3, 1)), PATCHES)
+
+
+def test_a_checkpoint_is_read_and_saved(model: Model, tmp_path: Path) -> None:
+    model.stock.save_pretrained(tmp_path / "base")
+    pruned = vispruner.load(tmp_path / "base", visual_token_num=9)
+    inputs = model.prompt(PROMPT)
+    expected = logits(model.pruned, inputs)
+    torch.testing.assert_close(logits(pruned, inputs), expected, rtol=1e-4, atol=1e-4)
+    pruned.save_pretrained(tmp_path / "saved")
+    again = vispruner.load(tmp_path / "saved")
+    torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_reach_the_projector_and_the_tower(model: Model) -> None:
+    inputs = model.prompt(PROMPT)
+    model.pruned(**inputs, labels=inputs["input_ids"]).loss.backward()
+    of = {name: parameter.grad for name, parameter in model.pruned.named_parameters()}
+    assert any(grad is not None and bool(grad.any()) for name, grad in of.items() if "multi_modal_projector" in name)
+    assert any(grad is not None and bool(grad.any()) for name, grad in of.items() if "vision_tower" in name)
+    model.pruned.zero_grad()
+
+
+def test_a_tower_without_a_class_token_is_refused() -> None:
+    row = LlavaRow()
+    siglip = SiglipVisionConfig(**VIT, intermediate_size=64)
+    with pytest.raises(ValueError, match=r"must be clip_vision_model or dinov2 or .* or vit, got 'sig"):
+        pair(row, {"vision_config": siglip})
+
+
+def test_llava_next_refuses_registers() -> None:
+    from rows.llava_next import ROW
+
+    with pytest.raises(ValueError, match="num_register_tokens must be 0: LLaVA-NeXT packs"):
+        pair(ROW, {"vision_config": TOWERS["dinov2_with_registers"]})
