@@ -23,7 +23,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parent))
 from geometry import GEOMETRIES, budgets_of, config_from_dict, empty_model, load_geometry, patches_of, vispruner_config
 from peer import IMPORTANT_RATIO, ROUND, PeerLlavaForConditionalGeneration
+from released_geometries import RELEASED, released_base
 
 from vispruner import VisPrunerLlavaForConditionalGeneration
+from vispruner.conversion.ceilings import ceiling_at
 from vispruner.conversion.prefill_cost import (
     attention_projection_flops,
     head_width,
@@ -72,6 +74,7 @@ IN_LAYERS = tuple(
 FIRST_TOKEN_STAGES = ("vision", "select", "project", "prefill", "logits")
 STAGES = (*FIRST_TOKEN_STAGES, "decode")
 TEXT_TOKENS = 64
+RATIOS = (0.5, 0.25, 0.11)  # of the ceilings
 
 
 @dataclass(frozen=True)
@@ -445,6 +448,31 @@ def efficiency_table(result: dict[str, Any], rates: Rates | None = None) -> str:
     return "\n".join(lines)
 
 
+def ceilings_record() -> dict[str, Any]:
+    """Return what pruning can give each released model at most, for one picture at every ratio of `RATIOS`."""
+    models = {}
+    for name in RELEASED:
+        base = released_base(name)
+        models[name] = {str(ratio): asdict(ceiling_at(base, ratio)) for ratio in RATIOS}
+    return {"text_tokens": TEXT_TOKENS, "models": models}
+
+
+def ceilings_table(record: dict[str, Any]) -> str:
+    """Return the table of `ceilings_record` as Markdown."""
+    at_ratios = " | ".join(f"{ratio:.0%}" for ratio in RATIOS)
+    lines = [
+        f"| model | visual tokens | encoder | {at_ratios} | none | KV cache left |",
+        "|---" * (5 + len(RATIOS)) + "|",
+    ]
+    for name, of_ratio in record["models"].items():
+        one = of_ratio[str(RATIOS[0])]
+        full, encoder, none = one["visual_tokens"][0], one["encoder"], one["none"]
+        gains = " | ".join(f"{of_ratio[str(ratio)]['first_token']:.1f}x" for ratio in RATIOS)
+        caches = " / ".join(f"{of_ratio[str(ratio)]['cache']:.0%}" for ratio in RATIOS)
+        lines.append(f"| {name} | {full:,} | {encoder:.0%} | {gains} | {none:.1f}x | {caches} |")
+    return "\n".join(lines)
+
+
 def check(config: LlavaConfig, budgets: Sequence[int], text_tokens: int) -> list[str]:
     """Compare every stage of every row with FlopCounterMode; return the differences."""
     different = []
@@ -471,6 +499,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "  python benchmarks/flops.py --device h200                  what an H200 could do at best\n"
         "  python benchmarks/flops.py --check --geometry tiny        formulas against PyTorch's counter\n"
         "  python benchmarks/flops.py --methods                      methods at equal cache, layer by layer\n"
+        "  python benchmarks/flops.py --ceilings                     what pruning can give each model at most\n"
         "  python benchmarks/flops.py --latency benchmarks/results/latency-....json    how close a run came",
     )
     parser.add_argument(
@@ -494,6 +523,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--flops-per-second", type=float, metavar="X", help="rates of any other device, e.g. 8e11 ...")
     parser.add_argument("--bytes-per-second", type=float, metavar="X", help="... and 3e10; both or neither")
     parser.add_argument("--check", action="store_true", help="compare with FlopCounterMode on meta tensors (a minute)")
+    parser.add_argument("--ceilings", action="store_true", help="what pruning can give each released model at most")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --ceilings: write them there, too")
     parser.add_argument("--latency", type=Path, metavar="FILE", help="a result of latency.py: print floor / measured")
     parsed = parser.parse_args(arguments)
     if (parsed.flops_per_second is None) != (parsed.bytes_per_second is None):
@@ -508,6 +539,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rates = DEVICES[parsed.device] if parsed.device else None
     if parsed.flops_per_second is not None:
         rates = Rates(parsed.flops_per_second, parsed.bytes_per_second, "as given")
+    if parsed.ceilings:
+        record = ceilings_record()
+        print(ceilings_table(record))
+        if parsed.json is not None:
+            parsed.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return 0
     if parsed.latency is not None:
         print(efficiency_table(json.loads(parsed.latency.read_text(encoding="utf-8")), rates))
         return 0

@@ -36,6 +36,7 @@ from .base_checkpoint import (
     refuse_ambiguous,
     resolve_commit,
 )
+from .ceilings import ceiling
 from .checkpoint_io import (
     TensorHeader,
     atomic_directory,
@@ -95,13 +96,14 @@ def build_repo(
         config_json = _repo_config_json(base_config, repo, revision, thin)
         names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
         held = _refuse_ineffective(repo, expected.model, folder)
+        limit = ceiling(expected.model.model)
         codebooks = _checked_codebooks(repo, config_json)
         if drop_unused_vision_layers or repo.drop_unused_vision_layers:
             config_json = _without_unused_layers(config_json)
             names, expected = without_dropped_layers(names, config_json), model_layout(repo.architecture, config_json)
         _write_json(staging / "config.json", config_json)
         _write_json(staging / "generation_config.json", _generation_config(folder, base_config, tokenizer))
-        (staging / "README.md").write_text(model_card(repo, revision, thin, held), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(repo, revision, thin, held, limit), encoding="utf-8")
         for path in (*code_files(repo.architecture), *card_files(repo), *codebooks):
             shutil.copyfile(path, staging / path.name)
         _write_processor(folder, staging)

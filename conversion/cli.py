@@ -292,10 +292,13 @@ def _publish(**options: Any) -> int:
 
 def _build(config: str, out: str, **options: Any) -> Done:
     from .build import build_repo
+    from .ceilings import ceiling_of_config
+    from .checkpoint_io import read_json
 
     folder = build_repo(config, out, **options)
+    limit = ceiling_of_config(read_json(folder / "config.json"))
     hint = f"built {folder}; check it with: vispruner verify {shlex.quote(str(folder))}"
-    return Done(hint, {"folder": str(folder.resolve())})
+    return Done(f"{limit}\n{hint}", {"folder": str(folder.resolve()), "ceiling": asdict(limit)})
 
 
 def _verify(folder: str, base: str | None) -> Done:
@@ -321,11 +324,16 @@ def _codebook(**options: Any) -> Done:
 
 
 def _methods(model: str | None) -> Done:
+    from .ceilings import ceiling_at
     from .methods import all_methods, methods_as_data, model_without_weights, table
 
     base, asked = (None, None) if model is None else model_without_weights(model)
     methods = all_methods(base)
-    return Done(table(methods, asked), methods_as_data(methods, asked))
+    data = methods_as_data(methods, asked)
+    if base is None:
+        return Done(table(methods, asked), data)
+    limit = ceiling_at(base, 0.25)
+    return Done(f"{table(methods, asked)}\n\nAt a quarter: {limit}.", {**data, "ceiling_at_a_quarter": asdict(limit)})
 
 
 def _show(**options: Any) -> Done:

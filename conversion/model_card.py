@@ -20,6 +20,7 @@ from vispruner.duplicate_removal import default_step
 from vispruner.selectors import methods_by_place
 from vispruner.stock_versions import OLDEST_SUPPORTED
 
+from .ceilings import Ceiling
 from .checkpoint_io import read_json
 from .repo_config import EMBEDDED_PREFIX, RESULTS, RepoConfig, as_list
 
@@ -70,9 +71,16 @@ CITATION = """\
 }"""
 
 
-def model_card(repo: RepoConfig, revision: str | None, thin: bool, held: Sequence[int] | None = None) -> str:
+def model_card(
+    repo: RepoConfig,
+    revision: str | None,
+    thin: bool,
+    held: Sequence[int] | None = None,
+    ceiling: Ceiling | None = None,
+) -> str:
     """Return the README.md of a repo.
 
+    ceiling   what pruning can give it at most, where that is known
     held      visual tokens of the largest image in each decoder layer, where these differ and it is known
     revision  the commit of the base that the repo is built from, None for a base without revisions
     thin      whether the repo leaves its weights with the base
@@ -89,6 +97,7 @@ def model_card(repo: RepoConfig, revision: str | None, thin: bool, held: Sequenc
         repo_id=repo.repo_id,
         note=repo.card.get("note", "").strip(),
         why=_why(repo, options),
+        ceiling=None if ceiling is None or options["method"] == DENSE else str(ceiling),
         base=_base(repo, revision),
         thin=thin,
         pruned=options["method"] != DENSE,

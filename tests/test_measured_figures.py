@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,9 +16,15 @@ from typing import Any
 import pytest
 
 from vispruner import SELECTORS
+from vispruner.conversion.ceilings import ceiling_at
+from vispruner.conversion.repo_config import hub_config_names
 from vispruner.selectors import DECODER_METHODS
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import flops  # noqa: E402
+from released_geometries import RELEASED, released_base  # noqa: E402
+
 RESULTS = [ROOT / "benchmarks" / "results" / f"accuracy-scenes-seed{seed}.json" for seed in (0, 1)]
 BUDGETS = (50.0, 25.0, 12.5, 6.0)
 README_ROWS = {
@@ -196,7 +203,27 @@ def varied_accuracy_table() -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("table", [accuracy_table, method_table, varied_table, varied_accuracy_table])
+CEILINGS = ROOT / "benchmarks" / "results" / "ceilings.json"
+
+
+def ceilings_table() -> list[str]:
+    return flops.ceilings_table(json.loads(CEILINGS.read_text())).splitlines()
+
+
+def test_the_recorded_ceilings_are_those_of_the_formulas() -> None:
+    record = json.loads(CEILINGS.read_text())
+    assert record["models"].keys() == RELEASED.keys()
+    for name in ("llava-1.5-7b", "qwen2.5-vl-7b", "smolvlm2-2.2b"):
+        found = json.loads(json.dumps(dataclasses.asdict(ceiling_at(released_base(name), 0.25))))
+        assert record["models"][name]["0.25"] == found
+
+
+def test_every_yaml_of_a_released_model_has_a_ceiling() -> None:
+    stems = {name.removesuffix("-vispruner").removesuffix("-mix") for name in hub_config_names() if "tiny" not in name}
+    assert stems == {name.removesuffix("-mix") for name in RELEASED}
+
+
+@pytest.mark.parametrize("table", [accuracy_table, method_table, varied_table, varied_accuracy_table, ceilings_table])
 def test_the_readme_tables_are_the_recorded_results(table: Callable[[], list[str]]) -> None:
     readme = (ROOT / "README.md").read_text().splitlines()
     assert [line for line in table() if line not in readme] == []

@@ -21,6 +21,7 @@ from transformers import AutoProcessor
 
 import vispruner
 from vispruner.conversion.build import budget_config, build_repo
+from vispruner.conversion.ceilings import ceiling_of_config
 from vispruner.conversion.model_card import CITATION, PUBLISHED, REQUIRES, card_files, model_card
 from vispruner.conversion.picture import kept_patches_picture, open_photo, view_budgets
 from vispruner.conversion.questions import SCENE, scene_questions
@@ -514,8 +515,13 @@ def test_the_hub_accepts_the_metadata_of_every_card(hub: LocalHub) -> None:
             assert hub.files("someone/cards")["README.md"] == card
 
 
-def test_the_built_card_is_the_rendered_one(tiny_card: tuple[str, Run]) -> None:
-    assert tiny_card[0] == model_card(load_repo_config(TINY), None, False)
+def test_the_built_card_is_the_rendered_one_and_says_what_pruning_can_give(
+    tiny_card: tuple[str, Run], tmp_path: Path
+) -> None:
+    folder = build_repo(TINY, tmp_path / "built", show_progress=False)
+    limit = ceiling_of_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    assert tiny_card[0] == model_card(load_repo_config(TINY), None, False, ceiling=limit)
+    assert f"What that can give, counted in operations: {limit}." in tiny_card[0]
 
 
 def test_the_snippets_run_without_the_package(tiny_card: tuple[str, Run]) -> None:
