@@ -23,7 +23,6 @@ from .prompt_shortening import (
     read_layout,
     rows_of_images,
 )
-from .selector_registry import rows_at
 from .stock_versions import CACHE
 from .visual_features import full_counts_of, kept_counts_of
 
@@ -193,9 +192,9 @@ class Prompt:
         per_row = zip(self.layout.seen, *self.layout.placeholders.values(), strict=True)
         most = max(1, *(seen - sum(images) for seen, *images in per_row))  # known without a look at the device
         order = (~is_word).int().argsort(dim=1, stable=True)[:, :most]
+        row, embeds = torch.arange(self.rows, device=self.device)[:, None], self.inputs.get("inputs_embeds")
         with torch.no_grad():
-            embeds = self.inputs.get("inputs_embeds")
-            words = embed(self.inputs["input_ids"].gather(1, order)) if embeds is None else rows_at(embeds, order)
+            words = embed(self.inputs["input_ids"][row, order]) if embeds is None else embeds[row, order]
         written, is_word = self.full if self.form == "full" else self.kept, is_word.gather(1, order)
         rows = {token: rows_of_images(self.layout.placeholders[token], images) for token, images in written.items()}
         return {modality.name: Questions(words.detach(), is_word, rows[token]) for modality, token in self.modalities}

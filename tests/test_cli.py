@@ -283,7 +283,8 @@ def test_json_is_all_there_is_on_stdout(
     out = tmp_path / "kept.png"
     assert result("show", str(photo_file), "--repo", str(repo), "--out", str(out)) == {"picture": str(out)}
     built = result("build", "tiny-llava-vispruner", "--out", str(tmp_path / "built"))
-    assert built == {"folder": str(tmp_path / "built")}
+    assert built.keys() == {"folder", "ceiling"} and built["folder"] == str(tmp_path / "built")
+    assert 1 < built["ceiling"]["first_token"] < built["ceiling"]["none"]
     assert "no such" in result("build", "none.yaml", "--out", str(tmp_path / "x"), status=2)["error"]
     (tmp_path / "built" / "config.json").unlink()
     found = result("verify", str(tmp_path / "built"), status=1)

@@ -58,7 +58,10 @@ def vllm_registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return registered
 
 
-@pytest.mark.parametrize("method", [name for name in ENCODER_METHODS if SELECTORS[name].needs <= {"projected"}])
+TEXT_FREE = [name for name in ENCODER_METHODS if not SELECTORS[name].is_guided]
+
+
+@pytest.mark.parametrize("method", [name for name in TEXT_FREE if SELECTORS[name].needs <= {"projected"}])
 def test_choosing_needs_no_more_than_the_plugin_has(method: str) -> None:
     """`PrunedVision` of the plugin has the options and a projector, and is no pruned model."""
     options = VisPrunerOptions(visual_token_num=4, method=method, seed=1)
@@ -179,6 +182,10 @@ def test_the_layer_that_ranks_is_the_models(llava_config: Any, given: int | None
 def test_every_method_reads_what_the_model_reads_or_is_refused(tiny_llava_repo: Path, method: str) -> None:
     given = {"method": method, "visual_token_num": 8, "seed": 0}
     config = AutoConfig.from_pretrained(tiny_llava_repo)
+    if SELECTORS[method].is_guided:
+        with pytest.raises(ValueError, match="chooses by the question, but an engine"):
+            merged_options(config, given, None)
+        return
     if SELECTORS[method].needs - SELECTOR_INPUTS:  # a codebook, or queries and keys, which the plugin does not read
         with pytest.raises(ValueError, match="is not served"):
             merged_options(config, given, None)
