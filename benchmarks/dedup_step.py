@@ -116,7 +116,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table of the README: the default step beside the paper's."""
+    """Return the table of the documentation: the default step beside the paper's."""
     lines = [
         "| tokens | kept | step | right | only this right / only 8 | objects with a token | tokens in common with 8 |",
         "|---" * 7 + "|",

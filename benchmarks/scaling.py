@@ -61,7 +61,7 @@ BARS = {5184: 4, 10368: 6}  # most times the product that a method may take, and
 MOST_EXPONENT = 2.2
 QUICK = {"sizes": [64, 128, 256], "channels": 64, "repeats": 1, "batches": [1, 4], "patches": [64, 256], "heads": 1}
 FIRST_TOKEN_SIZE = 5184
-FEWEST_SHOWN = 576  # tokens, in the README
+FEWEST_SHOWN = 576  # tokens, in the documentation
 
 
 # Inputs
@@ -357,7 +357,7 @@ def print_tables(result: dict[str, Any]) -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the table of the README: how many times the product each method takes, random / smooth features."""
+    """Return the table of the docs: how many times the product each method takes, random / smooth features."""
     kinds = list(result["sizes"].values())
     last = kinds[0][-1]["tokens"]
     places = [place for place, row in enumerate(kinds[0]) if row["tokens"] >= FEWEST_SHOWN]

@@ -46,7 +46,7 @@ from vispruner.selectors import ENCODER_METHODS, SELECTORS
 from vispruner.token_selection import select_uniform_grid
 from vispruner.visual_features import tokens_of
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 
 
 def covers(column: str, needs: str = "image") -> Callable:
@@ -492,7 +492,7 @@ def test_every_architecture_has_a_row() -> None:
 
 
 def test_readme_shows_the_table() -> None:
-    assert feature_table() in README.read_text(), "run: python tests/test_architectures.py"
+    assert feature_table() in PAGE.read_text(), "run: python tests/test_architectures.py"
 
 
 if __name__ == "__main__":

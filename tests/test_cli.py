@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import DOCUMENTS
 from PIL import Image
 
 import vispruner
@@ -322,9 +323,10 @@ def test_methods_lists_every_method_once_with_what_it_declares(capsys: pytest.Ca
 
 
 def test_methods_finds_each_paper_and_what_differs_in_the_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
     found = {row["name"]: row for row in methods_of(capsys)["methods"]}
-    for name, paper in re.findall(r"^\| `(\w+)` \| \[.*?\]\(https://arxiv.org/abs/([\d.]+)\)", readme, re.MULTILINE):
+    for name, paper in re.findall(
+        r"^\| `(\w+)` \| \[.*?\]\(https://arxiv.org/abs/([\d.]+)\)", DOCUMENTS, re.MULTILINE
+    ):
         assert paper in found[name]["paper"]
     asked = [row for row in found.values() if not row["experimental"]]
     assert all(row["authors"] in (("exact", "differs") if row["paper"] else ("",)) for row in asked)

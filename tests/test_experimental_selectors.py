@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import DOCUMENTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_build import write_yaml
@@ -19,7 +20,6 @@ from vispruner.conversion.verify import verify_repo
 from vispruner.selectors import SELECTORS, run_selector
 
 EXPERIMENTAL = sorted(name for name, selector in SELECTORS.items() if selector.experimental)
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 # A budget for the toy model, of 4 layers and 144 tokens, and what each layer then holds.
 REPOS = {"image_text": (80, [128, 64, 64, 64]), "todre": (60, [80, 80, 80, 0]), "topv": (72, [144, 48, 48, 48])}
 
@@ -161,7 +161,7 @@ def test_a_repo_is_built_verified_and_loaded_and_says_that_it_is_experimental(me
     left = 144 if options.method == "none" else options.budget(144)
     assert model.model.layer_counts(left) == held and sum(held) <= 4 * budget
     assert f"| `{method}` (experimental: its authors published no code): " in (repo / "README.md").read_text()
-    assert any(line.startswith(f"| `{method}` | experimental: ") for line in README.splitlines())
+    assert any(line.startswith(f"| `{method}` | experimental: ") for line in DOCUMENTS.splitlines())
 
 
 @pytest.mark.parametrize("method", EXPERIMENTAL)

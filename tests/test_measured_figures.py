@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from documents import DOCUMENTS
 
 from vispruner import SELECTORS
 from vispruner.conversion.ceilings import ceiling_at
@@ -225,8 +226,7 @@ def test_every_yaml_of_a_released_model_has_a_ceiling() -> None:
 
 @pytest.mark.parametrize("table", [accuracy_table, method_table, varied_table, varied_accuracy_table, ceilings_table])
 def test_the_readme_tables_are_the_recorded_results(table: Callable[[], list[str]]) -> None:
-    readme = (ROOT / "README.md").read_text().splitlines()
-    assert [line for line in table() if line not in readme] == []
+    assert [line for line in table() if line not in DOCUMENTS.splitlines()] == []
 
 
 def test_every_method_was_measured_with_every_budget_on_both_test_sets() -> None:
@@ -304,9 +304,8 @@ def speed_record(name: str) -> dict[str, Any]:
 def test_the_speed_tables_are_the_recorded_results(name: str, settings: int) -> None:
     """As users get the three, eight images at an eighth of the depth would flatter ours: see benchmarks/README.md."""
     lines = latency_table({"settings": speed_record(name)["settings"][:settings]})
-    readme = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) == 5 * settings
-    assert [line for line in lines if line not in readme] == []
+    assert [line for line in lines if line not in DOCUMENTS.splitlines()] == []
 
 
 def method_speed_table(result: dict[str, Any]) -> list[str]:
@@ -333,7 +332,7 @@ def test_the_table_of_speed_by_method_is_the_recorded_result() -> None:
     assert {line.split("`")[1] for line in lines[:-1]} <= {*SELECTORS}
     assert all(setting["rows"][-1]["method"] == "downsample" for setting in result["settings"])
     assert all(setting["rows"][0]["row"] == "stock" for setting in result["settings"])
-    assert [line for line in lines if line not in (ROOT / "README.md").read_text().splitlines()] == []
+    assert [line for line in lines if line not in DOCUMENTS.splitlines()] == []
 
 
 def test_recorded_speed_is_near_the_ideal_but_where_the_readme_says_so_and_no_slower_than_the_peer() -> None:
@@ -353,11 +352,11 @@ def test_recorded_speed_is_near_the_ideal_but_where_the_readme_says_so_and_no_sl
                 ahead.setdefault(setting["batch"], {})[budget] = peer["median"] / ours["median"]
     assert missed == {(1, 64)}
     assert behind == {(1, 576), (1, 16)}
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert "by pruning alone one image at 64 misses it" in readme
-    assert f"({min(ahead[1].values()):.3f} to {max(ahead[1].values()):.2f} times as fast)" in readme
+    documents = " ".join(DOCUMENTS.split())
+    assert "by pruning alone one image at 64 misses it" in documents
+    assert f"({min(ahead[1].values()):.3f} to {max(ahead[1].values()):.2f} times as fast)" in documents
     pruned = [ratio for budget, ratio in ahead[8].items() if budget < 576]
-    assert f"with eight, ours is {min(pruned):.2f} to {max(pruned):.2f} times as fast" in readme
+    assert f"with eight, ours is {min(pruned):.2f} to {max(pruned):.2f} times as fast" in documents
 
 
 def test_recorded_speed_as_users_get_it_is_near_the_ideal_and_above_the_peers() -> None:
@@ -373,8 +372,8 @@ def test_recorded_speed_as_users_get_it_is_near_the_ideal_and_above_the_peers() 
             assert seconds["ours", budget] < seconds["peer", budget]
             if setting["batch"] == 1 and budget < 576:
                 ahead.append(seconds["peer", budget] / seconds["ours", budget])
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"As users get them, ours is {min(ahead):.2f} to {max(ahead):.2f} times as fast with one image" in readme
+    documents = " ".join(DOCUMENTS.split())
+    assert f"As users get them, ours is {min(ahead):.2f} to {max(ahead):.2f} times as fast with one image" in documents
 
 
 def test_the_serving_table_is_the_recorded_result() -> None:
@@ -383,7 +382,7 @@ def test_the_serving_table_is_the_recorded_result() -> None:
     sys.modules["serving_benchmark"] = serving  # its dataclasses look themselves up there
     spec.loader.exec_module(serving)
     record = json.loads((ROOT / "benchmarks" / "results" / "serving-vllm-cpu.json").read_text())
-    assert serving.table(record) in (ROOT / "README.md").read_text()
+    assert serving.table(record) in DOCUMENTS
 
 
 NEW_METHOD = """
@@ -435,4 +434,4 @@ def decoder_table() -> list[str]:
 
 
 def test_the_table_at_equal_cache_is_the_recorded_result() -> None:
-    assert [line for line in decoder_table() if line not in (ROOT / "README.md").read_text().splitlines()] == []
+    assert [line for line in decoder_table() if line not in DOCUMENTS.splitlines()] == []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from documents import DOCUMENTS, PAGES
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -24,18 +27,17 @@ from vispruner.conversion.build import build_repo
 from vispruner.conversion.repo_config import HUB_CONFIGS, hub_config_names
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 COMMANDS = ("pip install . && vispruner demo", 'pip install -e ".[test]" && pytest')
 
 
 def code_blocks(language: str) -> list[str]:
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", DOCUMENTS, flags=re.MULTILINE | re.DOTALL)
     return [block for name, block in blocks if name == language]
 
 
 def table_after(header: str) -> list[list[str]]:
-    lines = README[README.index(header) :].splitlines()[2:]
+    lines = DOCUMENTS[DOCUMENTS.index(header) :].splitlines()[2:]
     rows = lines[: next((number for number, line in enumerate(lines) if not line.startswith("|")), len(lines))]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
 
@@ -77,27 +79,47 @@ def test_every_folder_of_the_repository_is_on_the_map() -> None:
     assert folders - set(file_tree()) == set()
 
 
-def test_the_readme_s_fields_and_defaults_are_the_config_s() -> None:
+def test_the_documented_fields_and_defaults_are_the_config_s() -> None:
     rows = {row[0].strip("`"): row[1].strip("`").strip('"') for row in table_after("| field | default |")}
     defaults = VisPrunerOptions(method="none").to_dict() | {"method": "vispruner"}
     assert tuple(rows) == FIELD_NAMES
     assert rows == {name: "null" if value is None else str(value) for name, value in defaults.items()}
 
 
-def test_the_readme_s_methods_are_the_registered_ones() -> None:
+def test_the_documented_methods_are_the_registered_ones() -> None:
     assert {row[0].strip("`") for row in table_after("| method | keeps |")} == {*SELECTORS, "none"}
 
 
 def test_relative_links_lead_somewhere() -> None:
-    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
-        links = re.findall(r"\]\(([^)]+)\)", (ROOT / document).read_text(encoding="utf-8"))
-        assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+    for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        links = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8"))
+        assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
 
 
-def test_the_readme_s_commands_are_understood() -> None:
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_the_documented_commands_are_understood() -> None:
     (block,) = (block for block in code_blocks("") if block.startswith("vispruner convert"))
     parsed = [cli._parser().parse_args(line.split()[1:]).command.__name__ for line in block.splitlines()]
     assert parsed == ["_convert", "_build", "_verify", "_show"]
+
+
+def test_every_command_of_ours_in_the_documents_is_understood() -> None:
+    lines = [line for block in code_blocks("") for line in block.splitlines() if line.startswith("vispruner ")]
+    assert len(lines) >= 6
+    for line in lines:
+        cli._parser().parse_args(shlex.split(line.partition(" #")[0])[1:])
+
+
+def test_every_snippet_of_python_in_the_documents_is_python() -> None:
+    assert len([ast.parse(block) for block in code_blocks("python")]) >= 8
+
+
+def test_every_page_is_on_the_menu() -> None:
+    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [name for name in PAGES if name not in menu] == []
 
 
 def run_python_block(
@@ -121,10 +143,17 @@ def python_block(containing: str) -> str:
     return next(block for block in code_blocks("python") if containing in block)
 
 
-def test_the_readme_s_first_example_runs(tiny_llava_repo: Path, photo: Image.Image, tmp_path: Path) -> None:
+def test_the_readme_begins_with_what_runs(photo: Image.Image, tmp_path: Path) -> None:
+    photo.save(tmp_path / "photo.jpg")
+    trained = Path(conversion.__file__).parent / "assets" / "tiny-llava"
+    ran = run_python_block(code_blocks("python")[0], tmp_path, {"HuggingFaceTB/SmolVLM2-2.2B-Instruct": str(trained)})
+    assert ran["model"].last_pruning.kept_counts == (36,)
+
+
+def test_the_first_example_of_getting_started_runs(tiny_llava_repo: Path, photo: Image.Image, tmp_path: Path) -> None:
     photo.save(tmp_path / "photo.jpg")
     ran = run_python_block(
-        python_block("vispruner.load("), tmp_path, {"llava-hf/llava-1.5-7b-hf": str(tiny_llava_repo)}
+        python_block("visual_token_num=64"), tmp_path, {"llava-hf/llava-1.5-7b-hf": str(tiny_llava_repo)}
     )
     assert ran["model"].config.vispruner_config["visual_token_num"] == 64
     assert bool((ran["output"][:, : ran["inputs"].input_ids.shape[1]] == ran["inputs"].input_ids).all())
@@ -155,7 +184,8 @@ def test_the_readme_s_budget_of_one_call_holds_for_that_call(
     model = vispruner.load(str(tiny_llava_repo), visual_token_num=16)
     processor = AutoProcessor.from_pretrained(tiny_llava_repo)
     inputs = processor(images=photo, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
-    run_python_block(python_block("last_pruning"), tmp_path, {}, {"model": model, "inputs": inputs})
+    block = python_block("set_vispruner_config(visual_token_num=32)")
+    run_python_block(block, tmp_path, {}, {"model": model, "inputs": inputs})
     assert capsys.readouterr().out == "32 of 64 visual tokens kept\n"
     assert model.config.vispruner_config["visual_token_num"] == 32
 
@@ -266,7 +296,7 @@ def test_the_pythons_named_are_those_that_were_tried() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     tried = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
     assert f'requires-python = ">={tried[0]}"' in project
-    assert f"Python {tried[0]} or newer (tried up to {tried[-1]})" in README
+    assert f"Python {tried[0]} or newer (tried up to {tried[-1]})" in DOCUMENTS
 
 
 def test_continuous_integration_holds_torch_and_users_do_not() -> None:

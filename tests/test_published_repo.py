@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from documents import README
 from local_hub import LocalHub
 from tiny_llava import write_tiny_llava
 
@@ -172,8 +173,7 @@ def test_the_readme_s_commands_end_in_a_repo_that_loads_and_prunes(site: Site) -
     shipped = (ROOT / "hub_configs" / "tiny-llava-vispruner.yaml").read_text(encoding="utf-8")
     assert "repo_id: someone/" in shipped
     (site.folder / "mine.yaml").write_text(shipped.replace("repo_id: someone/", "repo_id: user/"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```\n(hf auth login\n.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    (block,) = re.findall(r"^```\n(hf auth login\n.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
     here = {
         "hf auth login": f"hf auth login --token {TOKEN}",
         "vispruner publish": f"{sys.executable} -m vispruner publish",

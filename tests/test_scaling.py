@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import DOCUMENTS
 from matrix import pair
 from rows import Image, Video, rows
 from safetensors.torch import save_file
@@ -343,15 +344,15 @@ def test_the_recorded_run_stays_below_the_bars(recorded, features):
 
 
 def test_the_readme_shows_the_recorded_run(recorded):
-    assert scaling.markdown(recorded) in (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    assert scaling.markdown(recorded) in DOCUMENTS
 
 
 def test_the_readme_shows_what_the_default_step_changes_in_large_pictures():
     recorded = json.loads((BENCHMARKS / "results" / "dedup-step.json").read_text())
     assert recorded["settings"]["pictures"] >= 24 and all(row["tokens"] > 2047 for row in recorded["rows"])
-    text = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
-    assert dedup_step.markdown(recorded["rows"]) in text
-    assert f"{recorded['settings']['questions']} questions about {recorded['settings']['pictures']} pictures" in text
+    assert dedup_step.markdown(recorded["rows"]) in DOCUMENTS
+    asked, about = recorded["settings"]["questions"], recorded["settings"]["pictures"]
+    assert f"{asked} questions about {about} pictures" in DOCUMENTS
 
 
 def test_the_step_benchmark_asks_every_question_under_every_step(tmp_path, monkeypatch):

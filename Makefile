@@ -1,0 +1,16 @@
+# The commands of everyday work, from an environment that has the checkout: pip install -e ".[test,docs]"
+.PHONY: check test demo docs
+
+check: ## linters and types, as CI runs them
+	ruff check .
+	ruff format --check .
+	rm -rf build/typed && pip install --quiet --no-deps --target build/typed . && mypy build/typed/vispruner
+
+test: ## the tests that take less than ten seconds each
+	pytest -m "not slow"
+
+demo: ## the newcomer's path, without network
+	vispruner demo
+
+docs: ## the documentation, no warning allowed
+	mkdocs build --strict --site-dir build/site
