@@ -413,20 +413,43 @@ def _adding_by_pools(rows: torch.Tensor, inner: torch.Tensor, budget: int) -> li
         pool = best_first[:-1].sort().values  # ascending, because of equally good ones the first is next
         limit = (-float(gain[best_first[-1]]), int(best_first[-1]))
         some = rows[pool]
-        left = cosines(cosines(some, inner), some).numpy()  # without the identity: gains are 1 more
-        worth, tokens = gain[pool].numpy(), pool.tolist()
-        new: list[int] = []
-        while len(picks) < budget:
-            best = int(worth.argmax())
-            if worth[best] == -float("inf") or (new and (-float(worth[best]), tokens[best]) > limit):
-                break
-            new.append(tokens[best])
-            picks.append(tokens[best])
-            column, own = left[:, best].copy(), 1 + left[best, best]
-            worth -= column**2 / own
-            worth[best] = -float("inf")
-            left -= column[:, None] * (column / own)
+        left = cosines(cosines(some, inner), some)
+        new = picked_of_pool(left, gain[pool], pool.tolist(), limit, budget - len(picks), identity=1)
+        picks += new
         gain, inner = _after_picking(rows, inner, gain, torch.tensor(new))
+    return picks
+
+
+def picked_of_pool(
+    left: torch.Tensor,
+    worth: torch.Tensor,
+    tokens: list[int],
+    limit: tuple[float, int],
+    most: int,
+    identity: float = 0,
+    floor: float = -float("inf"),
+) -> list[int]:
+    """Pick the best of P tokens, one after the other, as long as each is better than all that are not among them.
+
+    left      (P, P) what is left of their inner products, changed in place
+    worth     (P,) what each adds, changed in place
+    tokens    their numbers, ascending
+    limit     -worth and number of the best of the others; the first pick is better in any case
+    most      how many are wanted
+    identity  what the matrix whose determinant grows has on its diagonal beside these products
+    floor     what adds no more is never picked
+    """
+    inner, value = left.numpy(), worth.numpy()
+    picks: list[int] = []
+    while len(picks) < most:
+        best = int(value.argmax())
+        if value[best] <= floor or (picks and (-float(value[best]), tokens[best]) > limit):
+            break
+        picks.append(tokens[best])
+        column, own = inner[:, best].copy(), identity + inner[best, best]
+        value -= column**2 / own
+        value[best] = -float("inf")
+        inner -= column[:, None] * (column / own)
     return picks
 
 

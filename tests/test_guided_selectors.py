@@ -131,6 +131,21 @@ def test_cdpruner_goes_on_with_the_most_relevant_where_nothing_new_is_left() -> 
         assert kept == sorted(three | set(rest[: budget - 3]))
 
 
+@pytest.mark.parametrize("pool", [1, 7, 256])
+@pytest.mark.parametrize(("tokens", "width"), [(300, 64), (300, 40), (420, 500)])
+def test_many_picks_at_a_time_are_the_same_picks(
+    tokens: int, width: int, pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """...in double precision, beyond the rank too."""
+    monkeypatch.setattr(guided_selectors, "POOL", pool)
+    given = asked(2, tokens, width=width)
+    for budget in (1, 30, width + 20, tokens - 1):
+        found = select_tokens("cdpruner", visual_token_num=budget, **given)
+        monkeypatch.setattr(guided_selectors, "FEW_TOKENS", tokens)
+        assert torch.equal(found, select_tokens("cdpruner", visual_token_num=budget, **given))
+        monkeypatch.setattr(guided_selectors, "FEW_TOKENS", 0)
+
+
 @every_method
 def test_what_is_no_word_and_how_long_words_are_change_nothing(method: str) -> None:
     given = asked(3, 16)
