@@ -105,6 +105,33 @@ VARIED = {
 }
 
 
+# Of those that fold tokens together, and those that read the question.
+FOLDED = {
+    "visionzip": (
+        "[VisionZip](https://arxiv.org/abs/2412.04467)",
+        "a saliency row, keys, what [CLS] became",
+        "exact, in another order",
+    ),
+    "tome": ("[ToMe](https://arxiv.org/abs/2210.09461)", "keys", "exact steps; where they run is ours"),
+    "prumerge": (
+        "[PruMerge](https://arxiv.org/abs/2403.15388)",
+        "queries and keys of the last layer",
+        "exact, by a budget",
+    ),
+    "prumerge_plus": ("[PruMerge+](https://arxiv.org/abs/2403.15388)", "the same", "exact, by a budget"),
+    "cdpruner": (
+        "[CDPruner](https://arxiv.org/abs/2506.10967)",
+        "projected features, the question",
+        "exact in CLIP's form; words of the language model are ours",
+    ),
+    "trim": (
+        "[TRIM](https://arxiv.org/abs/2409.10994)",
+        "projected features, the question",
+        "the same, by a budget",
+    ),
+}
+
+
 def load(path: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """The rows by what they measure: selector, budget, ratio and position policy."""
     rows = json.loads(path.read_text())["rows"]
@@ -155,12 +182,12 @@ def method_table() -> list[str]:
     return lines
 
 
-def varied_table() -> list[str]:
-    """The README's rows about methods that weigh variety: paper, needs, fidelity, times the product at three sizes."""
-    record = json.loads((ROOT / "benchmarks" / "results" / "scaling-diversity.json").read_text())
+def scaling_rows(stem: str, methods: dict[str, tuple[str, str, str]]) -> list[str]:
+    """Rows about methods: paper, needs, fidelity, times the product at three sizes."""
+    record = json.loads((ROOT / "benchmarks" / "results" / f"{stem}.json").read_text())
     ratios = [{row["tokens"]: row["ratio"] for row in rows} for rows in record["sizes"].values()]
     lines = []
-    for method, about in VARIED.items():
+    for method, about in methods.items():
         times = [
             " / ".join(f"{rows[tokens][method]['median']:.2g}" for rows in ratios) for tokens in (576, 2592, 5184)
         ]
@@ -168,39 +195,48 @@ def varied_table() -> list[str]:
     return lines
 
 
-def test_the_varied_methods_choose_within_the_bars() -> None:
+def varied_table() -> list[str]:
+    return scaling_rows("scaling-diversity", VARIED)
+
+
+def folded_table() -> list[str]:
+    return scaling_rows("scaling-folding", FOLDED)
+
+
+@pytest.mark.parametrize(("stem", "methods"), [("scaling-diversity", VARIED), ("scaling-folding", FOLDED)])
+def test_methods_choose_within_the_bars(stem: str, methods: dict[str, Any]) -> None:
     """At most four times one product of all with all at 5,184 tokens, and no exponent above 2.2."""
-    record = json.loads((ROOT / "benchmarks" / "results" / "scaling-diversity.json").read_text())
+    record = json.loads((ROOT / "benchmarks" / "results" / f"{stem}.json").read_text())
     assert record["settings"]["channels"] == 1280 and record["settings"]["kept"] == 4
     for features in ("random", "smooth"):
         (largest,) = (row for row in record["sizes"][features] if row["tokens"] == 5184)
-        assert {method: largest["ratio"][method]["median"] <= 4 for method in VARIED} == dict.fromkeys(VARIED, True)
-        assert all(record["exponents"][features][method] <= 2.2 for method in VARIED)
+        assert {method: largest["ratio"][method]["median"] <= 4 for method in methods} == dict.fromkeys(methods, True)
+        assert all(record["exponents"][features][method] <= 2.2 for method in methods)
 
 
-MEASURED_VARIED = (
+MEASURED_TOGETHER = (
     ("vispruner", 0.5),
     ("vispruner", "auto"),
-    *[(name, None) for name in ("divprune", "adts", "mmr", "holov", "otprune", "prunesid", "vidcom2")],
+    *[(name, None) for name in ("divprune", *VARIED, *FOLDED, "uniform_grid") if name != "evs"],
 )
 
 
-def varied_accuracy_table() -> list[str]:
-    """The README's rows of methods that weigh variety: both test sets, with an eighth of the tokens."""
+def methods_accuracy_table() -> list[str]:
+    """The rows of all further methods: both test sets, at three budgets, and the widest interval's half."""
     by_seed = []
     for seed in (0, 1):
-        record = json.loads((ROOT / "benchmarks" / "results" / f"accuracy-diversity-seed{seed}.json").read_text())
-        assert record["questions"] == 256 and record["seed"] == seed
-        by_seed.append(
-            {(r["selector"], r["important_ratio"]): r for r in record["rows"] if r["budget_percent"] == 12.5}
-        )
+        record = json.loads((ROOT / "benchmarks" / "results" / f"accuracy-methods-seed{seed}.json").read_text())
+        assert record["questions"] >= 700 and record["seed"] == seed
+        by_seed.append({(r["selector"], r["important_ratio"], r["budget_percent"]): r for r in record["rows"]})
     lines = []
-    for name, ratio in MEASURED_VARIED:
-        cells = []
-        for rows in by_seed:
-            low, high = rows[name, ratio]["ci95"]
-            cells.append(f"{100 * rows[name, ratio]['accuracy']:.1f} ± {50 * (high - low):.1f}")
-        lines.append(f"| `{name}`{'' if ratio is None else f', ratio {ratio}'} | {' | '.join(cells)} |")
+    for name, ratio in MEASURED_TOGETHER:
+        cells, widest = [], 0.0
+        for budget in BUDGETS[1:]:
+            rows = [of_seed[name, ratio, budget] for of_seed in by_seed]
+            cells.append(" / ".join(f"{100 * row['accuracy']:.1f}" for row in rows))
+            widest = max(widest, *(50 * (row["ci95"][1] - row["ci95"][0]) for row in rows))
+        named = f"`{name}`{'' if ratio is None else f', ratio {ratio}'}"
+        lines.append(f"| {named} | {' | '.join(cells)} | {widest:.1f} |")
     return lines
 
 
@@ -224,7 +260,9 @@ def test_every_yaml_of_a_released_model_has_a_ceiling() -> None:
     assert stems == {name.removesuffix("-mix") for name in RELEASED}
 
 
-@pytest.mark.parametrize("table", [accuracy_table, method_table, varied_table, varied_accuracy_table, ceilings_table])
+@pytest.mark.parametrize(
+    "table", [accuracy_table, method_table, varied_table, folded_table, methods_accuracy_table, ceilings_table]
+)
 def test_the_readme_tables_are_the_recorded_results(table: Callable[[], list[str]]) -> None:
     assert [line for line in table() if line not in DOCUMENTS.splitlines()] == []
 
