@@ -1,4 +1,4 @@
-"""The command `vispruner`: demo, build, verify, publish, convert, show, methods, codebook.
+"""The command `vispruner`: demo, build, verify, publish, convert, show, methods, codebook, serve-check.
 
 Exit status: 0 done, 1 a repo was refused by verify, 2 bad input (one line says what), 130 interrupted.
 """
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_show,
         _add_methods,
         _add_codebook,
+        _add_serve_check,
     ):
         add(commands)
     return parser
@@ -277,6 +278,28 @@ def _add_codebook(commands: Any) -> None:
 # Each command imports what it needs only when it runs, so that --help and mistyped options answer soon.
 
 
+def _add_serve_check(commands: Any) -> None:
+    examples = (
+        "  vispruner serve-check http://localhost:8000\n"
+        "  vispruner serve-check http://localhost:8000 --image photo.jpg --visual-token-num 32\n"
+        "  vispruner serve-check https://host --model llava --repo someone/llava-1.5-7b-vispruner --json"
+    )
+    summary = "ask a running server about a picture and say how many visual tokens it kept; exit status 1 for all"
+    parser = _add_command(commands, "serve-check", summary, examples, _serve_check)
+    parser.description += ". A key in OPENAI_API_KEY is sent along."
+    parser.add_argument("url", metavar="URL", help="an OpenAI-compatible server")
+    parser.add_argument("--image", metavar="PATH", help="photo to ask about (default: the scene in the package)")
+    parser.add_argument("--question", default="What is this?", metavar="TEXT", help="default: %(default)s")
+    parser.add_argument("--model", metavar="NAME", help="of those that it serves (default: the first)")
+    parser.add_argument(
+        "--repo", metavar="DIR_OR_ID", help="whose processor counts full prompts (default: what the server serves)"
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--visual-token-num", type=int, metavar="N", help="ask for this budget in the request (vLLM)")
+    budget.add_argument("--keep-ratio", type=float, metavar="X", help="ask for this budget in the request (vLLM)")
+    _add_json(parser)
+
+
 def _demo(**options: Any) -> Done:
     from .demo import run_demo
 
@@ -334,6 +357,13 @@ def _methods(model: str | None) -> Done:
         return Done(table(methods, asked), data)
     limit = ceiling_at(base, 0.25)
     return Done(f"{table(methods, asked)}\n\nAt a quarter: {limit}.", {**data, "ceiling_at_a_quarter": asdict(limit)})
+
+
+def _serve_check(**options: Any) -> Done:
+    from .serve_check import check_server
+
+    found = check_server(**options)
+    return Done(found.said(), {**asdict(found), "pruned": found.pruned}, 0 if found.pruned else 1)
 
 
 def _show(**options: Any) -> Done:

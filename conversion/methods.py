@@ -33,7 +33,7 @@ LOSSES = {
     "engines": "a paged cache holds no layers of different lengths, and pictures are stored without their questions",
     "encoded images": "nothing can be chosen before the question is known",
     "second questions": "on the same cache they find what the first one left",
-    "vLLM plugin": "does not read what the method needs; transformers does",
+    "vLLM plugin": "builds no layer of the encoder above the features, which the method reads; transformers does",
 }
 # What nothing can be asked without: none of it is for or against an architecture.
 GIVEN = {"codebook": "codebook.safetensors", "seed": 0}

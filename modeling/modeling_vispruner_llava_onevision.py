@@ -7,7 +7,7 @@ anyres_max_N scales down), the features and the attention that they are chosen b
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape
 from transformers.utils import can_return_tuple
 
-from .configuration_vispruner import VisPrunerConfigMixin
+from .configuration_vispruner import VisPrunerConfigMixin, VisPrunerOptions
 from .llava_encoder import TowerEncoderMixin
 from .prompt_reading import Modality, Prompt
 from .pruned_encoder import inherit_checkpoint_conversion
@@ -70,7 +70,105 @@ class Packing:
         return rows, (len(self.order) - base) // rows - 1 if rows else 0
 
 
-class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
+class PackedTiles:
+    """How stock lines up the tiles of images, and which of these tokens stay. Whoever has it, has:
+
+    config         the model's
+    image_newline  (D,), project and select_each, as the model has them, to choose and not only to count
+    """
+
+    config: Any
+    image_newline: torch.Tensor
+    project: Any
+    select_each: Any
+    pack_image_features = LlavaOnevisionModel.pack_image_features
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a tile."""
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    def packing_of(self, size: list[int], anyres: bool = True) -> Packing:
+        """Return how stock packs an image of a size, from its base tile alone where not `anyres`."""
+        side, rows, columns = self.side, 0, 0
+        if anyres:
+            pinpoints, tile_size = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+            rows, columns = get_anyres_image_grid_shape(size, pinpoints, tile_size)
+        tile, patch = torch.arange(rows * columns)[:, None], torch.arange(side**2)
+        y = torch.cat([patch[None] // side, tile // max(columns, 1) * side + patch // side])
+        x = torch.cat([patch[None] % side, tile % max(columns, 1) * side + patch % side])
+        places = self._pack(torch.stack([y, x], dim=-1).double(), size, torch.full((2,), torch.nan).double())
+        newline = places.isnan().any(-1)
+        nearest = places.nan_to_num().round()
+        y, x = nearest.long().unbind(-1)
+        tile = 1 + y // side * columns + x // side
+        tile[: side**2] = 0
+        order = (tile * side**2 + y % side * side + x % side).masked_fill(newline, NEWLINE)
+        return Packing(size, 1 + rows * columns, order, not torch.equal(nearest, places.nan_to_num()))
+
+    def _pack(self, tiles: torch.Tensor, size: list[int], newline: torch.Tensor) -> torch.Tensor:
+        """Line up what an image's tiles (tiles, N, channels) have, as stock does -> (n, channels)."""
+        packed, _ = self.pack_image_features(
+            [tiles], [size], image_newline=newline, vision_aspect_ratio=self.config.vision_aspect_ratio
+        )
+        return packed[0]
+
+    def budgets_of(self, packing: Packing, options: VisPrunerOptions) -> tuple[int, int]:
+        """Return how many tokens of the base tile and of the rest of an image stay."""
+        base = self.side**2
+        rest = math.prod(packing.rest(base))
+        if options.method == "none" or options.visual_token_num is None:
+            return options.budget(base), options.budget(rest) if rest else 0
+        return options.budget(base), min(rest, options.visual_token_num * (packing.tiles - 1))
+
+    def choose_packed(
+        self, tokens: VisualTokens, packings: list[Packing], budgets: Sequence[tuple[int, int]]
+    ) -> list[Selection]:
+        """Return per image which tokens of its packing stay, ascending.
+
+        tokens   of all tiles of all images
+        budgets  per image how many tokens of its base tile and of the rest stay
+        """
+        base, device = self.side**2, tokens.features.device
+        tiles = channels_of(tokens).split([packing.tiles for packing in packings])
+        bases = [
+            replace(tokens_in(image[:1], tokens, (self.side, self.side)), owners=(number,))
+            for number, image in enumerate(tiles)
+        ]
+        kept_of_base = self.select_each(bases, [of_base for of_base, _ in budgets])
+        rests, budgets_of_rests = [], []
+        for number, (image, packing, (_, of_rest)) in enumerate(zip(tiles, packings, budgets, strict=True)):
+            rows, columns = packing.rest(base)
+            if rows * columns:
+                packed = self._pack(image, packing.size, image.new_zeros(image.shape[-1]))
+                grid = packed[base:].unflatten(0, (rows, columns + 1))[:, :columns].flatten(0, 1)
+                rests.append(replace(tokens_in(grid[None], tokens, (rows, columns)), owners=(number,)))
+                budgets_of_rests.append(of_rest)
+        kept_of_rests = iter(self.select_each(rests, budgets_of_rests))
+        chosen = []
+        for packing, of_base in zip(packings, kept_of_base, strict=True):
+            newlines = (packing.order == NEWLINE).nonzero()[:, 0].to(device, non_blocking=True)
+            parts = [of_base, Selection(newlines[None])]
+            rows, columns = packing.rest(base)
+            if rows * columns:
+                grid = torch.arange(rows * columns, device=device)
+                parts.append(next(kept_of_rests).placed(base + grid + grid // columns))
+            chosen.append(joined(parts).ascending())
+        return chosen
+
+    def tokens_at(self, features: torch.Tensor, packing: Packing, selection: Selection) -> torch.Tensor:
+        """Project one image's features (tiles, N, C) to what stays of the visual tokens of its packing."""
+        if packing.scaled:  # stock interpolates what is projected
+            packed = self._pack(self.project(features), packing.size, self.image_newline)
+            return selection.take(packed[None])[0]
+        order = packing.order.to(features.device, non_blocking=True)
+        patches = selection.placed(order.clamp(min=0)).take(features.flatten(0, 1)[None])[0]
+        tokens = self.project(patches)
+        is_newline = order[selection.indices[0]] == NEWLINE
+        return torch.where(is_newline[:, None], self.image_newline.to(tokens), tokens)
+
+
+class VisPrunerLlavaOnevisionModel(PackedTiles, TowerEncoderMixin, LlavaOnevisionModel):
     """`LlavaOnevisionModel` whose `get_image_features` and `get_video_features` return only the kept visual tokens."""
 
     config_class = VisPrunerLlavaOnevisionConfig
@@ -101,11 +199,6 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         return super().must_encode(inputs) or (not TAKES_FEATURES and "pixel_values_videos" in inputs)
 
     @property
-    def side(self) -> int:
-        """Patches along one side of a tile."""
-        return self.config.vision_config.image_size // self.config.vision_config.patch_size
-
-    @property
     def frame_tokens(self) -> int:
         """Tokens of a frame, after pooling."""
         return math.ceil(self.side / 2) ** 2
@@ -119,31 +212,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
         alone = [images == 1 for images in together for _ in range(images)]
         if len(alone) != len(sizes):
             raise ValueError(f"batch_num_images counts {len(alone)} images, but image_sizes has {len(sizes)}")
-        return [self._packing(size, anyres) for size, anyres in zip(sizes, alone, strict=True)]
-
-    def _packing(self, size: list[int], anyres: bool) -> Packing:
-        side, rows, columns = self.side, 0, 0
-        if anyres:
-            pinpoints, tile_size = self.config.image_grid_pinpoints, self.config.vision_config.image_size
-            rows, columns = get_anyres_image_grid_shape(size, pinpoints, tile_size)
-        tile, patch = torch.arange(rows * columns)[:, None], torch.arange(side**2)
-        y = torch.cat([patch[None] // side, tile // max(columns, 1) * side + patch // side])
-        x = torch.cat([patch[None] % side, tile % max(columns, 1) * side + patch % side])
-        places = self._pack(torch.stack([y, x], dim=-1).double(), size, torch.full((2,), torch.nan).double())
-        newline = places.isnan().any(-1)
-        nearest = places.nan_to_num().round()
-        y, x = nearest.long().unbind(-1)
-        tile = 1 + y // side * columns + x // side
-        tile[: side**2] = 0
-        order = (tile * side**2 + y % side * side + x % side).masked_fill(newline, NEWLINE)
-        return Packing(size, 1 + rows * columns, order, not torch.equal(nearest, places.nan_to_num()))
-
-    def _pack(self, tiles: torch.Tensor, size: list[int], newline: torch.Tensor) -> torch.Tensor:
-        """Line up what an image's tiles (tiles, N, channels) have, as stock does -> (n, channels)."""
-        packed, _ = self.pack_image_features(
-            [tiles], [size], image_newline=newline, vision_aspect_ratio=self.config.vision_aspect_ratio
-        )
-        return packed[0]
+        return [self.packing_of(size, anyres) for size, anyres in zip(sizes, alone, strict=True)]
 
     def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
         """Return the tiles of each image: the base tile left of the others, which stand as in the image."""
@@ -168,14 +237,6 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
             for video in pixel_values_videos
         ]
 
-    def _budgets(self, packing: Packing) -> tuple[int, int]:
-        """Return how many tokens of the base tile and of the rest of an image stay."""
-        options, base = self.encoder_options, self.side**2
-        rest = math.prod(packing.rest(base))
-        if options.method == "none" or options.visual_token_num is None:
-            return options.budget(base), options.budget(rest) if rest else 0
-        return options.budget(base), min(rest, options.visual_token_num * (packing.tiles - 1))
-
     def image_token_counts(
         self,
         pixel_values: torch.Tensor,
@@ -185,7 +246,8 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
     ) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
         packings = self.packings(image_sizes, batch_num_images)
-        kept = [sum(self._budgets(packing)) + packing.newlines for packing in packings]
+        budgets = [self.budgets_of(packing, self.encoder_options) for packing in packings]
+        kept = [sum(both) + packing.newlines for both, packing in zip(budgets, packings, strict=True)]
         return [len(packing.order) for packing in packings], kept
 
     @can_return_tuple
@@ -200,7 +262,9 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
     ) -> PrunedImageFeatures:
         """Encode (images, tiles, 3, h, w) or (all tiles, 3, h, w), pack, select, project."""
         packings = self.packings(image_sizes, batch_num_images)
-        if all(sum(self._budgets(packing)) + packing.newlines == len(packing.order) for packing in packings):
+        budgets = [self.budgets_of(packing, self.encoder_options) for packing in packings]
+        kept = [sum(both) + packing.newlines for both, packing in zip(budgets, packings, strict=True)]
+        if kept == [len(packing.order) for packing in packings]:
             outputs = super().get_image_features(
                 pixel_values,
                 image_sizes,
@@ -217,7 +281,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
         self.require_folded_features()
-        chosen = self._choose(tokens, packings)
+        chosen = self.choose_packed(tokens, packings, budgets)
         placeholders = [selection.indices[0] for selection in chosen]
         images = zip(tokens.features.split(tiles), packings, chosen, strict=True)
         orders = [packing.order.to(pixel_values.device, non_blocking=True) for packing in packings]
@@ -225,49 +289,12 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, LlavaOnevisionModel):
             outputs,
             kwargs,
             tokens,
-            pooler_output=[self._tokens_at(*image) for image in images],
+            pooler_output=[self.tokens_at(*image) for image in images],
             kept_indices=[order[places] for order, places in zip(orders, placeholders, strict=True)],
             placeholders=placeholders,
             full_counts=[len(packing.order) for packing in packings],
             merged_into=_merged_into(chosen, packings, base=self.side**2),
         )
-
-    def _choose(self, tokens: VisualTokens, packings: list[Packing]) -> list[Selection]:
-        """Return per image which tokens of its packing stay, ascending."""
-        base, device = self.side**2, tokens.features.device
-        tiles = channels_of(tokens).split([packing.tiles for packing in packings])
-        first = tokens_in(torch.stack([image[0] for image in tiles]), tokens, (self.side, self.side))
-        kept_of_base = self.select(first, self.encoder_options.budget(base)).of_each()
-        rests, budgets = [], []
-        for number, (image, packing) in enumerate(zip(tiles, packings, strict=True)):
-            rows, columns = packing.rest(base)
-            if rows * columns:
-                packed = self._pack(image, packing.size, image.new_zeros(image.shape[-1]))
-                grid = packed[base:].unflatten(0, (rows, columns + 1))[:, :columns].flatten(0, 1)
-                rests.append(replace(tokens_in(grid[None], tokens, (rows, columns)), owners=(number,)))
-                budgets.append(self._budgets(packing)[1])
-        kept_of_rests = iter(self.select_each(rests, budgets))
-        chosen = []
-        for packing, of_base in zip(packings, kept_of_base, strict=True):
-            newlines = (packing.order == NEWLINE).nonzero()[:, 0].to(device, non_blocking=True)
-            parts = [of_base, Selection(newlines[None])]
-            rows, columns = packing.rest(base)
-            if rows * columns:
-                grid = torch.arange(rows * columns, device=device)
-                parts.append(next(kept_of_rests).placed(base + grid + grid // columns))
-            chosen.append(joined(parts).ascending())
-        return chosen
-
-    def _tokens_at(self, features: torch.Tensor, packing: Packing, selection: Selection) -> torch.Tensor:
-        """Project one image's features (tiles, N, C) to what stays of the visual tokens of its packing."""
-        if packing.scaled:  # stock interpolates what is projected
-            packed = self._pack(self.project(features), packing.size, self.image_newline)
-            return selection.take(packed[None])[0]
-        order = packing.order.to(features.device, non_blocking=True)
-        patches = selection.placed(order.clamp(min=0)).take(features.flatten(0, 1)[None])[0]
-        tokens = self.project(patches)
-        is_newline = order[selection.indices[0]] == NEWLINE
-        return torch.where(is_newline[:, None], self.image_newline.to(tokens), tokens)
 
     def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per video the visual tokens of a full prompt and those that are kept."""

@@ -3,6 +3,8 @@
 Its other layers attend within windows, for which the encoder sorts the patches.
 """
 
+from typing import Any
+
 import torch
 from transformers import GenerationMixin, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 from transformers.vision_utils import get_vision_window_index
@@ -20,7 +22,18 @@ class VisPrunerQwen2_5_VLConfig(VisPrunerConfigMixin, Qwen2_5_VLConfig):
     vispruner_config: dict | None = None
 
 
-class VisPrunerQwen2_5_VLModel(QwenVLEncoderMixin, Qwen2_5_VLModel):
+class WindowOrder:
+    """Puts merged tokens in raster order, which such an encoder sorts by windows."""
+
+    visual: Any
+
+    def in_raster_order(self, merged: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        vision = self.visual
+        order, _ = get_vision_window_index(grid_thw, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+        return merged[..., order.argsort().to(merged.device)]
+
+
+class VisPrunerQwen2_5_VLModel(WindowOrder, QwenVLEncoderMixin, Qwen2_5_VLModel):
     """`Qwen2_5_VLModel` whose image and video features are only the kept visual tokens."""
 
     config_class = VisPrunerQwen2_5_VLConfig
@@ -54,11 +67,6 @@ class VisPrunerQwen2_5_VLModel(QwenVLEncoderMixin, Qwen2_5_VLModel):
                 f"vispruner_config.attention_layer must be one of {whole}, which attend over the whole image, "
                 f"got {layer}"
             )
-
-    def in_raster_order(self, merged: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        vision = self.visual
-        order, _ = get_vision_window_index(grid_thw, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-        return merged[..., order.argsort().to(merged.device)]
 
 
 class VisPrunerQwen2_5_VLForConditionalGeneration(VisPrunerMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):

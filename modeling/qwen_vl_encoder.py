@@ -17,14 +17,58 @@ from .prompt_reading import Prompt
 from .pruned_encoder import VisPrunerModelMixin
 from .selector_registry import Selection, in_a_row
 from .stock_versions import TAKES_FEATURES
-from .visual_attention import SaliencyTap
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
 
 
-class QwenVLEncoderMixin(VisPrunerModelMixin):
-    """For the base models of the family: count, encode and select images and videos by their (t, h, w) grids."""
+class MergedGrids:
+    """Tokens of images of any sizes, each a block of patches, by their (t, h, w) grids."""
 
     visual: Any
+
+    def frames_of(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
+        """Return per frame of (images, 3) grids the rows and columns of its merged tokens."""
+        side = self.visual.spatial_merge_size
+        return [(int(h) // side, int(w) // side) for t, h, w in grid_thw.tolist() for _ in range(int(t))]
+
+    def images_of(
+        self, features: torch.Tensor, read: Any, grid_thw: torch.Tensor, frames: list[tuple[int, int]]
+    ) -> list[VisualTokens]:
+        """Return what selectors look at, of each image or frame.
+
+        features  (tokens, C) of all of them in a row
+        read      saliency, layer_saliency and further, of the patches in the encoder's order
+        """
+        counts = [rows * columns for rows, columns in frames]
+        saliency = self._merged(read.saliency, grid_thw).split(counts, dim=-1)
+        layers = read.layer_saliency
+        of_layers = [None] * len(counts) if layers is None else self._merged(layers, grid_thw).split(counts, dim=-1)
+        videos = [(number,) for number, (t, _, _) in enumerate(grid_thw.tolist()) for _ in range(int(t))]
+        parts = zip(features.split(counts), saliency, of_layers, frames, videos, strict=True)
+        images = [
+            VisualTokens(tokens[None], score, layer, grid, videos=own, owners=(number,))
+            for number, (tokens, score, layer, grid, own) in enumerate(parts)
+        ]
+        for name, given in read.further.items():
+            of_images = self._merged(given.mT, grid_thw).split(counts, dim=-1)
+            images = [
+                replace(image, further={**image.further, name: own.mT})
+                for image, own in zip(images, of_images, strict=True)
+            ]
+        return images
+
+    def _merged(self, saliency: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """Average the saliency (..., patches) of the patches that become one token: (..., tokens), in raster order."""
+        merged = saliency.unflatten(-1, (-1, self.visual.spatial_merge_size**2)).mean(-1)
+        return self.in_raster_order(merged, grid_thw)
+
+    def in_raster_order(self, merged: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        """Undo what an encoder did to the order of merged tokens (..., tokens)."""
+        return merged
+
+
+class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
+    """For the base models of the family: count, encode and select images and videos by their (t, h, w) grids."""
+
     modalities = (GRID_IMAGES, GRID_VIDEOS)
     default_position_policy = "original"
     position_axes = 3
@@ -89,11 +133,6 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         options = self.encoder_options
         return full, [options.budget(count) for count in full]
 
-    def frames_of(self, grid_thw: torch.Tensor) -> list[tuple[int, int]]:
-        """Return per frame of (images, 3) grids the rows and columns of its merged tokens."""
-        side = self.visual.spatial_merge_size
-        return [(int(h) // side, int(w) // side) for t, h, w in grid_thw.tolist() for _ in range(int(t))]
-
     def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
         """Return every image, put together again from its patches, with a grid of merged tokens."""
         return self._views(pixel_values, arguments["image_grid_thw"])
@@ -149,7 +188,7 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
         with self.open_tap() as tap:
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
         features = torch.cat(list(outputs.pooler_output))
-        images = self._images(features, tap, grid_thw, frames)
+        images = self.images_of(features, tap, grid_thw, frames)
         kept = self.select_each(images)
         all_kept, numbers = in_a_row(kept, counts), [one.indices.shape[1] for one in kept]
         indices = list(torch.cat([one.indices for one in kept], dim=1)[0].split(numbers))
@@ -168,36 +207,6 @@ class QwenVLEncoderMixin(VisPrunerModelMixin):
             deepstack_features=of_levels or None,
             merged_into=_merged_into(kept, counts),
         )
-
-    def _images(
-        self, features: torch.Tensor, tap: SaliencyTap, grid_thw: torch.Tensor, frames: list[tuple[int, int]]
-    ) -> list[VisualTokens]:
-        counts = [rows * columns for rows, columns in frames]
-        saliency = self._merged(tap.saliency, grid_thw).split(counts, dim=-1)
-        layers = tap.layer_saliency
-        of_layers = [None] * len(counts) if layers is None else self._merged(layers, grid_thw).split(counts, dim=-1)
-        videos = [(number,) for number, (t, _, _) in enumerate(grid_thw.tolist()) for _ in range(int(t))]
-        parts = zip(features.split(counts), saliency, of_layers, frames, videos, strict=True)
-        images = [
-            VisualTokens(tokens[None], score, layer, grid, videos=own, owners=(number,))
-            for number, (tokens, score, layer, grid, own) in enumerate(parts)
-        ]
-        for name, given in tap.further.items():
-            of_images = self._merged(given.mT, grid_thw).split(counts, dim=-1)
-            images = [
-                replace(image, further={**image.further, name: own.mT})
-                for image, own in zip(images, of_images, strict=True)
-            ]
-        return images
-
-    def _merged(self, saliency: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Average the saliency (..., patches) of the patches that become one token: (..., tokens), in raster order."""
-        merged = saliency.unflatten(-1, (-1, self.visual.spatial_merge_size**2)).mean(-1)
-        return self.in_raster_order(merged, grid_thw)
-
-    def in_raster_order(self, merged: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
-        """Undo what an encoder did to the order of merged tokens (..., tokens)."""
-        return merged
 
 
 def _merged_into(kept: Sequence[Selection], counts: list[int]) -> list[torch.Tensor] | None:

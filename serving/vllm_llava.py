@@ -1,8 +1,7 @@
 """LLaVA-1.5 in vLLM with visual token pruning: an image takes T placeholders of the prompt instead of N."""
 
-from functools import cached_property
+from typing import Any
 
-import torch
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
@@ -11,33 +10,24 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from vispruner.configuration_vispruner import VisPrunerOptions
+from .vllm_prompts import PrunedPrompts
+from .vllm_pruning import TOWER_NAMES, Asked, PrunedTower
 
-from .vllm_pruning import TOWER_NAMES, PrunedVision, launch_options
 
-
-class VisPrunerLlavaProcessingInfo(LlavaProcessingInfo):
-    """Stock, but for the number of visual tokens of an image, from which vLLM works out all the rest."""
-
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        patches = super().get_num_image_tokens(image_width=image_width, image_height=image_height)
-        return self.vispruner_options.budget(patches)
-
-    @cached_property
-    def vispruner_options(self) -> VisPrunerOptions:
-        return launch_options(self.ctx.model_config)
+class VisPrunerLlavaMultiModalProcessor(PrunedPrompts, LlavaMultiModalProcessor):
+    """Stock, with the placeholders that stay."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    LlavaMultiModalProcessor, info=VisPrunerLlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+    VisPrunerLlavaMultiModalProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
-class VisPrunerLlavaForConditionalGeneration(PrunedVision, LlavaForConditionalGeneration):
+class VisPrunerLlavaForConditionalGeneration(PrunedTower, LlavaForConditionalGeneration):
     """vLLM's LLaVA that projects only the visual tokens its `vispruner_config` keeps (arXiv 2412.01818)."""
 
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
 
-    def _image_pixels_to_features(self, vision_tower: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-        if self.keeps_all:
-            return super()._image_pixels_to_features(vision_tower, pixel_values)
-        features, selection = self.select_features(pixel_values)
-        return selection.take(features)
+    def _process_image_input(self, image_input: Any) -> Any:
+        if not isinstance(image_input, Asked):
+            return super()._process_image_input(image_input)
+        tokens = self.encode(image_input.inputs["pixel_values"])
+        return self.prune_tiles(tokens, [1] * len(image_input.options), image_input.options)

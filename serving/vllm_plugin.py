@@ -6,11 +6,21 @@ Nothing of vLLM or torch is imported here: vLLM runs this in each of its process
 from importlib.util import find_spec
 
 # Module and class by the name in config.json's `architectures`; vLLM imports the module when it serves one of them.
+_PLACES = {
+    "Gemma3": "vllm_gemma3",
+    "Idefics3": "vllm_idefics3",
+    "InternVL": "vllm_internvl",
+    "Llava": "vllm_llava",
+    "LlavaNext": "vllm_llava_next",
+    "LlavaOnevision": "vllm_llava_onevision",
+    "Qwen2VL": "vllm_qwen2_vl",
+    "Qwen2_5_VL": "vllm_qwen2_5_vl",
+    "Qwen3VL": "vllm_qwen3_vl",
+    "SmolVLM": "vllm_idefics3",
+}
 MODELS = {
-    "VisPrunerLlavaForConditionalGeneration": ("vispruner.serving.vllm_llava:VisPrunerLlavaForConditionalGeneration"),
-    "VisPrunerLlavaNextForConditionalGeneration": (
-        "vispruner.serving.vllm_llava_next:VisPrunerLlavaNextForConditionalGeneration"
-    ),
+    f"VisPruner{name}ForConditionalGeneration": f"vispruner.serving.{place}:VisPruner{name}ForConditionalGeneration"
+    for name, place in _PLACES.items()
 }
 
 

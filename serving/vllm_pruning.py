@@ -1,28 +1,32 @@
-"""What the vLLM models share: the launch's `vispruner_config`, the saliency of one layer, and the selection.
+"""The worker's part, shared by the vLLM models: run the encoder, read what ranks its tokens, keep and project some.
 
 The method is the package's own: nothing here knows how tokens are ranked.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from vllm.config import ModelConfig, VllmConfig
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed.communication_op import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import WeightsMapper
-from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vispruner.choosing import choose
+from vispruner.codebook_file import find_codebook, read_codebook
 from vispruner.configuration_vispruner import VisPrunerOptions
-from vispruner.selector_registry import Selection
-from vispruner.visual_attention import SALIENCY_KINDS
-from vispruner.visual_features import VisualTokens
+from vispruner.selector_registry import SELECTORS, Selection
+from vispruner.visual_attention import SALIENCY_KINDS, Reading
+from vispruner.visual_features import VisualTokens, stacked
 
-from .launch_options import merged_options, readings, side_of_tile
+from .launch_options import Readings, encoder_of, readings
+from .request_budgets import from_numbers
+from .vllm_launch import launch_options, read_weights_of_base, refuse_bypasses
+from .vllm_prompts import MODALITIES, field_of
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers say
 
@@ -32,96 +36,271 @@ TOWER_NAMES = WeightsMapper(
 )
 
 
-def launch_options(model_config: ModelConfig) -> VisPrunerOptions:
-    """Return the `vispruner_config` of this launch, that of --hf-overrides laid over the repo's.
+@dataclass(frozen=True)
+class Asked:
+    """The pictures of one modality in a batch, as the stock model has them, with the options of each's request."""
 
-    vLLM itself has replaced the repo's by the launch's, so the repo's is read again.
-    """
-    config, overrides = model_config.hf_config, model_config.hf_overrides
-    given = overrides.get("vispruner_config") if isinstance(overrides, dict) else None
-    if given is None:
-        return merged_options(config, getattr(config, "vispruner_config", None), None)
-    repo = get_hf_file_to_dict("config.json", model_config.model, model_config.revision) or {}
-    return merged_options(config, repo.get("vispruner_config"), given)
+    inputs: Any
+    options: list[VisPrunerOptions]
+
+
+class Read(NamedTuple):
+    """What was read of the encoder's attention, of B images or tiles: as in `VisualTokens`."""
+
+    saliency: torch.Tensor
+    layer_saliency: torch.Tensor | None
+    further: dict[str, torch.Tensor]
 
 
 class PrunedVision:
-    """Mixin for a vLLM LLaVA: encode with saliency, then select. Goes before the stock class in the bases."""
+    """Mixin for a multi-modal model of vLLM. Goes before the stock class in the bases. An architecture says:
+
+    vision_attentions  the encoder's attention modules, each with an `MMEncoderAttention` in `attn`
+    project            features (..., C) to visual tokens (..., D)
+    tokens_of_a_tile   how many visual tokens the log is to say that an image or tile has
+    """
 
     config: Any
-    vision_tower: Any
     vispruner_options: VisPrunerOptions
+    vispruner_codebook: torch.Tensor | None
     supports_tower_connector_lora = False  # stock counts the rows of tower and projector without pruning
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        options = launch_options(vllm_config.model_config)
-        _read_weights_of_base(vllm_config.model_config, options)
+        model_config = vllm_config.model_config
+        options = launch_options(model_config)
+        refuse_bypasses(vllm_config)
+        codebook = _codebook(model_config, options)
+        read_weights_of_base(model_config, options)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.vispruner_options = options
-        patches = self.side**2
-        logger.info_once("VisPruner keeps %d of %d visual tokens per image or tile", options.budget(patches), patches)
-
-    @property
-    def side(self) -> int:
-        """Patches along one side of an image or tile."""
-        return side_of_tile(self.config)
-
-    @property
-    def keeps_all(self) -> bool:
-        return self.vispruner_options.budget(self.side**2) == self.side**2
-
-    def select_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, Selection]:
-        """Encode images or tiles (B, 3, height, width); return features (B, N, C), and which T of the N stay."""
-        layers = self.vision_tower.vision_model.encoder.layers
-        wanted = readings(self.config, self.vispruner_options)
-        attentions = [layers[reading.layer].self_attn for reading in wanted]
-        with _recorded_queries_and_keys([attention.attn for attention in attentions]) as recorded:
-            features = super()._image_pixels_to_features(self.vision_tower, pixel_values)  # type: ignore[misc]
-        if [len(calls) for calls in recorded] != [1] * len(recorded):
-            raise RuntimeError(
-                f"{type(attentions[0].attn).__name__} was not called once in every layer that tokens are ranked by: "
-                "this version of vLLM is not supported"
+        self.vispruner_options, self.vispruner_codebook = options, codebook
+        tokens = self.tokens_of_a_tile
+        if tokens is None:
+            logger.info_once("VisPruner keeps %s of the visual tokens of an image or frame", options.keep_ratio)
+        else:
+            logger.info_once(
+                "VisPruner keeps %d of %d visual tokens per image or tile", options.budget(tokens), tokens
             )
-        saliency, *others = [
-            _saliency(reading.kind, attention, *calls[0])
-            for reading, attention, calls in zip(wanted, attentions, recorded, strict=True)
-        ]
-        further = torch.stack(others, dim=1) if others else None
-        tokens = VisualTokens(features, saliency, further, (self.side, self.side))
-        budget = self.vispruner_options.budget(features.shape[1])
-        return features, choose(self.vispruner_options, tokens, budget, project=self.project)
+
+    @property
+    def vision_attentions(self) -> Sequence[Any]:
+        raise AttributeError(f"{type(self).__name__} must say where its encoder's attention modules are")
+
+    @property
+    def tokens_of_a_tile(self) -> int | None:
+        raise AttributeError(f"{type(self).__name__} must say how many visual tokens a tile has")
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """Turn features (..., C) into visual tokens (..., D), for the selectors that compare those."""
         return self.multi_modal_projector(features)  # type: ignore[attr-defined]
 
+    def _parse_and_validate_image_input(self, **kwargs: Any) -> Any:
+        inputs = super()._parse_and_validate_image_input(**kwargs)  # type: ignore[misc]
+        return self._asked(inputs, kwargs.get(field_of("image")))
 
-def _read_weights_of_base(model_config: ModelConfig, options: VisPrunerOptions) -> None:
-    """Let vLLM read the weights of a thin repo, which holds none, where its config.json says they are."""
-    base, revision = options.base_model_name_or_path, options.base_model_revision
-    if options.weights == "thin" and base != model_config.model:
-        logger.info_once("The weights are those of %s at %s", base, revision)
-        model_config.model, model_config.revision = base, revision
-        if isinstance(model_config.hf_overrides, dict):  # from now on the repo's own config.json is out of reach
-            model_config.hf_overrides = {**model_config.hf_overrides, "vispruner_config": options.to_dict()}
+    def _parse_and_validate_video_input(self, **kwargs: Any) -> Any:
+        inputs = super()._parse_and_validate_video_input(**kwargs)  # type: ignore[misc]
+        return self._asked(inputs, kwargs.get(field_of("video")))
+
+    def _asked(self, inputs: Any, budgets: torch.Tensor | None) -> Any:
+        if inputs is None or budgets is None:
+            return inputs
+        return Asked(inputs, [from_numbers(self.vispruner_options, row[:2]) for row in budgets.tolist()])
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Stock; the number of tokens must be that of the placeholders, or nothing can be served."""
+        embeddings = super().embed_multimodal(**kwargs)  # type: ignore[misc]
+        budgets = [kwargs[field_of(name)] for name in MODALITIES if field_of(name) in kwargs]
+        if len(budgets) == 1:  # vLLM encodes one modality at a time
+            written, made = budgets[0][:, 2].long().tolist(), [len(tokens) for tokens in embeddings]
+            if written != made:
+                raise RuntimeError(
+                    f"pictures with {written} placeholders in their prompts have {made} visual tokens: this version "
+                    "of vLLM, or this processor_config.json, is not supported"
+                )
+        return embeddings
+
+    @contextmanager
+    def read_attention(
+        self, seen: torch.Tensor | None = None, chunks: Sequence[int] | None = None
+    ) -> Iterator[Callable[[], Read]]:
+        """Read what the method wants of the encoder while the `with` block runs it; then the function returns it.
+
+        seen    (B, tokens of the encoder), False for padding; None where there is none
+        chunks  of how many tokens each image is, where one sequence (1, N) holds all of them
+        """
+        wanted = readings(self.config, self.vispruner_options)
+        found: dict[Reading, torch.Tensor] = {}
+
+        def record(reading: Reading) -> Callable[..., None]:
+            def hook(attention: Any, arguments: tuple, given: dict[str, Any]) -> None:
+                if reading in found:
+                    raise RuntimeError("the encoder ran twice: this version of vLLM is not supported")
+                names = enumerate(("query", "key"))  # some encoders name them, some do not
+                query, key = (arguments[at] if at < len(arguments) else given[name] for at, name in names)
+                found[reading] = self._read(reading.kind, attention, query, key, seen, chunks)
+
+            return hook
+
+        with ExitStack() as stack:
+            for reading in set(wanted.all):
+                module = self.vision_attentions[reading.layer].attn
+                stack.callback(module.register_forward_pre_hook(record(reading), with_kwargs=True).remove)
+            yield lambda: _in_order(wanted, found)
+
+    def _read(
+        self,
+        kind: str,
+        attention: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        seen: torch.Tensor | None,
+        chunks: Sequence[int] | None,
+    ) -> torch.Tensor:
+        """Return what a reading is, (B, N) or more, of queries and keys (B, N, H * d) or (B, N, H, d)."""
+        query, key = (_by_head(states, attention) for states in (query, key))
+        if chunks is None:
+            return self.of_all_ranks(kind, attention, SALIENCY_KINDS[kind](query, key, attention.scale, seen))
+        alike = [(size, len(list(group))) for size, group in groupby(chunks)]  # neighbours of one size, read together
+        lengths, parts = [size * count for size, count in alike], []
+        for (size, _), q, k in zip(alike, query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True):
+            q, k = (states[0].unflatten(1, (-1, size)).transpose(0, 1) for states in (q, k))
+            parts.append(SALIENCY_KINDS[kind](q, k, attention.scale).flatten(0, 1))
+        return self.of_all_ranks(kind, attention, torch.cat(parts)[None])
+
+    def of_all_ranks(self, kind: str, attention: Any, read: torch.Tensor) -> torch.Tensor:
+        """Join what the ranks have read, each of some heads: all must rank by all of them."""
+        ranks = self.attention_heads // attention.num_heads
+        if ranks == 1:
+            return read
+        if kind in ("cls_query", "raw_keys"):  # heads side by side
+            return tensor_model_parallel_all_gather(read.contiguous(), dim=-1)
+        return tensor_model_parallel_all_reduce(read.contiguous()) / ranks
+
+    @property
+    def attention_heads(self) -> int:
+        return self.config.vision_config.num_attention_heads
+
+    def select(self, tokens: VisualTokens, visual_token_num: int) -> Selection:
+        """Return which tokens stay, T of each image or tile."""
+        codebook = self.vispruner_codebook
+        return choose(self.vispruner_options, tokens, visual_token_num, project=self.project, codebook=codebook)
+
+    def select_each(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+        """Return which tokens stay of images (1, N, C) of any sizes, like those together."""
+        groups: dict[Any, list[int]] = {}
+        for number, (image, budget) in enumerate(zip(images, budgets, strict=True)):
+            groups.setdefault((image.features.shape[1], image.grid, budget), []).append(number)
+        kept: dict[int, Selection] = {}
+        for (_, _, budget), numbers in groups.items():
+            chosen = self.select(stacked([images[number] for number in numbers]), budget)
+            kept |= dict(zip(numbers, chosen.of_each(), strict=True))
+        return [kept[number] for number in range(len(images))]
+
+    def prune_tiles(
+        self, tokens: VisualTokens, tiles: Sequence[int], asked: Sequence[VisPrunerOptions]
+    ) -> list[torch.Tensor]:
+        """Keep of every tile what its request's budget leaves, and project it.
+
+        tiles    how many of the B of `tokens` each image has; asked  the options of each image
+        returns  (tokens, D) of each image
+        """
+        rows: dict[int, torch.Tensor] = {}
+        for budget, images, part in self.by_budget(tokens, tiles, asked):
+            kept = self._kept(part, budget).split([tiles[image] for image in images])
+            rows |= dict(zip(images, (image.flatten(0, 1) for image in kept), strict=True))
+        return [rows[image] for image in range(len(asked))]
+
+    def by_budget(
+        self, tokens: VisualTokens, tiles: Sequence[int], asked: Sequence[VisPrunerOptions]
+    ) -> Iterator[tuple[int, list[int], VisualTokens]]:
+        """Yield every budget of a tile, the images that have it, and the tokens of these, for `prune_tiles`."""
+        budgets = [options.budget(tokens.features.shape[1]) for options in asked]
+        places = torch.arange(len(tokens.features)).split(list(tiles))
+        for budget in dict.fromkeys(budgets):
+            images = [image for image, own in enumerate(budgets) if own == budget]
+            yield budget, images, _some_of(tokens, torch.cat([places[image] for image in images]).tolist())
+
+    def _kept(self, tokens: VisualTokens, budget: int) -> torch.Tensor:
+        selection = self.select(tokens, budget)
+        if SELECTORS[self.vispruner_options.method].merge_on == "projected":
+            return selection.take(self.project(tokens.features))
+        return self.project(selection.take(tokens.features))
 
 
-@contextmanager
-def _recorded_queries_and_keys(attentions: Sequence[nn.Module]) -> Iterator[list[list[Sequence[torch.Tensor]]]]:
-    """Record what vLLM's attention layers are called with: queries, keys, ... by position, (B, 1+N, H * d) each."""
-    recorded: list[list[Sequence[torch.Tensor]]] = [[] for _ in attentions]
-    with ExitStack() as stack:
-        for attention, calls in zip(attentions, recorded, strict=True):
-            hook = attention.register_forward_pre_hook(lambda _, arguments, calls=calls: calls.append(arguments[:2]))
-            stack.callback(hook.remove)
-        yield recorded
+def merged_tokens(patches: torch.Tensor, read: Read, merge: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
+    """Return the tokens (tiles, M, ...) that blocks of patches (tiles, N, C) are merged into by `merge`."""
+
+    def mean(of_patches: torch.Tensor) -> torch.Tensor:
+        merged = merge(of_patches.reshape(-1, of_patches.shape[-1], 1)).mean(dim=-1)
+        return merged.view(*of_patches.shape[:-1], -1)
+
+    features = merge(patches)
+    further = {name: mean(given.mT).mT for name, given in read.further.items()}
+    side = round(features.shape[1] ** 0.5)
+    layers = None if read.layer_saliency is None else mean(read.layer_saliency)
+    return VisualTokens(features, mean(read.saliency), layers, (side, side), further=further)
 
 
-def _saliency(kind: str, attention: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return (B, N); under tensor parallelism each rank has some heads, and all must rank by all of them."""
-    heads = attention.num_heads_per_partition
-    query, key = (states.unflatten(-1, (heads, -1)).transpose(1, 2) for states in (query, key))
-    saliency = SALIENCY_KINDS[kind](query, key, attention.scale)
-    if attention.tp_size == 1:
-        return saliency
-    return tensor_model_parallel_all_reduce(saliency.contiguous()) / attention.tp_size
+def _in_order(wanted: Readings, found: Mapping[Reading, torch.Tensor]) -> Read:
+    if missing := set(wanted.all) - set(found):
+        raise RuntimeError(
+            f"attention was not read in every layer that tokens are ranked by ({sorted(missing)}): this version of "
+            "vLLM is not supported"
+        )
+    layers = torch.stack([found[reading] for reading in wanted.others], dim=1) if wanted.others else None
+    return Read(found[wanted.main], layers, {name: found[reading] for name, reading in wanted.further.items()})
+
+
+def _by_head(states: torch.Tensor, attention: Any) -> torch.Tensor:
+    """Return (B, H, N, d)."""
+    if states.dim() == 3:
+        states = states.unflatten(-1, (attention.num_heads, -1))
+    return states.transpose(1, 2)
+
+
+def _some_of(tokens: VisualTokens, numbers: Sequence[int]) -> VisualTokens:
+    """Return some of B images or tiles."""
+    if len(numbers) == len(tokens.features):
+        return tokens
+    return replace(
+        tokens,
+        features=tokens.features[numbers],
+        saliency=tokens.saliency[numbers],
+        layer_saliency=None if tokens.layer_saliency is None else tokens.layer_saliency[numbers],
+        further={name: given[numbers] for name, given in tokens.further.items()},
+    )
+
+
+def _codebook(model_config: ModelConfig, options: VisPrunerOptions) -> torch.Tensor | None:
+    if options.method == "none" or "codebook" not in SELECTORS[options.method].needs or options.codebook is None:
+        return None
+    path = find_codebook(options.codebook, model_config.model, {"revision": model_config.revision})
+    return read_codebook(path, model_config.hf_config.get_text_config().hidden_size)
+
+
+class PrunedTower(PrunedVision):
+    """For the LLaVA family: a CLIP or SigLIP tower of patches, which the projector turns into visual tokens."""
+
+    vision_tower: Any
+
+    @property
+    def vision_attentions(self) -> Sequence[Any]:
+        return [layer.self_attn for layer in self.vision_tower.vision_model.encoder.layers]
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of an image or tile."""
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    @property
+    def tokens_of_a_tile(self) -> int:
+        return self.side**2
+
+    def encode(self, pixel_values: torch.Tensor) -> VisualTokens:
+        """Run the tower on images or tiles (B, 3, height, width)."""
+        with self.read_attention() as read:
+            features = self.vision_tower(pixel_values, feature_select_strategy="full")
+        saliency, layers, further = read()
+        if encoder_of(self.config).has_cls:
+            further["cls_feature"], features = features[:, 0], features[:, 1:]
+        return VisualTokens(features, saliency, layers, (self.side, self.side), further=further)

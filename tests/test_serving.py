@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,19 +17,24 @@ from typing import Any
 import pytest
 import torch
 from cases import ONE, TWO, Case
+from matrix import ROWS, pair
 from PIL import Image
+from rows import Image as DrawnImage
+from rows import Row
 from test_build import write_yaml
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vispruner import ARCHITECTURES, VisPrunerOptions, load, serving
+from vispruner import ARCHITECTURES, VisPrunerOptions, serving
 from vispruner.choosing import choose
+from vispruner.configuration_vispruner import merge_vispruner_config
 from vispruner.conversion.build import BuildError, build_repo
 from vispruner.conversion.repo_config import RepoConfigError
 from vispruner.conversion.verify import verify_repo
 from vispruner.engine_interface import ENGINE_ATTENTION, ENGINE_PROCESSORS, require_servable
 from vispruner.selectors import ENCODER_METHODS, SELECTORS
-from vispruner.serving.launch_options import SELECTOR_INPUTS, merged_options, readings, tokens_of_tiles
+from vispruner.serving.kept_counts import Picture, kept_count
+from vispruner.serving.launch_options import ENCODERS, Readings, merged_options, readings
 from vispruner.serving.vllm_plugin import MODELS, register
 from vispruner.visual_attention import Reading
 from vispruner.visual_features import VisualTokens
@@ -77,7 +83,7 @@ def test_the_plugin_registers_every_served_architecture_once_and_lazily(vllm_reg
 
 
 def test_what_is_registered_exists_and_is_an_architecture_of_the_package() -> None:
-    assert set(MODELS) == {ARCHITECTURES[name].model_class.__name__ for name in ("llava", "llava_next")}
+    assert set(MODELS) == {ARCHITECTURES[name].model_class.__name__ for name in ENCODERS}
     for place in MODELS.values():
         module, name = place.split(":")
         source = (SERVING / f"{module.removeprefix('vispruner.serving.')}.py").read_text(encoding="utf-8")
@@ -175,24 +181,52 @@ def test_a_model_that_cannot_be_pruned_is_refused(tiny_llava_repo: Path, field: 
 @pytest.mark.parametrize(("given", "layer"), [(None, 2), (-2, 2), (-4, 0), (1, 1)])
 def test_the_layer_that_ranks_is_the_models(llava_config: Any, given: int | None, layer: int) -> None:
     options = merged_options(llava_config, {"visual_token_num": 8, "attention_layer": given}, None)
-    assert readings(llava_config, options) == [Reading(layer, "cls")]
+    assert readings(llava_config, options) == Readings(Reading(layer, "cls"), (), {})
 
 
-@pytest.mark.parametrize("method", ENCODER_METHODS)
-def test_every_method_reads_what_the_model_reads_or_is_refused(tiny_llava_repo: Path, method: str) -> None:
-    given = {"method": method, "visual_token_num": 8, "seed": 0}
-    config = AutoConfig.from_pretrained(tiny_llava_repo)
-    if SELECTORS[method].is_guided:
-        with pytest.raises(ValueError, match="chooses by the question, but an engine"):
-            merged_options(config, given, None)
-        return
-    if SELECTORS[method].needs - SELECTOR_INPUTS:  # a codebook, or queries and keys, which the plugin does not read
-        with pytest.raises(ValueError, match="is not served"):
-            merged_options(config, given, None)
-        return
-    model = load(tiny_llava_repo, **given)
-    tap = model.model.open_tap()
-    assert readings(config, merged_options(config, given, None)) == [tap._main, *tap._others]
+@pytest.fixture(scope="module", params=sorted(ENCODERS))
+def served(request: pytest.FixtureRequest) -> tuple[Row, Any]:
+    """A row of the matrix, and its model as vLLM can serve it."""
+    tiles = {"tile_mode": "paper"} if request.param == "llava_next" else {}
+    return ROWS[request.param], pair(ROWS[request.param], **tiles)[1]
+
+
+def test_every_method_reads_what_the_model_reads_or_is_refused_by_name(served: tuple[Row, Any]) -> None:
+    """Refused is what the model itself refuses, and [CLS] of a last layer that vLLM does not build."""
+    row, model = served
+    read = []
+    for method in ENCODER_METHODS:
+        given = {"method": method, "visual_token_num": 4, "seed": 0, "codebook": "./a.safetensors"}
+        try:
+            options = merged_options(row.config(), None, given)
+        except ValueError as error:
+            if SELECTORS[method].is_guided:
+                assert "chooses by the question, but an engine" in str(error)
+                continue
+            assert f'vispruner_config.method "{method}" needs' in str(error)
+            if method not in ("prumerge", "prumerge_plus"):
+                with pytest.raises(ValueError, match="needs"):
+                    model.set_vispruner_config(method=method, seed=0)
+            continue
+        model.config.vispruner_config = {**model.config.vispruner_config, "method": method, "seed": 0}
+        tap = model.model.open_tap()
+        assert readings(row.config(), options) == Readings(tap._main, tuple(tap._others), tap._further)
+        read.append(method)
+    assert {"vispruner", "divprune", "scope", "visionzip", "hiprune", "codebook"} <= set(read)
+
+
+@pytest.mark.parametrize("budget", [{"visual_token_num": 3}, {"keep_ratio": 0.3}, {"visual_token_num": 1000}])
+def test_the_front_end_counts_what_the_model_returns(served: tuple[Row, Any], budget: dict) -> None:
+    """By the placeholders of a full prompt, run by run, and the size of the picture."""
+    row, model = served
+    config, options = row.config(), merged_options(row.config(), None, budget)
+    model.config.vispruner_config = merge_vispruner_config(model.config.vispruner_config, {**budget, "method": "mmr"})
+    for seed, size in enumerate([(56, 84), (84, 56), (112, 112), (300, 40), (28, 28)]):
+        inputs = row.inputs([[[11], DrawnImage(size, seed), [12]]])
+        full, kept = model.model.count_visual_tokens(inputs)
+        (token,) = [token for token, counts in full.items() if counts]
+        runs = [len(list(run)) for key, run in groupby(inputs["input_ids"][0].tolist()) if key == token]
+        assert sum(kept_count(config, options, run, Picture(*size)) for run in runs) == sum(kept[token])
 
 
 def test_native_tiles_are_refused(llava_next_config: Any) -> None:
@@ -206,7 +240,7 @@ def test_an_image_of_tiles_takes_what_the_model_returns(cases: dict[str, Case]) 
     options = merged_options(case.model.config, case.model.config.vispruner_config, None)
     for image, one in zip(case.pictures, inputs, strict=True):
         _, kept = case.model.visual_token_counts(one["pixel_values"], one["image_sizes"])
-        assert [tokens_of_tiles(case.model.config, options, image.height, image.width)] == kept
+        assert [kept_count(case.model.config, options, 0, Picture(image.height, image.width))] == kept
 
 
 # Without the plugin: the repo's own processor and code

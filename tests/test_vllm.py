@@ -25,13 +25,15 @@ from transformers import AutoProcessor
 
 import vispruner
 from vispruner import conversion
-from vispruner.conversion import questions
+from vispruner.conversion import cli, questions
 from vispruner.conversion.build import build_repo
+from vispruner.conversion.serve_check import check_server
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from accuracy import wilson
 from openai_server import Answer, OpenAIServer, ServerError, data_url
 from scenes import generate_scene
+from test_vllm_architectures import PICTURES, QUESTION, write_checkpoint
 
 pytestmark = [
     pytest.mark.slow,
@@ -187,6 +189,41 @@ class TestBuiltRepo:
             assert error.value.status is not None and 400 <= error.value.status < 500
         assert server.ask(asked[0].text, [asked[0].url]).prompt_tokens > 18
 
+    def test_a_request_has_a_budget_of_its_own(self, server: OpenAIServer, asked: list[Asked]) -> None:
+        """Between requests of the configured budget for the same pictures, of which caches keep both."""
+        some = asked[:60]
+        before = ask_all(server, some)
+        fewer = ask_all(server, some, mm_processor_kwargs={"visual_token_num": 9})
+        after = ask_all(server, some)
+        assert {b.prompt_tokens - f.prompt_tokens for b, f in zip(before, fewer, strict=True)} == {18 - 9}
+        assert [b.prompt_tokens for b in before] == [a.prompt_tokens for a in after]
+        expected = answers_of_transformers(some, 9)
+        assert sum(f.text == text for f, text in zip(fewer, expected, strict=True)) >= 0.95 * len(some)
+
+    @pytest.mark.parametrize(
+        ("budget", "message"),
+        [
+            ({"visual_token_num": 0}, "visual_token_num must be an integer >= 1"),
+            ({"visual_token_num": "9"}, "visual_token_num must be an integer >= 1"),
+            ({"visual_token_num": 19}, "this server keeps at most 18"),
+            ({"keep_ratio": 0.9}, "this server keeps at most 18"),
+            ({"detail": "low"}, "detail must be one of"),
+        ],
+    )
+    def test_a_wrong_budget_is_the_clients_error_and_the_server_lives(
+        self, server: OpenAIServer, asked: list[Asked], budget: dict, message: str
+    ) -> None:
+        with pytest.raises(ServerError, match=message) as error:
+            server.ask("Which digit is shown?", [asked[0].url], mm_processor_kwargs=budget)
+        assert error.value.status == 400
+        assert server.ask(asked[0].text, [asked[0].url]).prompt_tokens > 18
+
+    def test_serve_check_says_what_was_pruned(self, server: OpenAIServer, capsys: pytest.CaptureFixture[str]) -> None:
+        url = f"http://127.0.0.1:{server.port}"
+        assert cli.main(["serve-check", url]) == 0
+        assert "18 of 144 visual tokens of the picture stay" in capsys.readouterr().out
+        assert check_server(url, keep_ratio=0.05).kept == 7
+
     def test_a_client_that_hangs_up_stops_its_request(self, server: OpenAIServer, asked: list[Asked]) -> None:
         stream = server.stream(asked[0].text, [asked[0].url], max_tokens=900, ignore_eos=True)
         next(event for event in stream if event["choices"])
@@ -287,3 +324,58 @@ def test_llava_next_keeps_the_budget_of_every_tile_and_a_thin_repo_finds_its_wei
             assert kept == 12 * len(inputs["pixel_values"][0])
             assert answer.prompt_tokens == inputs["input_ids"].shape[1] - full + kept
             assert answer.text == questions.ask(model, processor, image, "What is this?")
+
+
+@pytest.fixture(scope="class")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("qwen") / "base")
+
+
+@pytest.fixture(scope="class")
+def qwen_server(qwen: Path, serve: partial[OpenAIServer]) -> Iterator[OpenAIServer]:
+    options = {
+        "architectures": ["VisPrunerQwen2_5_VLForConditionalGeneration"],
+        "vispruner_config": {"keep_ratio": 0.5},
+    }
+    details = {"maximum": {"keep_ratio": 0.8}, "detail": {"low": {"visual_token_num": 2}}}
+    with serve("qwen", qwen, *overrides(**options, vispruner_serving=details)) as running:
+        yield running
+
+
+class TestQwen:
+    """M-RoPE over HTTP; the other tests of it are in test_vllm_architectures.py."""
+
+    def test_concurrent_requests_of_several_budgets_get_the_answers_of_transformers(
+        self, qwen: Path, qwen_server: OpenAIServer
+    ) -> None:
+        model, processor = vispruner.load(qwen, keep_ratio=0.5).eval(), AutoProcessor.from_pretrained(qwen)
+        budgets = [{}, {"visual_token_num": 2}, {"keep_ratio": 0.8}, {"detail": "low"}]
+        requests = [(image, budget) for image in PICTURES for budget in budgets] * 3
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda asked: self.ask(qwen_server, *asked), requests))
+        equal = 0
+        for (image, budget), answer in zip(requests, answers, strict=True):
+            model.set_vispruner_config(
+                **({"visual_token_num": 2} if "detail" in budget else budget or {"keep_ratio": 0.5})
+            )
+            inputs = questions.model_inputs(model, processor, image, QUESTION)
+            full, kept = model.model.count_visual_tokens(dict(inputs))
+            dropped = sum(map(sum, full.values())) - sum(map(sum, kept.values()))
+            assert answer.prompt_tokens == inputs["input_ids"].shape[1] - dropped
+            equal += answer.text == questions.ask(model, processor, image, QUESTION)
+        assert equal >= 0.99 * len(requests)
+
+    @staticmethod
+    def ask(server: OpenAIServer, image: Image.Image, budget: dict) -> Answer:
+        return server.ask(QUESTION, [data_url(image)], add_special_tokens=False, mm_processor_kwargs=budget or None)
+
+    def test_wrong_requests_are_the_clients_error_and_the_server_lives(self, qwen_server: OpenAIServer) -> None:
+        for url, budget in (
+            ("data:image/png;base64,bm90IGFuIGltYWdl", {}),
+            (data_url(PICTURES[0]), {"keep_ratio": 0.9}),
+            (data_url(PICTURES[0]), {"detail": "huge"}),
+        ):
+            with pytest.raises(ServerError) as error:
+                qwen_server.ask(QUESTION, [url], mm_processor_kwargs=budget or None)
+            assert error.value.status is not None and 400 <= error.value.status < 500
+        assert check_server(f"http://127.0.0.1:{qwen_server.port}").pruned

