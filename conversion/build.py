@@ -23,7 +23,7 @@ from vispruner import configuration_vispruner as configuration
 from vispruner.codebook_file import CodebookError, read_codebook
 from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
 from vispruner.engine_interface import ENGINE_PROCESSORS
-from vispruner.selectors import require_last_layer_unread
+from vispruner.selectors import require_last_layer_unread, select_tokens, selector_named
 
 from .base_checkpoint import (
     IMAGE_PROCESSOR_FILES,
@@ -95,6 +95,7 @@ def build_repo(
         revision = _base_revision(repo, source if base is None else None, thin)
         config_json = _repo_config_json(base_config, repo, revision, thin)
         names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
+        _try_method_options(repo)
         held = _refuse_ineffective(repo, expected.model, folder)
         limit = ceiling(expected.model.model)
         codebooks = _checked_codebooks(repo, config_json)
@@ -234,12 +235,38 @@ def _check_weights(
         refuse_endless(config_json, len(headers))
         expected = model_layout(repo.architecture, config_json)
     except Exception as error:  # whatever the classes of transformers make of it
+        if str(error).startswith("vispruner_config"):
+            raise BuildError(f"{repo.path}: {error}") from error
         raise BuildError(f"{repo.path} with the config.json of {folder} describes no model: {error}") from error
     names = expected.published_names(headers)
     found = {published: headers[name].shape for name, published in names.items()}
     if problems := layout_problems(expected, found):
         raise BuildError(f"the weights of {folder} are not those of its config.json: {'; '.join(problems)}")
     return names, expected
+
+
+def _try_method_options(repo: RepoConfig) -> None:
+    """Let each method choose once among tokens drawn at random: it alone knows which numbers its options may be."""
+    options = VisPrunerOptions.from_dict(repo.vispruner_config)
+    drawn = torch.Generator().manual_seed(0)
+    side, width = 24, 8
+    tokens = torch.randn(1, side**2, width, generator=drawn)
+    saliency = torch.rand(1, side**2, generator=drawn)
+    inputs = dict.fromkeys(("projected", "keys", "text", "layer_inputs"), tokens)
+    inputs |= {"text_saliency": saliency, "places": tokens[..., :3]}
+    inputs |= {
+        "cls_feature": tokens[:, 0],
+        "cls_query": tokens[:, 0],
+        "raw_keys": torch.cat([tokens[:, :1], tokens], 1),
+    }
+    inputs |= {"codebook": tokens[0, :4], "grid": (side, side), "videos": torch.zeros(1, dtype=torch.int64)}
+    try:
+        for method in options.methods if options.method_options else ():
+            asked = selector_named(method).saliency_layers
+            layers = saliency[:, None].expand(-1, 0 if asked is None else len(asked(24, 22)), -1)
+            select_tokens(method, tokens, saliency, side, layer_saliency=layers, **inputs, **options.selector_options)
+    except ValueError as error:
+        raise BuildError(f"{repo.path}: {error}") from error
 
 
 def _refuse_ineffective(repo: RepoConfig, model: Any, folder: Path) -> list[int] | None:

@@ -23,6 +23,7 @@ from .plain_text import printable
 from .publish_command import DESCRIPTION as DESCRIPTION_OF_PUBLISH
 from .publish_command import EPILOG as EPILOG_OF_PUBLISH
 from .publish_command import add_arguments as add_publish_arguments
+from .publish_command import refuse_empty
 
 DESCRIPTION = "Prune the visual tokens of a vision-language model, and publish the result as an ordinary Hub repo."
 
@@ -104,6 +105,7 @@ def _add_command(commands: Any, name: str, summary: str, examples: str, run: Cal
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    refuse_empty(parser)
     parser.set_defaults(command=run)
     return parser
 

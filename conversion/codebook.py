@@ -29,7 +29,7 @@ from vispruner.selector_registry import Selection
 
 from .base_checkpoint import resolve_base
 from .checkpoint_io import replacing, writable_file
-from .picture import existing_picture, open_photo
+from .picture import existing_picture, open_photo, require_picture
 from .questions import load_model, load_processor
 from .repo_config import load_repo_config
 
@@ -51,14 +51,29 @@ def write_codebook(
 
     repo   a built repo or any stock checkpoint, folder or Hub id; its own code is never run. None: the embedded one
     """
-    out = writable_file(out, *CODEBOOK)
+    out = _writable_codebook(out)
+    _require_prototypes(prototypes)
     files = list(chain.from_iterable(_picture_files(image) for image in images))
+    for file in files:
+        require_picture(file)
     source = str(resolve_base(load_repo_config(EMBEDDED).base_model)) if repo is None else repo
     model = load_model(source, method="cls_attention", visual_token_num=1)
     photos = tqdm((open_photo(file) for file in files), total=len(files), desc="encoding", unit="picture")
     codebook = build_codebook(model, load_processor(source), photos, prototypes)
     about = {"base_model": EMBEDDED if repo is None else Path(repo).name, "pictures": str(len(files))}
     return save_codebook(codebook, out, about)
+
+
+def _writable_codebook(out: str | os.PathLike[str]) -> Path:
+    path = writable_file(out, *CODEBOOK)
+    if path.name.startswith("model"):
+        raise CodebookError(f"{path} is a name of weights, which vispruner_config.codebook refuses: take another name")
+    return path
+
+
+def _require_prototypes(count: int) -> None:
+    if count < 1:
+        raise CodebookError(f"a codebook needs at least one prototype, got {count}")
 
 
 def _picture_files(image: str | os.PathLike[str]) -> list[Path]:
@@ -79,8 +94,7 @@ def build_codebook(
 
     D is the language model's width. Deterministic; of many tokens an even sample is compared.
     """
-    if prototypes < 1:
-        raise CodebookError(f"a codebook needs at least one prototype, got {prototypes}")
+    _require_prototypes(prototypes)
     pool: list[torch.Tensor] = []
     with _redundant_tokens(model) as redundant:
         for picture in pictures:
@@ -123,7 +137,7 @@ def _redundant_tokens(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
 
 def save_codebook(codebook: torch.Tensor, out: str | os.PathLike[str], about: dict[str, str]) -> Path:
     """Write a safetensors file that appears only when it is complete; `about` is kept in its metadata, as JSON."""
-    out = writable_file(out, *CODEBOOK)
+    out = _writable_codebook(out)
     recipe = f"the {REDUNDANT_SHARE:.0%} least attended tokens of each picture, covered greedily by cosine"
     about = {"recipe": recipe, "vispruner_version": vispruner.__version__, **about}
     # One entry, because safetensors writes several in any order, and the same codebook must give the same bytes.

@@ -185,6 +185,8 @@ def _claimed_folder(folder: Path) -> Iterator[Path]:
 
 def _claim_folder(folder: Path) -> Path:
     """Make the demo's folder, or take over one that an earlier demo made; never touch another, nor follow a link."""
+    if (file := next((place for place in (folder, *folder.parents) if place.is_file()), None)) is not None:
+        raise DemoError(f"{file} is a file: give a folder with --out")
     results, repo = folder / RESULTS, folder / REPO
     if folder.is_dir() and any(folder.iterdir()):
         refuse_links(repo)

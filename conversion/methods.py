@@ -7,6 +7,7 @@ model is asked without its weights.
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import textwrap
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from vispruner.serving.launch_options import SELECTOR_INPUTS
 
 from .base_checkpoint import BuildError, find_base
 from .checkpoint_io import read_json
-from .repo_config import RepoConfigError, load_repo_config
+from .repo_config import RepoConfigError, did_you_mean, hub_config_names, load_repo_config
 
 DEPTH = 32  # of the language models that the papers' layers are counted in
 ENCODER = "behind the encoder"
@@ -117,10 +118,14 @@ def _is_list(paragraph: str) -> bool:
 
 def _refusal(base: Any, method: str) -> str | None:
     """Return why a model cannot have a method, in its own words."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # nobody chose the method, and what is experimental stands in the table
     try:
         base.require_usable(merge_vispruner_config({"method": "none"}, {"method": method, "keep_ratio": 0.5, **GIVEN}))
     except ValueError as error:
         return re.sub(rf'^vispruner_config\.method "{re.escape(method)}":? ', "", str(error))
+    finally:
+        logging.disable(level)
     return None
 
 
@@ -131,12 +136,12 @@ def model_without_weights(name: str) -> tuple[Any, str]:
     path = Path(name)
     if path.is_dir() or (not path.is_file() and "/" in name and path.suffix not in (".yaml", ".yml")):
         return _of_checkpoint(find_base(name).folder), name
-    try:
-        repo = load_repo_config(name)
-    except RepoConfigError as error:
-        if path.suffix or path.exists():
-            raise
-        raise RepoConfigError(f"{error}, nor a model_type, which are {', '.join(ARCHITECTURES)}") from error
+    is_name = path.name == name and path.suffix not in (".yaml", ".yml") and not path.is_file()
+    if is_name and name not in hub_config_names():
+        meant = did_you_mean(name, [*ARCHITECTURES, *hub_config_names()])
+        known = f": the model_types are {', '.join(ARCHITECTURES)}"
+        raise RepoConfigError(f"{name}: neither a file, a config of hub_configs nor a model_type{meant or known}")
+    repo = load_repo_config(name)
     try:
         return _of_checkpoint(find_base(repo.base_model, repo.base_revision).folder), f"{repo.base_model}"
     except (BuildError, OSError):

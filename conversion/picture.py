@@ -113,6 +113,12 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
         return _upright(image)
 
 
+def require_picture(path: str | os.PathLike[str]) -> None:
+    """Raise what `open_photo` does for a file that is no picture; only its header is read."""
+    with _opened(path) as image:
+        _refuse_line(image)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     _refuse_line(image)
     return ImageOps.exif_transpose(image).convert("RGB")
@@ -202,6 +208,8 @@ def show(
         raise ValueError("give either --visual-token-num (one budget) or --budgets (several side by side)")
     out = writable_file(out, *PNG)
     path = SCENE if image is None else existing_picture(image)
+    if not path.is_dir():
+        require_picture(path)
     first = budgets[0] if budgets else visual_token_num
     options: dict[str, Any] = {} if first is None else {"visual_token_num": first}
     if method is not None:

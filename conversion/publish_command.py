@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EPILOG.replace("COMMAND", "python upload.py"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    refuse_empty(parser)
     add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="print the Python traceback of an error too")
     options = vars(parser.parse_args(arguments))
@@ -97,6 +98,17 @@ def _publish(name: str, show_traceback: bool, options: dict[str, Any], done: lis
         print(printable(traceback.format_exc().replace(get_token() or "\0", "[token]")), file=sys.stderr)
         print(f"{name}: error: this is a fault of this program, please report the lines above", file=sys.stderr)
         return ExitCode.FAULT, "a fault of this program"
+
+
+def refuse_empty(parser: argparse.ArgumentParser) -> None:
+    """Refuse empty text as an argument, which a path would take for the current folder; call it before adding any."""
+
+    def text(given: str) -> str:
+        if not given.strip():
+            raise argparse.ArgumentTypeError("is empty: leave it out, or set the variable that it stands for")
+        return given
+
+    parser.register("type", None, text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

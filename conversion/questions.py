@@ -19,6 +19,7 @@ from .base_checkpoint import refuse_unsafe
 from .checkpoint_io import has_weights, read_json, read_tensor_headers
 from .foreign_code import own_code_only
 from .published_layout import layout_facts, refuse_endless
+from .repo_config import hub_config_names
 from .verify_worker import VIDEO_EXTRA, needs_video_packages
 
 SCENE = Path(__file__).parent / "assets" / "scene.png"
@@ -53,6 +54,8 @@ def questions_about(picture: Path | None, text: str | None = None) -> list[Quest
 def load_model(source: str, **options: Any) -> PreTrainedModel:
     """Load a built repo or a stock checkpoint, folder or Hub id, but no code of it; ValueError for what is neither."""
     refuse_unsafe(source)
+    if source in hub_config_names() and not Path(source).exists():
+        raise ValueError(f"{source} is a config and no repo: `vispruner build {source} --out DIR`, then give DIR")
     with own_code_only(), _said_of(source):
         _require_its_weights(Path(source))
         return vispruner.load(source, dtype="auto", **options).eval()

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vispruner import ARCHITECTURES
-from vispruner.configuration_vispruner import merge_vispruner_config
+from vispruner.configuration_vispruner import FIELD_NAMES, merge_vispruner_config
 from vispruner.selectors import require_published
 
 from .checkpoint_io import read_regular
@@ -41,6 +41,7 @@ FIELDS = (
 )
 REQUIRED = ("repo_id", "base_model", "architecture", "vispruner_config")
 MOST_YAML_BYTES, MOST_NESTED = 2**18, 16
+MOST_SHOWN = 80  # characters of a wrong value, which must not bury what is said of it
 WEIGHTS = ("thin", "full")
 BUDGET_FIELDS = ("visual_token_num", "keep_ratio", "stage_token_nums")
 CARD_FIELDS = (
@@ -118,9 +119,11 @@ def find_repo_config(config: str | os.PathLike[str]) -> Path:
         return shipped
     if path.is_dir():
         raise RepoConfigError(f"{given}: is a folder: give the YAML file in it")
-    what = "neither a file nor one of the configs in hub_configs" if is_name else "no such file"
-    name = given if is_name else path.stem
-    raise RepoConfigError(f"{given}: {what}{_meant_or_all(name, hub_config_names(), 'configs')}")
+    if is_name:
+        what = "neither a file nor one of the configs in hub_configs"
+        raise RepoConfigError(f"{given}: {what}{_meant_or_all(given, hub_config_names(), 'configs')}")
+    remedy = did_you_mean(path.stem, hub_config_names()) or ": give the path of a YAML file"
+    raise RepoConfigError(f"{given}: no such file{remedy}")
 
 
 def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
@@ -144,7 +147,7 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
     if architecture not in ARCHITECTURES:
         raise RepoConfigError(
             f"{path}: architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}"
-            + _did_you_mean(architecture, list(ARCHITECTURES))
+            + did_you_mean(architecture, list(ARCHITECTURES))
         )
     options = _vispruner_config(path, content["vispruner_config"])
     codebook_file = _codebook_file(path, options)
@@ -387,7 +390,7 @@ def _check_record(path: Path, name: str, stem: str, base_model: str, needed: tup
     if stem not in found:
         raise RepoConfigError(
             f"{path}: card.{name} {stem} is not on record: give the stem of a .json file in {RESULTS}"
-            + _did_you_mean(stem, list(found))
+            + did_you_mean(stem, list(found))
         )
     record = json.loads(found[stem].read_text(encoding="utf-8"))
     if missing := [field for field in needed if field not in record]:
@@ -407,8 +410,12 @@ def as_list(value: Any) -> list[Any]:
 
 def _refuse_unknown(path: Path, prefix: str, content: dict[Any, Any], known: tuple[str, ...]) -> None:
     for name in content:
-        if name not in known:
-            raise RepoConfigError(f"{path}: {prefix}{name} is not a field{_meant_or_all(str(name), known, 'fields')}")
+        if name in known:
+            continue
+        for place, inner in (("vispruner_config", FIELD_NAMES), ("card", CARD_FIELDS)):
+            if not prefix and name in inner:
+                raise RepoConfigError(f"{path}: {name} is not a field here: write it below {place}")
+        raise RepoConfigError(f"{path}: {prefix}{name} is not a field{_meant_or_all(str(name), known, 'fields')}")
 
 
 def _require_text(path: Path, name: str, value: Any) -> None:
@@ -418,13 +425,14 @@ def _require_text(path: Path, name: str, value: Any) -> None:
 
 def _meant_or_all(given: str, known: tuple[str, ...] | list[str], kind: str) -> str:
     """Return how a message goes on about an unknown name: by the one that was meant, else by all there are."""
-    return _did_you_mean(given, known) or f": the {kind} are {', '.join(known)}"
+    return did_you_mean(given, known) or f": the {kind} are {', '.join(known)}"
 
 
-def _did_you_mean(given: str, known: tuple[str, ...] | list[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
+def did_you_mean(given: str, known: tuple[str, ...] | list[str]) -> str:
+    close = difflib.get_close_matches(given.lower(), known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def _shown(value: Any) -> str:
-    return f"{value!r} ({type(value).__name__})"
+    text = repr(value)
+    return f"{text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + ' ...'} ({type(value).__name__})"

@@ -237,7 +237,10 @@ class _Verification:
     def read(self) -> str:
         """Copy the folder and read config.json."""
         if not self.folder.is_dir():
-            raise VerifyError(f"{self.folder} is not a folder: give one that `vispruner build` wrote")
+            raise VerifyError(
+                f"{self.folder} is not a folder: give one that `vispruner build` wrote, or get one from the Hub by "
+                "`hf download REPO --local-dir FOLDER`"
+            )
         self.copy = copy_folder(self.folder, self.copy.path)
         if CONFIG not in self.copy.files and self.copy.problems:
             raise VerifyError("; ".join(self.copy.problems))

@@ -135,6 +135,14 @@ def auto_map(architecture: str) -> dict[str, str]:
     return architecture_of(architecture).model_class.vispruner_auto_map()
 
 
+def _require_checkpoint(path: Path, subfolder: str) -> None:
+    """Refuse what is here and is no folder of a checkpoint; a name that is not here may be a Hub id."""
+    if path.is_file():
+        raise ValueError(f"{path} is a file: give the folder of a checkpoint, or a Hub id (owner/name)")
+    if path.is_dir() and not (path / subfolder / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json: give the folder of a checkpoint, or a Hub id (owner/name)")
+
+
 def load(
     base: str | PathLike[str],
     *,
@@ -178,16 +186,23 @@ def load(
     fields |= {name: options.pop(name) for name in configuration.FIELD_NAMES if name in options}
     fields |= {name: value for name, value in named.items() if value is not None}
     name = fspath(base)
-    if (name.startswith((".", "~", "/")) or name.count("/") > 1) and not Path(name).is_dir():
+    if (name.startswith((".", "~", "/")) or name.count("/") > 1) and not Path(name).exists():
         raise FileNotFoundError(f"{name} does not exist: give a checkpoint folder or a Hub id (owner/name)")
+    _require_checkpoint(Path(name), options.get("subfolder") or "")
     if isinstance(fields.get("codebook"), PathLike):
         fields["codebook"] = fspath(fields["codebook"])
-    for name in options:
-        if close := difflib.get_close_matches(name, configuration.FIELD_NAMES, n=1, cutoff=0.8):
-            raise ValueError(f"load has no keyword {name!r}: did you mean {close[0]}?")
+    for option in options:
+        if close := difflib.get_close_matches(option, configuration.FIELD_NAMES, n=1, cutoff=0.8):
+            raise ValueError(f"load has no keyword {option!r}: did you mean {close[0]}?")
     where = ("revision", "token", "cache_dir", "force_download", "local_files_only", "proxies", "subfolder")
-    hub_options = {name: options[name] for name in where if name in options}
-    base_config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options)
+    hub_options = {option: options[option] for option in where if option in options}
+    try:
+        base_config = AutoConfig.from_pretrained(base, trust_remote_code=False, **hub_options)
+    except OSError as error:
+        if name in str(error):
+            raise
+        said = " ".join(str(error).split())
+        raise OSError(f"{name} is no folder here, and the Hub does not give it: {said}") from error
     architecture = architecture_of(base_config.model_type)
     options["trust_remote_code"] = False
     if not drop_unused_vision_layers:

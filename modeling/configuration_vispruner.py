@@ -121,8 +121,12 @@ class VisPrunerOptions:
                  "null or numbers of tokens that do not grow, the first at least 1", counts)  # fmt: skip
         named = isinstance(options, dict) and all(isinstance(name, str) for name in options)
         _require(options is None or named, "method_options", "null or a dict of option names", options)
-        _require(len(self.methods) <= 2 and all(self.methods), "method",
-                 'a selector name, two of them as "a+b", or "none"', self.method)  # fmt: skip
+        for name in options or ():
+            if name in FIELD_NAMES:
+                raise ValueError(f"vispruner_config.method_options: {name} is a field beside it: give it there")
+        are_names = len(self.methods) == 1 or (len(self.methods) == 2 and "none" not in self.methods)
+        _require(are_names and all(self.methods), "method",
+                 'a selector name, two of them as "a+b", or "none" alone', self.method)  # fmt: skip
 
     @property
     def methods(self) -> tuple[str, ...]:

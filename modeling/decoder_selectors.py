@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from .merging_selectors import CONTEXTUAL_SHARE, contextual_num, fold_into_spaced
-from .selector_inputs import checked_budget, most_attended_first
+from .selector_inputs import check_count, checked_budget, most_attended_first
 from .selector_registry import DecoderPlace, Merge, Selection, register_selector, rows_at
 
 
@@ -201,6 +201,8 @@ def select_dart(
     each by falling norm. Their counts per pivot are equal; what is left over goes to the first ones here.
     """
     budget = checked_budget(features, saliency, visual_token_num)
+    for name, count in (("image_pivots", image_pivots), ("text_pivots", text_pivots)):
+        check_count(f"method_options.{name}", count)
     pivots = most_attended_first(saliency)[:, : min(image_pivots, budget)]
     words = most_attended_first(text_saliency)[:, :text_pivots]
     is_word = text_saliency.gather(1, words) > float("-inf")

@@ -17,6 +17,7 @@ from .selector_inputs import (
     checked_budget,
     checked_projected,
     checked_share,
+    checked_strength,
     checked_unit,
     every_token,
     most_attended_first,
@@ -104,7 +105,7 @@ def select_holov(
     left anywhere. A strip of one token is scaled as the others are.
     """
     budget = checked_budget(features, saliency, visual_token_num)
-    check_count("strips", strips)
+    check_count("method_options.strips", strips)
     unit = checked_unit(projected, saliency)
     tokens = saliency.shape[1]
     if budget == tokens:
@@ -360,8 +361,7 @@ def select_otprune(
     Each next token adds most to the determinant of I + gamma (V V') (V V')', of the rows and columns of those kept.
     """
     budget = checked_budget(features, saliency, visual_token_num)
-    if not isinstance(strength, int | float) or isinstance(strength, bool) or not 0 < strength < float("inf"):
-        raise ValueError(f"vispruner_config.strength must be a number above 0, got {strength!r}")
+    strength = checked_strength("strength", strength)
     projected = checked_projected(projected, saliency)
     spread = projected / norms_of(projected.mT).mT
     batch, tokens, width = spread.shape

@@ -197,7 +197,7 @@ class PrunedDecoderMixin(CallOptionsMixin):
         if selector_named(encoder).in_decoder:
             raise ValueError(
                 f'vispruner_config.method "{options.method}": the first method prunes behind the encoder alone, and '
-                f'"{encoder}" prunes in the language model'
+                f'"{encoder}" prunes in the language model: put one for the encoder there, as in "vispruner+{encoder}"'
             )
         if selector_named(method).place is None and options.prune_layers is None:
             raise ValueError(
@@ -215,11 +215,12 @@ class PrunedDecoderMixin(CallOptionsMixin):
             )
 
     def check_method_options(self) -> None:
-        """Raise ValueError for an option that none of the call's methods has."""
-        given = self.vispruner_options.method_options or {}
+        """Raise ValueError for an option that none of the call's methods has, or a value it cannot have."""
         methods = [method for method in self.methods if method is not None]
-        known = {name for method in methods for name in selector_named(method).options}
-        check_method_options(methods[-1], {name: value for name, value in given.items() if name not in known})
+        for name, value in (self.vispruner_options.method_options or {}).items():
+            having = [method for method in methods if name in selector_named(method).options]
+            for method in having or methods[-1:]:
+                check_method_options(method, {name: value})
 
     def open_decoder(
         self,

@@ -15,6 +15,8 @@ from .selector_inputs import (
     checked_grid,
     checked_layers,
     checked_projected,
+    checked_share,
+    checked_strength,
     checked_unit,
     every_token,
     most_attended_first,
@@ -85,9 +87,10 @@ def select_gprune(
     A token without direction is its own only neighbour.
     """
     budget = checked_budget(features, saliency, visual_token_num)
-    check_count("iterations", iterations)
+    check_count("method_options.iterations", iterations)
     projected = checked_projected(projected, saliency)
-    arguments = similarity_threshold, temperature, iterations
+    threshold = checked_share("similarity_threshold", similarity_threshold, least=-1)
+    arguments = threshold, checked_strength("temperature", temperature), iterations
     score = _image_groups(lambda some: _gathered(some, *arguments), projected)
     return most_attended_first(score)[:, :budget].sort(dim=-1).values
 
@@ -334,8 +337,7 @@ def select_hiprune(
     budget = checked_budget(features, saliency, visual_token_num)
     middle, late = checked_layers(layer_saliency, saliency, 2).unbind(dim=1)
     _, columns = checked_grid(grid, saliency.shape[1])
-    if not 0 <= anchor_share <= 1:
-        raise ValueError(f"vispruner_config.anchor_share must be a number from 0 to 1, got {anchor_share!r}")
+    anchor_share = checked_share("anchor_share", anchor_share)
     rank = _hiprune_rank(middle, columns, round(budget * anchor_share / 5))
     order = most_attended_first(late)
     order = order.gather(1, most_attended_first(rank.gather(1, order)))[:, :budget]
@@ -354,6 +356,7 @@ def select_scope(
     returns            (B, T)     kept indices, ascending; T = min(visual_token_num, N)
     """
     budget = checked_budget(features, saliency, visual_token_num)
+    saliency_exponent = checked_strength("saliency_exponent", saliency_exponent, or_zero=True)
     if budget == saliency.shape[1]:
         return every_token(saliency)
     features = widened(features)

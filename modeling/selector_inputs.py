@@ -49,6 +49,10 @@ def check_count(field: str, value: int, remedy: str = "") -> None:
         raise ValueError(f"vispruner_config.{field} must be >= 1, got {value}{remedy}")
 
 
+def is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -96,11 +100,18 @@ def checked_rows(name: str, rows: torch.Tensor, saliency: torch.Tensor) -> torch
     return widened(rows)
 
 
-def checked_share(option: str, value: float) -> float:
-    """Check an option that is a part of something."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and 0 <= value <= 1):
-        raise ValueError(f"vispruner_config.method_options.{option} must be a number from 0 to 1, got {value!r}")
+def checked_share(option: str, value: float, least: int = 0) -> float:
+    """Check an option that is a part of something, or with `least` -1 a cosine."""
+    if not (is_number(value) and least <= value <= 1):
+        raise ValueError(f"vispruner_config.method_options.{option} must be a number from {least} to 1, got {value!r}")
+    return float(value)
+
+
+def checked_strength(option: str, value: float, or_zero: bool = False) -> float:
+    """Check an option that is any number above 0, or 0 too."""
+    if not (is_number(value) and (0 < value < float("inf") or (or_zero and value == 0))):
+        what = "0 or above" if or_zero else "above 0"
+        raise ValueError(f"vispruner_config.method_options.{option} must be a number {what}, got {value!r}")
     return float(value)
 
 

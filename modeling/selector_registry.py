@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from .selector_inputs import is_int, is_number
+
 
 def rows_at(tokens: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Gather tokens (B, N, C) at indices (B, T): (B, T, C)."""
@@ -379,9 +381,12 @@ def run_selector(
 
 
 def check_method_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for a key of vispruner_config.method_options that the method does not have."""
+    """Raise ValueError for a key of vispruner_config.method_options that the method lacks, or a value of another kind.
+
+    Which numbers it takes the method says itself, when it runs.
+    """
     own = selector_named(method).options
-    for name in options:
+    for name, value in options.items():
         if name not in own:
             close = difflib.get_close_matches(str(name), own, n=1)
             meant = f" (did you mean {close[0]}?)" if close else ""
@@ -389,6 +394,10 @@ def check_method_options(method: str, options: Mapping[str, Any]) -> None:
             raise ValueError(
                 f'vispruner_config.method_options: method "{method}" has no option {name!r}; {has}{meant}'
             )
+        default = own[name]
+        if is_number(default) and not (is_int(value) if is_int(default) else is_number(value)):
+            kind = "an integer" if is_int(default) else "a number"
+            raise ValueError(f"vispruner_config.method_options.{name} must be {kind} such as {default}, got {value!r}")
 
 
 def kinds_of_kept(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llava import write_tiny_llava
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
-from vispruner import ARCHITECTURES, auto_map, code_files
+from vispruner import ARCHITECTURES, SELECTORS, auto_map, code_files
 from vispruner.conversion import base_checkpoint, build
 from vispruner.conversion.base_checkpoint import PROCESSOR_FILES, BuildError, resolve_base
 from vispruner.conversion.build import build_repo
@@ -606,6 +606,40 @@ def test_options_that_the_model_refuses_fail_the_build(
     with pytest.raises(BuildError, match=r"pruned\.yaml.*position_policy"):
         build_repo(config, place / "out", base=tiny_llava_next_repo, show_progress=False)
     assert list(place.iterdir()) == []
+
+
+WRONG_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"method": "visionzip", "method_options": {"contextual_share": 5}},
+        "contextual_share must be a number from 0 to",
+    ),
+    ({"method": "hiprune", "method_options": {"anchor_share": "a"}}, "anchor_share must be a number such as 0.1"),
+    ({"method": "gprune", "method_options": {"temperature": 0}}, "temperature must be a number above 0, got 0"),
+    ({"method": "prumerge", "method_options": {"neighbours": 0}}, "neighbours must be >= 1, got 0"),
+    ({"method": "vidcom2", "method_options": {"share": 1}}, "method \"vidcom2\" has no option 'share'; it has none"),
+    ({"method": "dart", "prune_layers": [1], "method_options": {"text_pivots": 0}}, "text_pivots must be >= 1, got 0"),
+    ({"attention_layer": 99}, "attention_layer must be an encoder layer index in"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), WRONG_OPTIONS, ids=[reason[:30] for _, reason in WRONG_OPTIONS])
+def test_an_option_that_would_fail_when_the_repo_is_used_fails_the_build(
+    options: dict[str, Any], reason: str, base: Path, place: Path, tmp_path: Path
+) -> None:
+    config = write_yaml(tmp_path, vispruner_config={"keep_ratio": 0.5, **options})
+    with pytest.raises(BuildError, match=rf"^{re.escape(str(config))}: vispruner_config\.[^:]*(: )?{reason}"):
+        build_repo(config, place / "out", base=base, show_progress=False)
+    assert list(place.iterdir()) == []
+
+
+def test_the_options_that_a_method_has_are_built_with(base: Path, place: Path, tmp_path: Path) -> None:
+    for method in ("hiprune", "gprune", "scope", "mmr", "holov", "otprune", "visionzip", "prumerge_plus"):
+        own = SELECTORS[method].options
+        config = write_yaml(
+            tmp_path, vispruner_config={"visual_token_num": 16, "method": method, "method_options": own}
+        )
+        out = build_repo(config, place / method, base=base, show_progress=False)
+        assert json.loads((out / "config.json").read_text())["vispruner_config"]["method_options"] == own
 
 
 # Where the repo goes to

@@ -16,7 +16,7 @@ from documents import DOCUMENTS
 from PIL import Image
 
 import vispruner
-from vispruner.conversion import build, cli, convert, demo, picture, verify
+from vispruner.conversion import build, cli, codebook, convert, demo, picture, verify
 from vispruner.conversion.questions import Question, is_right, scene_questions
 
 COMMANDS = ("demo", "build", "verify", "publish", "convert", "show", "methods", "codebook", "serve-check")
@@ -83,6 +83,101 @@ def test_build_writes_a_repo_that_names_our_class(repo: Path) -> None:
     config = json.loads((repo / "config.json").read_text())
     assert config["architectures"] == ["VisPrunerLlavaForConditionalGeneration"]
     assert config["vispruner_config"]["visual_token_num"] == 16
+
+
+EMPTY = [
+    ["build", "", "--out", "x"],
+    ["build", "tiny-llava-vispruner", "--out", ""],
+    ["build", "tiny-llava-vispruner", "--out", "", "--overwrite"],
+    ["build", "tiny-llava-vispruner", "--out", "x", "--base", " "],
+    ["verify", ""],
+    ["verify", "x", "--base", ""],
+    ["show", "--out", "x.png", "--repo", ""],
+    ["show", "--out", "x.png", "--question", ""],
+    ["demo", "--out", ""],
+    ["codebook", "", "--out", "x.safetensors"],
+    ["methods", "--for", ""],
+    ["convert", "", "x"],
+    ["publish", ""],
+    ["publish", "tiny-llava-vispruner", "--collection", ""],
+]
+
+
+@pytest.mark.parametrize("arguments", EMPTY, ids=" ".join)
+def test_an_empty_argument_is_not_the_current_folder(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As from a variable of the shell that is not set; `build --out "" --overwrite` replaced the folder one was in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("keep me")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "is empty: leave it out, or set the variable that it stands for" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_folder_that_one_is_in_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (inner := tmp_path / "inner").mkdir()
+    (inner / "notes.txt").write_text("keep me")
+    monkeypatch.chdir(inner)
+    for out in (".", "..", str(tmp_path)):
+        assert cli.main(["build", "tiny-llava-vispruner", "--out", out, "--overwrite"]) == 2
+        assert "holds the folder that you are in" in error_line(capsys)
+    assert (inner / "notes.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("command", ["build", "demo"])
+def test_an_output_below_a_file_is_called_that(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "file").write_text("mine")
+    arguments = [command, *(["tiny-llava-vispruner"] if command == "build" else [])]
+    for out in (file, file / "sub" / "folder"):
+        assert cli.main([*arguments, "--out", str(out)]) == 2
+        assert re.search(rf"{file}( exists and)? is (a file|no folder|not a folder)", error_line(capsys))
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["show", "codebook"])
+def test_what_is_no_checkpoint_is_said_to_be_none(
+    command: str, photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for repo, said in (
+        ("someone/nowhere", r"someone/nowhere is no folder here, and the Hub does not give it: "),
+        ("tiny-llava-vispruner", r"is a config and no repo: `vispruner build tiny-llava-vispruner --out DIR`, then"),
+        ("empty", "empty has no config.json: give the folder of a checkpoint, or a Hub id"),
+        (str(photo_file), "photo.jpg is a file: give the folder of a checkpoint"),
+        ("no/such/folder", "no/such/folder does not exist: give a checkpoint folder or a Hub id"),
+    ):
+        out = "out.png" if command == "show" else "out.safetensors"
+        assert cli.main([command, str(photo_file), "--repo", repo, "--out", out]) == 2
+        assert re.search(said, error_line(capsys))
+
+
+def test_pictures_are_looked_at_before_a_model_is_loaded(
+    photo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(picture, "load_model", raising(AssertionError("loaded")))
+    monkeypatch.setattr(codebook, "load_model", raising(AssertionError("loaded")))
+    (text := tmp_path / "text.png").write_text("no picture")
+    for arguments in (
+        ["show", str(text), "--out", str(tmp_path / "out.png")],
+        ["codebook", str(photo_file), str(text), "--out", str(tmp_path / "out.safetensors")],
+    ):
+        assert cli.main(arguments) == 2
+        assert "text.png is not a readable image" in error_line(capsys)
+
+
+def test_verify_of_what_is_no_folder_says_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("someone/pruned", "llava-1.5-7b-vispruner", "https://huggingface.co/someone/pruned"):
+        assert cli.main(["verify", name]) == 1
+        shown = capsys.readouterr().out.splitlines()
+        assert len(shown) == 2 and "`hf download REPO --local-dir FOLDER`" in shown[0]
 
 
 def test_build_names_the_shipped_configs_when_the_name_is_unknown(
@@ -363,8 +458,30 @@ def test_methods_asks_the_model_of_a_config_or_a_checkpoint(
     assert asked.startswith("qwen2_vl, with the defaults") and "someone/nowhere cannot be reached" in asked
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("lava", "llava"), ("LLaVA_Next", "llava_next"), ("tiny-lava-vispruner", "tiny-llava-vispruner")],
+)
+def test_methods_names_the_model_that_was_meant(name: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "--for", name]) == 2
+    assert error_line(capsys) == (
+        f"vispruner: error: {name}: neither a file, a config of hub_configs nor a model_type; did you mean {meant}?"
+    )
+
+
+def test_methods_advises_against_nothing_that_nobody_chose() -> None:
+    """In a process of its own, because transformers says a thing once."""
+    command = [sys.executable, "-m", "vispruner", "methods", "--for", "llava"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "topv" in done.stdout and "experimental: its authors" not in done.stderr
+
+
 def test_methods_for_what_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    for name, said in [("lava", "model_type"), (str(tmp_path), "bert"), ("no/such/folder", "does not exist")]:
+    for name, said in [
+        ("zzz", "the model_types are gemma3"),
+        (str(tmp_path), "bert"),
+        ("no/such/folder", "does not exist"),
+    ]:
         assert cli.main(["methods", "--for", name]) == 2
         assert said in error_line(capsys)

@@ -113,6 +113,7 @@ class TestFiles:
         "name, out, message",
         [
             (".", "codebook.bin", "must be written to a .safetensors file"),
+            (".", "model-codebook.safetensors", "is a name of weights, which vispruner_config.codebook refuses"),
             (".", "missing/codebook.safetensors", "does not exist: make"),
             ("notes.txt", "codebook.safetensors", "is not a readable image"),
             ("absent.png", "codebook.safetensors", "No such file"),

@@ -144,6 +144,37 @@ def test_weights_that_are_elsewhere_need_a_pinned_base(given: dict[str, str], ab
         VisPrunerOptions.from_dict({"visual_token_num": 8, "weights": "thin", **given})
 
 
+@pytest.mark.parametrize("method", ["vispruner+none", "none+fastv", "a+b+c", "vispruner+"])
+def test_none_stands_alone_and_two_methods_are_the_most(method: str) -> None:
+    with pytest.raises(
+        ValueError, match=r'method must be a selector name, two of them as "a\+b", or "none" alone, got'
+    ):
+        VisPrunerOptions.from_dict({"visual_token_num": 8, "method": method})
+
+
+@pytest.mark.parametrize("name", ["important_ratio", "dedup_step", "seed", "visual_token_num"])
+def test_a_field_is_no_option_of_a_method(name: str) -> None:
+    """There it would win over the field, unchecked."""
+    with pytest.raises(ValueError, match=f"method_options: {name} is a field beside it: give it there"):
+        VisPrunerOptions.from_dict({"visual_token_num": 8, "method_options": {name: 50}})
+
+
+def test_stages_may_keep_as_many_as_the_one_before() -> None:
+    options = {"method": "pyramiddrop", "prune_layers": [1, 2], "stage_token_nums": [8, 8]}
+    assert VisPrunerOptions.from_dict(options).stage_token_nums == [8, 8]
+
+
+def test_a_change_of_method_keeps_the_stages_unless_it_is_none() -> None:
+    stored = {"method": "fastv", "prune_layers": [2], "stage_token_nums": [8]}
+    assert merge_vispruner_config(stored, {"method": "dart"})["stage_token_nums"] == [8]
+    assert merge_vispruner_config(stored, {"method": "none"})["stage_token_nums"] is None
+
+
+def test_of_several_unknown_fields_the_first_is_guessed() -> None:
+    with pytest.raises(ValueError, match=r"unknown fields \['methd', 'zzz'\]; did you mean method\?"):
+        VisPrunerOptions.from_dict({"methd": "none", "zzz": 1})
+
+
 def test_every_field_has_its_invalid_values_tested() -> None:
     assert {field for field, *_ in INVALID} == set(DEFAULTS) == set(vispruner.configuration_vispruner.FIELD_NAMES)
 

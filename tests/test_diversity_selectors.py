@@ -372,7 +372,7 @@ def test_a_strip_that_deserves_more_than_it_has_leaves_the_rest_to_others() -> N
 
 
 def test_strips_must_be_counted() -> None:
-    with pytest.raises(ValueError, match=r"vispruner_config.strips must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"vispruner_config.method_options.strips must be >= 1, got 0"):
         select("holov", exact_inputs(1, 9), 3, strips=0)
 
 
@@ -421,7 +421,7 @@ def test_every_strength_of_otprune_counts_as_in_the_oracle(
 
 @pytest.mark.parametrize("strength", [0, -1.0, "much", True, float("inf"), NAN])
 def test_a_strength_must_be_positive(strength: Any) -> None:
-    with pytest.raises(ValueError, match=r"vispruner_config.strength must be a number above 0, got"):
+    with pytest.raises(ValueError, match=r"vispruner_config.method_options.strength must be a number above 0, got"):
         select("otprune", exact_inputs(1, 9), 3, strength=strength)
 
 

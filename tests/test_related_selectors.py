@@ -314,12 +314,30 @@ def test_a_matrix_serves_no_more_images_than_it_may_hold(monkeypatch, method):
     assert torch.equal(select(method, inputs, 9), expected)
 
 
-def test_a_negative_weight_rises_and_is_measured_in_every_step(monkeypatch):
+@pytest.mark.parametrize("less", [0.5, 5])
+def test_a_negative_weight_rises_and_is_measured_in_every_step(monkeypatch, less):
     inputs = generic_inputs(2, 25, seed=3)
-    inputs["saliency"] -= 0.5
+    inputs["saliency"] -= less
     expected = oracle("scope", inputs, 9)
     monkeypatch.setattr(related_selectors, "FEW_TOKENS", 0)
     assert torch.equal(select("scope", inputs, 9), expected)
+
+
+def test_scope_makes_its_lists_after_the_first_pick_and_needs_no_more_than_they_hold(monkeypatch):
+    """Nothing is covered at first, so all gains are known; from the lists on, no cosine is computed again."""
+    tokens = 60
+    unit = torch.nn.functional.normalize(torch.randn(tokens, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    monkeypatch.setattr(related_selectors, "MATRIX", tokens * 4)
+    monkeypatch.setattr(related_selectors, "LISTED", 2 * tokens**2)
+    coverage = related_selectors._Coverage(unit, torch.ones(tokens))
+    measured = []
+    monkeypatch.setattr(
+        coverage, "_gains", lambda asked, gains=coverage._gains: measured.append(asked) or gains(asked)
+    )
+    first = coverage.pick()
+    assert not measured and len(coverage._lists) == tokens
+    monkeypatch.setattr(coverage, "_rows", lambda asked: pytest.fail("compared anew"))
+    assert len({first, *(coverage.pick() for _ in range(20))}) == 21
 
 
 def test_scope_measures_a_small_part_of_all_gains(monkeypatch):
@@ -569,13 +587,21 @@ NAN = float("nan")
         ("hiprune", {"layer_saliency": torch.full((1, 2, 9), NAN)}, "layer_saliency holds NaN"),
         ("hiprune", {"grid": (3, 4)}, r"grid must be the \(rows, columns\) of the 9 tokens, got \(3, 4\)"),
         ("hiprune", {"grid": (-3, -3)}, "grid must be"),
-        ("hiprune", {"anchor_share": 1.5}, "vispruner_config.anchor_share must be a number from 0 to 1, got 1.5"),
+        ("hiprune", {"anchor_share": 1.5}, "method_options.anchor_share must be a number from 0 to 1, got 1.5"),
         ("hiprune", {"anchor_share": -0.1}, "anchor_share must be a number from 0 to 1, got -0.1"),
-        ("gprune", {"iterations": 0}, "vispruner_config.iterations must be >= 1, got 0"),
+        ("hiprune", {"anchor_share": "a"}, "anchor_share must be a number from 0 to 1, got 'a'"),
+        ("gprune", {"iterations": 0}, "vispruner_config.method_options.iterations must be >= 1, got 0"),
+        ("gprune", {"similarity_threshold": NAN}, "method_options.similarity_threshold must be a number from -1 to 1"),
+        ("gprune", {"similarity_threshold": 1.5}, "similarity_threshold must be a number from -1 to 1, got 1.5"),
+        ("gprune", {"temperature": 0}, "method_options.temperature must be a number above 0, got 0"),
+        ("gprune", {"temperature": NAN}, "temperature must be a number above 0, got nan"),
+        ("scope", {"saliency_exponent": -1}, "method_options.saliency_exponent must be a number 0 or above, got -1"),
+        ("scope", {"saliency_exponent": True}, "saliency_exponent must be a number 0 or above, got True"),
         ("divprune", {"projected": torch.zeros(1, 8, 4)}, r"projected must be .* of the \(1, 9\) tokens, got .*8"),
         ("gprune", {"projected": torch.zeros(9, 4)}, r"projected must be .* \(B, N, D\)"),
         ("codebook", {"projected": torch.zeros(1, 9, 16).long()}, "projected must be a floating-point tensor"),
         ("codebook", {"codebook": torch.ones(3, 15)}, "its prototypes are 15 wide on cpu, the projected features 16"),
+        ("codebook", {"codebook": torch.ones(3, 17)}, "its prototypes are 17 wide on cpu, the projected features 16"),
         ("codebook", {"codebook": torch.ones(0, 16)}, "at least one prototype"),
         ("codebook", {"codebook": torch.full((3, 16), NAN)}, "features hold NaN"),
         ("codebook", {"projected": torch.full((1, 9, 16), NAN)}, "features hold NaN"),

@@ -106,8 +106,10 @@ def test_an_unknown_stem_lists_the_known_ones_or_names_the_one_that_was_meant() 
 
 @pytest.mark.parametrize("given", ["absent.yaml", "folder/absent"])
 def test_a_path_that_does_not_exist_is_said_to_be_none(given: str) -> None:
-    with pytest.raises(RepoConfigError, match=f"{given}: no such file"):
+    with pytest.raises(RepoConfigError, match=f"{given}: no such file: give the path of a YAML file$"):
         load_repo_config(given)
+    with pytest.raises(RepoConfigError, match=r"my/tiny-llava-visprunr.yaml: no such file; did you mean tiny-llava-v"):
+        load_repo_config("my/tiny-llava-visprunr.yaml")
 
 
 BAD_BRANCHES = ["v 64", "-v64", ".v64", "v64.", "v64/", "/v64", "a//b", "a/.b", "a..b", "v64.lock", "a.lock/b", "v~1",
@@ -116,6 +118,9 @@ BAD_BRANCHES = ["v 64", "-v64", ".v64", "v64.", "v64/", "/v64", "a//b", "a/.b", 
 
 REFUSED = [
     ({"visual_tokens": 4}, "visual_tokens is not a field: the fields are repo_id"),
+    ({"license": "mit"}, "license is not a field here: write it below card"),
+    ({"important_ratio": "auto"}, "important_ratio is not a field here: write it below vispruner_config"),
+    ({"card": {"seed": 4}}, "card.seed is not a field: the fields are license"),
     ({"base_modle": "a/b"}, "base_modle is not a field.*did you mean base_model"),
     ({"repo_id": ...}, "repo_id is missing: add it"),
     ({"architecture": ...}, "architecture is missing: add it"),
@@ -218,6 +223,16 @@ def test_what_is_not_a_mapping_of_fields_is_refused(tmp_path: Path, text: str, r
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RepoConfigError, match=f"(?s)broken.yaml: .*{reason}"):
         load_repo_config(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["- a\n" * 5000, "a " * 5000, "repo_id: [" + "1, " * 5000 + "]"], ids=["list", "text", "value"]
+)
+def test_a_wrong_value_never_buries_what_is_said_of_it(tmp_path: Path, text: str) -> None:
+    (path := tmp_path / "long.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RepoConfigError, match=r"long.yaml: ") as error:
+        load_repo_config(path)
+    assert len(str(error.value).replace(str(path), "")) < 300
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
