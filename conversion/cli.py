@@ -1,4 +1,4 @@
-"""The command `vispruner`: demo, build, verify, publish, convert, show, methods, codebook, serve-check.
+"""The command `vispruner`: demo, build, verify, publish, convert, show, methods, codebook, calibrate, serve-check.
 
 Exit status: 0 done, 1 a repo was refused by verify, 2 bad input (one line says what), 130 interrupted.
 """
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_show,
         _add_methods,
         _add_codebook,
+        _add_calibrate,
         _add_serve_check,
     ):
         add(commands)
@@ -277,6 +278,54 @@ def _add_codebook(commands: Any) -> None:
     )
 
 
+def _add_calibrate(commands: Any) -> None:
+    examples = (
+        "  vispruner calibrate                                     the embedded model, on drawn scenes\n"
+        "  vispruner calibrate path/to/llava-onevision --images photos/*.jpg --question 'What is in this picture?' "
+        "--out vflowopt.yaml\n"
+        "  vispruner calibrate llava-1.5-7b-vispruner --keep-ratio 0.1 --trials 100 --out vflowopt.yaml\n\n"
+        "Each try prunes otherwise: other shares of tokens leave behind the encoder and before each of two layers of\n"
+        "the language model, while a decoder layer holds --keep-ratio of all visual tokens on average. The answer's\n"
+        "first token is compared with the unpruned model's; no true answers are needed. The YAML that is written has\n"
+        "one block, vispruner_config, to be put into a YAML of hub_configs/, or given to vispruner.load.\n\n"
+        "For LLaVA-OneVision-7B the authors of VFlowOpt (arXiv 2508.05211) found, where a decoder layer holds 50, 25\n"
+        "and 10 % of the tokens, global_threshold 28.68, 34.76 and 39.27, cell 11.76, 15.58 and 17.39, stage_shares\n"
+        "[0.7487, 0.487], [0.9833, 0.8773] and [1.0, 0.6011]. The second of each is the default, and the first try."
+    )
+    summary = 'find the options of the method "vflowopt" that suit a model, under a fixed budget'
+    parser = _add_command(commands, "calibrate", summary, examples, _calibrate)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="CONFIG_OR_REPO",
+        help="a YAML or its stem, whose base is taken, or a built repo or stock checkpoint, folder or Hub id; its own "
+        "code is never run (default: the trained toy in the package)",
+    )
+    parser.add_argument("--out", metavar="FILE", help="the .yaml file to write (default: the result is printed)")
+    parser.add_argument(
+        "--keep-ratio",
+        type=float,
+        default=0.25,
+        metavar="R",
+        help="share of the visual tokens that a decoder layer holds on average, default: %(default)s",
+    )
+    parser.add_argument("--images", nargs="+", default=[], metavar="IMAGE", help="pictures to ask about")
+    parser.add_argument(
+        "--question",
+        action="append",
+        default=[],
+        dest="questions",
+        metavar="TEXT",
+        help="asked of each picture; may be repeated",
+    )
+    parser.add_argument("--scenes", type=int, default=12, metavar="N", help="scenes to draw, default: %(default)s")
+    parser.add_argument("--trials", type=int, default=60, metavar="N", help="settings to try, default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the scenes and tries, default: %(default)s"
+    )
+    _add_json(parser)
+
+
 # Each command imports what it needs only when it runs, so that --help and mistyped options answer soon.
 
 
@@ -346,6 +395,14 @@ def _codebook(**options: Any) -> Done:
     from .codebook import write_codebook
 
     return Done(f"wrote {write_codebook(**options)}")
+
+
+def _calibrate(out: str | None, **options: Any) -> Done:
+    from .calibrate import as_yaml, calibrate
+
+    found = calibrate(out=out, **options)
+    text = as_yaml(found).rstrip()
+    return Done(text if out is None else f"{text}\nwrote {out}", {**found, "file": out})
 
 
 def _methods(model: str | None) -> Done:

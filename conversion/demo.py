@@ -107,7 +107,7 @@ def run_demo(
         photo = open_photo(path) if given is None else given
         questions = questions_about(path, question) or [Question(QUESTION)]
         print("Answering, pruned and unpruned ...", flush=True)
-        with _threads(1 if embedded else torch.get_num_threads()):
+        with torch_threads(1 if embedded else torch.get_num_threads()):
             unpruned, pruned = measure(pipe, photo, questions[0].text)
             require_pruning(unpruned, pruned)
             answers, picture = _answer_and_draw(pipe, photo, path.name, questions)
@@ -232,7 +232,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """Work that is too small to be shared is slower, and varies more, on several threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

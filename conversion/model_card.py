@@ -285,6 +285,8 @@ def _option_rows(repo: RepoConfig, held: Sequence[int] | None) -> list[tuple[str
     methods = [method for method in _methods(options) if method is not None]
     selector = SELECTORS[methods[0]]
     whose = "of [CLS]" if architecture.base_class.has_cls_token else "from all tokens of the image, on average"
+    if selector.main_kind == "global":
+        whose = "from the tokens of the image that are attended most"
     layer, policy, tiles = options["attention_layer"], options["position_policy"], options["tile_mode"]
     meanings = {
         "important_ratio": "share of the budget for the most attended tokens; the rest is for the least redundant",

@@ -5,23 +5,12 @@ rank by is declared by their `DecoderPlace` and comes as `saliency`; ties go to 
 models have that they were made for, they prune where their authors do, and in proportion elsewhere.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional as F
 
 from .merging_selectors import CONTEXTUAL_SHARE, contextual_num, fold_into_spaced
 from .selector_inputs import check_count, checked_budget, most_attended_first
-from .selector_registry import DecoderPlace, Merge, Selection, register_selector, rows_at
-
-
-def in_proportion(*layers: int) -> Callable[[int], list[int]]:
-    """Return the layers of a model of any depth that stand for `layers` of one of 32."""
-
-    def layers_of(depth: int) -> list[int]:
-        return sorted({min(depth - 1, max(1, round(layer * depth / 32))) for layer in layers})
-
-    return layers_of
+from .selector_registry import DecoderPlace, Merge, Selection, in_proportion, register_selector, rows_at
 
 
 @register_selector("fastv", kinds=("important: attended by the question",), place=DecoderPlace(in_proportion(2)))

@@ -39,6 +39,7 @@ class EncodedImages:
     vispruner_config what they were made with
     deepstack        per image (levels, T, D), where the model has such features (Qwen3-VL)
     in_one_tensor    whether the stock model has the tokens of all images in one tensor
+    told             per image (T,): by what the language model ranks them, where the encoder says so
     """
 
     tokens: tuple[torch.Tensor, ...]
@@ -48,6 +49,7 @@ class EncodedImages:
     vispruner_config: dict[str, Any]
     deepstack: tuple[torch.Tensor, ...] | None = None
     in_one_tensor: bool = False
+    told: tuple[torch.Tensor, ...] | None = None
 
     @classmethod
     def from_features(cls, features: PrunedImageFeatures, vispruner_config: dict[str, Any]) -> "EncodedImages":
@@ -63,6 +65,7 @@ class EncodedImages:
             vispruner_config=dict(vispruner_config),
             deepstack=None if levels is None else tuple(torch.stack(image) for image in zip(*levels, strict=True)),
             in_one_tensor=isinstance(made, torch.Tensor),
+            told=None if features.told is None else tuple(features.told),
         )
 
     def to_features(self) -> PrunedImageFeatures:
@@ -75,6 +78,7 @@ class EncodedImages:
             placeholders=placeholders if len(placeholders) == len(self) else None,
             full_counts=list(self.full_counts),
             deepstack_features=levels,
+            told=None if self.told is None else list(self.told),
         )
 
     @property
@@ -99,6 +103,7 @@ class EncodedImages:
             placeholders=take(self.placeholders),
             full_counts=take(self.full_counts),
             deepstack=None if self.deepstack is None else take(self.deepstack),
+            told=None if self.told is None else take(self.told),
         )
 
     def _numbers(self, chosen: Any) -> list[int]:
@@ -127,6 +132,7 @@ class EncodedImages:
             placeholders=self.placeholders + other.placeholders,
             full_counts=self.full_counts + other.full_counts,
             deepstack=None if self.deepstack is None else self.deepstack + (other.deepstack or ()),
+            told=None if self.told is None else self.told + (other.told or ()),
         )
 
     def to(self, *args: Any, **kwargs: Any) -> "EncodedImages":
@@ -143,6 +149,7 @@ class EncodedImages:
             kept_indices=follow(self.kept_indices),
             placeholders=follow(self.placeholders),
             deepstack=None if self.deepstack is None else tuple(image.to(*args, **kwargs) for image in self.deepstack),
+            told=None if self.told is None else follow(self.told),
         )
 
     def require_made_with(self, vispruner_config: dict[str, Any]) -> None:

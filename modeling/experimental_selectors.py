@@ -8,9 +8,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-from .decoder_selectors import in_proportion
 from .selector_inputs import checked_budget, checked_unit, most_attended_first, widened
-from .selector_registry import DecoderPlace, Then, register_selector, rows_at
+from .selector_registry import DecoderPlace, Then, in_proportion, register_selector, rows_at
 from .similarity import cosines, norms_of
 
 APART, CENTRE = 0.5, 0.5  # how much distances count in TopV beside what tokens hold

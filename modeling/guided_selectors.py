@@ -98,7 +98,7 @@ def _spanning_by_pools(rows: torch.Tensor, relevance: torch.Tensor, budget: int)
     noise = len(rows) * torch.finfo(left.dtype).eps * float(left.amax())
     factors, picks = left.new_empty(budget, len(rows)), list[int]()
     while len(picks) < budget:
-        best_first = left.argsort(descending=True, stable=True)[: POOL + 1]
+        best_first = left.argsort(descending=True, stable=True)[: min(POOL, len(rows) // 8) + 1]
         pool = best_first[:-1].sort().values
         last, before = best_first[-1], factors[: len(picks)]
         among = cosines(rows[pool], rows[pool]) - cosines(before[:, pool].mT, before[:, pool].mT)

@@ -1,4 +1,4 @@
-"""Methods that fold tokens together behind the encoder: VisionZip, ToMe, PruMerge and PruMerge+.
+"""Methods that fold tokens together behind the encoder: VisionZip, ToMe, PruMerge, PruMerge+ and VFlowOpt.
 
 Each returns a `Selection`: what stays, ascending, and what is folded into it. A token that stands for several takes
 the place, the placeholder and the position of one of them, its anchor. What is no token of the grid (the [CLS] token,
@@ -6,15 +6,39 @@ a sum of what is left over) takes those of a token that does not stay. The autho
 merged ones behind the others; here all are in the order of the picture. Ties go to the lowest index.
 """
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
-from .selector_inputs import check_count, checked_budget, checked_rows, checked_share, most_attended_first, widened
-from .selector_registry import Merge, Selection, register_selector, rows_at
+from .selector_inputs import (
+    check_count,
+    checked_budget,
+    checked_grid,
+    checked_rows,
+    checked_share,
+    is_number,
+    most_attended_first,
+    widened,
+)
+from .selector_registry import Merge, Selection, Then, in_proportion, register_selector, rows_at
 from .similarity import cosines, norms_of, refuse_unless, row_blocks
 
 # Of the tokens that VisionZip keeps, how many others are folded into: 10 of 64, 20 of 128 and 30 of 192 in its README.
 CONTEXTUAL_SHARE = 0.15625
+
+# What the authors of VFlowOpt found for LLaVA-OneVision-7B, by the share of the visual tokens that a decoder layer
+# holds on average: lmms_eval/models/llava_onevision_training_free.py of github.com/sihany077/VFlowOpt at 129eeef,
+# rounded. What the encoder leaves there (0.723, 0.265 and 0.117 of the tokens) follows from that share.
+VFLOWOPT_PUBLISHED: Mapping[float, Mapping[str, Any]] = MappingProxyType(
+    {
+        0.5: {"global_threshold": 28.683, "cell": 11.757, "stage_shares": [0.7487, 0.487]},
+        0.25: {"global_threshold": 34.760, "cell": 15.581, "stage_shares": [0.9833, 0.8773]},
+        0.1: {"global_threshold": 39.265, "cell": 17.387, "stage_shares": [1.0, 0.6011]},
+    }
+)
 
 
 def contextual_num(budget: int, contextual_share: float) -> int:
@@ -323,3 +347,91 @@ def _with_neighbours(attention: torch.Tensor, keys: torch.Tensor, centres: torch
     target = torch.cat([target.flatten(1), torch.full_like(every, centres.shape[1])], dim=1)
     own = F.pad(attention.new_ones(centres.shape), (0, 1))
     return Selection(torch.cat([centres, place], dim=1), Merge(source, target, weight, own)).ascending()
+
+
+@register_selector(
+    "vflowopt",
+    kinds=("important: attended by the tokens attended most", "recycled: the mean of others of its cell"),
+    kind_of=_merged_kind,
+    merge_on="projected",
+    main_kind="global",
+    then=Then("cls_attention", in_proportion(9, 18, depth=28), share="stage_shares", ranking="told"),
+)
+def select_vflowopt(
+    features: torch.Tensor,
+    saliency: torch.Tensor,
+    visual_token_num: int,
+    grid: tuple[int, int] | None = None,
+    global_threshold: float = 34.760,
+    cell: float = 15.581,
+    stage_shares: Sequence[float] = (0.9833, 0.8773),
+) -> Selection:
+    """Keep what global tokens attend to, recycle the rest, and go on by that map in layers (VFlowOpt, 2508.05211).
+
+    features          (B, N, C)  not looked at
+    saliency          (B, N)     the map: attention of the tokens that get most of it, `global_attention`
+    grid                         (rows, columns); where tokens are none, nothing is recycled
+    global_threshold             which tokens the map is the mean of: those that get so many times the mean; else all
+    cell                         rows and columns of the grid over which dropped tokens become one
+    stage_shares                 what part of the tokens before it each of two layers of the language model leaves
+    returns                      T = min(visual_token_num, N) tokens
+
+    The tokens with the lowest map are folded together, those of each cell at the place of its highest, weighted by the
+    map, as many of them as leave T. Before layers 9 and 18 of 28 those with the lowest map leave. How many tokens the
+    authors keep depends on the picture (`vflowopt_num`), and they choose from all tiles at once; here the budget says
+    how many, of each tile. Their map may add the entropy of patches, which their settings weigh 0, so it is left out.
+    They recycle nothing of single tiles and frames; here as everywhere. `stage_shares` and the rest are theirs for
+    LLaVA-OneVision at a quarter of the tokens (`VFLOWOPT_PUBLISHED` has others); `vispruner calibrate` finds those of
+    a model.
+    """
+    budget = checked_budget(features, saliency, visual_token_num)
+    if budget == saliency.shape[1]:
+        return _everything(saliency)
+    if grid is None:
+        return Selection(most_attended_first(saliency)[:, :budget].sort(dim=-1).values)
+    return recycle(saliency, cells_of(checked_grid(grid, saliency.shape[1]), cell, saliency.device), budget)
+
+
+def cells_of(grid: tuple[int, int], cell: float, device: torch.device | None = None) -> torch.Tensor:
+    """Return the number of the cell, of `cell` rows and columns, that each token (N,) of a grid lies in; below N."""
+    if not is_number(cell) or not 1 <= cell < float("inf"):
+        raise ValueError(f"vispruner_config.method_options.cell must be a number from 1 on, got {cell!r}")
+    down, across = ((torch.arange(count) / cell).long() for count in grid)
+    return (down[:, None] * (across[-1] + 1) + across).flatten().to(device, non_blocking=True)
+
+
+def recycle(saliency: torch.Tensor, cells: torch.Tensor, budget: int) -> Selection:
+    """Fold as many tokens with the lowest saliency (B, N) together, cell by cell, as leave `budget` of them.
+
+    cells  (N,) the cell of each token, a number below N; of more cells than the budget the lowest ones fall
+    A group is the mean of its tokens, weighted by saliency, at the place of the highest.
+    """
+    tokens, cells = saliency.shape[1], cells.expand(saliency.shape)
+    order = most_attended_first(saliency)
+    place = torch.arange(tokens, device=order.device).expand_as(order)
+    rank, none = order.argsort(dim=1), torch.zeros_like(order)
+    # From the lowest on, each token opens the group of its cell or joins it: T are left when N - T have joined.
+    opens = none.scatter_reduce(1, cells, rank, "amax").gather(1, cells) == rank
+    joined = (~opens).gather(1, order).flip(1).cumsum(1).flip(1).gather(1, rank)
+    is_low = joined <= tokens - budget
+    highest = (none + tokens).scatter_reduce(1, cells, rank.masked_fill(~is_low, tokens), "amin").gather(1, cells)
+    stays = ~is_low | (rank == highest)
+    indices = rank.masked_fill(~stays, tokens).argsort(dim=1, stable=True)[:, :budget].sort(dim=1).values
+    target = none.scatter(1, indices, place[:, :budget])
+    anchor = order.gather(1, highest.clamp(max=tokens - 1))
+    wide = saliency.to(torch.promote_types(saliency.dtype, torch.float32))
+    wide = wide.clamp(min=torch.finfo(wide.dtype).tiny)  # so that nothing is divided by 0
+    total = torch.zeros_like(wide).scatter_add(1, cells, wide * is_low).gather(1, cells)
+    share = torch.where(is_low, wide / total, 1)
+    weight = share * (~stays & (indices.gather(1, target.gather(1, anchor)) == anchor))
+    return Selection(indices, Merge(place, target.gather(1, anchor), weight, share.gather(1, indices)))
+
+
+def vflowopt_num(saliency: torch.Tensor, cells: torch.Tensor, keep_share: float, cell: float) -> int:
+    """Return how many of the tokens with a map `saliency` (N,) VFlowOpt's authors keep, which depends on the picture.
+
+    cells  (N,) the cell of each token; keep_share  what part they ask for; cell  rows and columns of a cell
+    """
+    low = round(len(saliency) * (1 - keep_share)) + int(len(saliency) / cell**2)
+    lowest = saliency.argsort(stable=True)[:low]
+    return len(saliency) - low + len(cells[lowest].unique())

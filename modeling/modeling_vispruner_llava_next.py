@@ -147,10 +147,9 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
         tokens = replace(tokens, owners=tuple(image for image, count in enumerate(tiles) for _ in range(count)))
-        self.require_folded_features()
         if options.tile_mode == "paper":
             selection = self.select(tokens, options.budget(patches))
-            placeholders, kept, features = None, selection.indices.split(tiles), selection.fold(tokens.features)
+            placeholders, kept, features = None, selection.indices.split(tiles), selection.fold(self._folded(tokens))
             into = None if selection.merge is None else selection.merged_into(patches)
             grids = map(self.tile_grid, sizes)
             orders = [paper_order(image, *grid, self.side) for image, grid in zip(kept, grids, strict=True)]
@@ -167,6 +166,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             placeholders=placeholders,
             full_counts=[len(packing) for packing in packings],
             merged_into=None if into is None else numbered_by_tile(into, tiles),
+            tiles=tiles,
         )
 
     def _select_native(
@@ -182,7 +182,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
         ]
         keep = torch.zeros_like(tokens.saliency, dtype=torch.bool)
         grids = [self._grid_of(tile) for tile in survivors]
-        features, into = tokens.features, None
+        features, into = self._folded(tokens), None
         for grid in {*grids} - {(0, 0)}:  # tiles with the same grid are selected from together
             numbers, count = [number for number, own in enumerate(grids) if own == grid], math.prod(grid)
             group = torch.tensor(numbers)[:, None].to(keep.device, non_blocking=True)
@@ -195,7 +195,7 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             places = columns.gather(1, selection.indices)
             keep[group, places] = True
             if selection.merge is not None:
-                features = features.index_put((group, places), selection.take(part.features))
+                features = features.index_put((group, places), selection.take(features[group, columns]))
                 into = torch.full_like(keep, -1, dtype=torch.int64) if into is None else into
                 went = selection.merged_into(count)
                 into[group, columns] = columns.gather(1, went.clamp(min=0)).masked_fill(went < 0, -1)
@@ -207,6 +207,10 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             placeholders.append(_true_places(stays, kept))
             orders.append(packing[placeholders[-1]])
         return placeholders, orders, features, into
+
+    def _folded(self, tokens: VisualTokens) -> torch.Tensor:
+        """Return what the method folds together, of all patches (tiles, N, ...)."""
+        return self.project(tokens.features) if self.folds_projected else tokens.features
 
     def _survivors(self, packing: torch.Tensor, tiles: int) -> tuple[torch.Tensor, ...]:
         """Return per tile of an image the patches that its packing has."""
@@ -224,12 +228,14 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
     def _project(
         self, features: torch.Tensor, orders: list[torch.Tensor], tiles: list[int], newlines: list[int]
     ) -> list[torch.Tensor]:
-        """Project the patches that `orders` name and put the newline embedding where they say so."""
+        """Project the patches that `orders` name, if need be, and put the newline embedding where they say so."""
         patches = []
         for image, order, lines in zip(features.split(tiles), orders, newlines, strict=True):
             named = order[_true_places(order != NEWLINE, len(order) - lines)] if lines else order
             patches.append(Selection(named[None]).take(image.flatten(0, 1)[None])[0])
-        projected = self.project(torch.cat(patches)).split([len(patch) for patch in patches])
+        together = torch.cat(patches)
+        together = together if self.folds_projected else self.project(together)
+        projected = together.split([len(patch) for patch in patches])
         if not any(newlines):
             return list(projected)
         newline = self.image_newline.to(features.device, projected[0].dtype)

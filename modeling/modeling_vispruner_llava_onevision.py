@@ -156,9 +156,14 @@ class PackedTiles:
             chosen.append(joined(parts).ascending())
         return chosen
 
-    def tokens_at(self, features: torch.Tensor, packing: Packing, selection: Selection) -> torch.Tensor:
-        """Project one image's features (tiles, N, C) to what stays of the visual tokens of its packing."""
-        if packing.scaled:  # stock interpolates what is projected
+    def tokens_at(
+        self, features: torch.Tensor, packing: Packing, selection: Selection, folds_projected: bool = False
+    ) -> torch.Tensor:
+        """Project one image's features (tiles, N, C) to what stays of the visual tokens of its packing.
+
+        folds_projected  whether the method folds together what is projected, and not features
+        """
+        if packing.scaled or folds_projected:  # stock interpolates what is projected
             packed = self._pack(self.project(features), packing.size, self.image_newline)
             return selection.take(packed[None])[0]
         order = packing.order.to(features.device, non_blocking=True)
@@ -264,7 +269,7 @@ class VisPrunerLlavaOnevisionModel(PackedTiles, TowerEncoderMixin, LlavaOnevisio
         packings = self.packings(image_sizes, batch_num_images)
         budgets = [self.budgets_of(packing, self.encoder_options) for packing in packings]
         kept = [sum(both) + packing.newlines for both, packing in zip(budgets, packings, strict=True)]
-        if kept == [len(packing.order) for packing in packings]:
+        if not self.is_told_by_encoder and kept == [len(packing.order) for packing in packings]:
             outputs = super().get_image_features(
                 pixel_values,
                 image_sizes,
@@ -280,7 +285,6 @@ class VisPrunerLlavaOnevisionModel(PackedTiles, TowerEncoderMixin, LlavaOnevisio
         if pixel_values.dim() == 5:
             pixel_values = torch.cat([image[:count] for image, count in zip(pixel_values, tiles, strict=True)])
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
-        self.require_folded_features()
         chosen = self.choose_packed(tokens, packings, budgets)
         placeholders = [selection.indices[0] for selection in chosen]
         images = zip(tokens.features.split(tiles), packings, chosen, strict=True)
@@ -289,11 +293,12 @@ class VisPrunerLlavaOnevisionModel(PackedTiles, TowerEncoderMixin, LlavaOnevisio
             outputs,
             kwargs,
             tokens,
-            pooler_output=[self.tokens_at(*image) for image in images],
+            pooler_output=[self.tokens_at(*image, self.folds_projected) for image in images],
             kept_indices=[order[places] for order, places in zip(orders, placeholders, strict=True)],
             placeholders=placeholders,
             full_counts=[len(packing.order) for packing in packings],
             merged_into=_merged_into(chosen, packings, base=self.side**2),
+            tiles=tiles,
         )
 
     def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
@@ -348,6 +353,7 @@ class VisPrunerLlavaOnevisionModel(PackedTiles, TowerEncoderMixin, LlavaOnevisio
             merged_into=None
             if selection.merge is None
             else numbered_by_tile(selection.merged_into(self.frame_tokens), [frames] * videos),
+            tiles=[frames] * videos,
         )
 
 

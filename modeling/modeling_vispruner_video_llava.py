@@ -133,12 +133,13 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         tokens = replace(tokens, videos=frames_in_order(*pixel_values_videos.shape[:2]))
         selection = self.select(tokens, self.encoder_options.budget(patches))
         places = nn.functional.pad(1 + selection.indices, (1, 0))
-        with_cls = torch.cat([states[:, :1], selection.take(tokens.features)], dim=1)
+        folded = self.project(states) if self.folds_projected else states
+        with_cls = torch.cat([folded[:, :1], selection.take(folded[:, 1:])], dim=1)
         return self.pruned_output(
             outputs,
             kwargs,
             tokens,
-            pooler_output=self.project(with_cls),
+            pooler_output=with_cls if self.folds_projected else self.project(with_cls),
             kept_indices=list(places - 1),
             placeholders=list(places),
             full_counts=[1 + patches] * len(frames),

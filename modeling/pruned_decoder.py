@@ -1,10 +1,12 @@
 """The base model's part of pruning within the language model: which stages a call has, and what cannot have any."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from .call_options import CallOptionsMixin
 from .choosing import choose
 from .configuration_vispruner import VisPrunerOptions
 from .decoder_pruning import DecoderForward, PromptToPrune, make_decoder_prunable, stages_of
-from .prompt_reading import Prompt, cached_length
-from .prompt_shortening import KeptColumns, any_of, rows_of_images
+from .prompt_reading import FEATURES, IMAGES, Modality, Prompt, cached_length, find_placeholders
+from .prompt_shortening import Flags, KeptColumns, any_of, rows_of_images
 from .pruning_plan import layer_counts, stage_counts
+from .selector_inputs import checked_share
 from .selectors import (
     DECODER_INPUTS,
     DecoderPlace,
@@ -36,6 +39,12 @@ class PrunedDecoderMixin(CallOptionsMixin):
 
     position_axes = 1  # numbers that the position of a token has
     images_are_grids = True  # whether the tokens of an image, all of them, are a grid in raster order and nothing else
+    modalities: tuple[Modality, ...] = (IMAGES,)
+    get_input_embeddings: Callable[[], Any]
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        return [getattr(self.config, modality.placeholder) for modality in self.modalities]
 
     @property
     def first_prunable_layer(self) -> int:
@@ -85,10 +94,31 @@ class PrunedDecoderMixin(CallOptionsMixin):
     @property
     def _mean_of_what_the_encoder_leaves(self) -> float:
         """What part of the tokens behind the encoder a decoder layer holds on average, where a method goes on."""
-        layers, then = self.decoder_layers, self._then
+        layers, left = self.decoder_layers, [1.0, *accumulate(self._shares, mul)]
+        return sum(left[sum(layer >= first for first in layers)] for layer in range(self.depth)) / self.depth
+
+    @property
+    def _shares(self) -> list[float]:
+        """What part of the tokens before it each stage leaves, where the method for the encoder goes on by itself."""
+        then, layers = self._then, self.decoder_layers
         assert then is not None
-        shares = [then.share ** sum(layer >= first for first in layers) for layer in range(self.depth)]
-        return sum(shares) / self.depth
+        if not isinstance(then.share, str):
+            return [then.share] * len(layers)
+        options = self.vispruner_options
+        given = (options.method_options or {}).get(then.share)
+        shares = selector_named(options.method).options[then.share][: len(layers)] if given is None else given
+        if not isinstance(shares, list | tuple) or len(shares) != len(layers):
+            raise ValueError(
+                f"vispruner_config.method_options.{then.share} must be {len(layers)} numbers from 0 to 1, what part "
+                f"of the tokens before it each of the decoder layers {layers} leaves, got {shares!r}"
+            )
+        return [checked_share(then.share, share) for share in shares]
+
+    @property
+    def is_told_by_encoder(self) -> bool:
+        """Whether tokens leave in the language model by the saliency that the encoder found of them."""
+        then = self._then
+        return then is not None and then.ranking == "told" and self.vispruner_options.keep_ratio != 1
 
     @property
     def prunes_in_decoder(self) -> bool:
@@ -98,7 +128,8 @@ class PrunedDecoderMixin(CallOptionsMixin):
     @property
     def decoder_place(self) -> DecoderPlace:
         """Where in the language model the method prunes, and by what."""
-        return selector_named(self.methods[1]).place or HERE
+        place = selector_named(self.methods[1]).place or HERE
+        return place._replace(ranking="told") if self.is_told_by_encoder else place
 
     @property
     def wrong_in_decoder(self) -> dict[str, str]:
@@ -125,8 +156,7 @@ class PrunedDecoderMixin(CallOptionsMixin):
             mean = float(options.visual_token_num) if options.visual_token_num else tokens * (options.keep_ratio or 1)
             if then is None or self._encoder_leaves_all(tokens):
                 return stage_counts(tokens, tuple(layers), self.depth, mean)
-            least = 1 if then.share else 0
-            return [max(least, int(tokens * then.share ** (stage + 1))) for stage in range(len(layers))]
+            return [max(int(share > 0), int(tokens * share + 1e-9)) for share in accumulate(self._shares, mul)]
         counts = options.stage_token_nums[-len(layers) :]
         if counts[0] > tokens:
             raise ValueError(
@@ -173,6 +203,8 @@ class PrunedDecoderMixin(CallOptionsMixin):
                 f"vispruner_config.prune_layers must be decoder layers from {first} to {self.depth - 1} of "
                 f"{type(self).__name__}, got {layers}: visual tokens leave before each of them"
             )
+        if self._then is not None:
+            _ = self._shares  # which says what is wrong with them
         stages = len(layers) + (encoder is not None)
         if options.stage_token_nums is not None and len(options.stage_token_nums) != stages:
             raise ValueError(
@@ -249,11 +281,12 @@ class PrunedDecoderMixin(CallOptionsMixin):
         if prunes:
             assert prompt is not None
             self._check_call(cache, past, length)
-            forward.prompt = self._prompt_to_prune(prompt, columns, seen, last)
+            forward.prompt = self._prompt_to_prune(inputs, prompt, columns, seen, last)
         return forward
 
     def _prompt_to_prune(
         self,
+        inputs: Mapping[str, Any],
         prompt: Prompt,
         columns: KeptColumns | None,
         seen: torch.Tensor | None,
@@ -270,19 +303,44 @@ class PrunedDecoderMixin(CallOptionsMixin):
             layer: [sum(by_image[image][stage] for image in images) for images in of_row]
             for stage, layer in enumerate(self.decoder_layers)
         }
-        visual = any_of(list(prompt.is_placeholder.values()))
+        flags = prompt.is_placeholder
         if columns is not None:
-            visual = columns.take(visual.long(), 0).bool()
+            flags = find_placeholders(inputs, self.placeholder_ids, self.get_input_embeddings())
+        visual = any_of(list(flags.values()))
         if last is not None and columns is not None:
-            last = _place_of(columns, last)
+            # Columns are those of a full prompt; where the caller wrote it short, only padding has come or gone.
+            moved = visual.shape[1] - prompt.width if prompt.layout.padded_left else 0
+            last = _place_of(columns, last) if prompt.form == "full" else last + moved
         _, method = self.methods
         chooser = partial(choose, self.vispruner_options, method=method)
         totals = [sum(images) for images in of_row]
         call = self.open_call
         said = (None, None) if call is None else (call.places, call.told)
         places, told = (None if one is None else _of_every_beam(one, prompt.rows) for one in said)
+        if self.is_told_by_encoder:
+            told = self._told_by_encoder(flags, inputs[FEATURES])
         texts = self._texts(prompt, seen)
         return PromptToPrune(visual, texts, totals, counts, self.decoder_place, chooser, last, places, told)
+
+    def _told_by_encoder(self, flags: Flags, features: Mapping[str, Any]) -> torch.Tensor:
+        """Return by what visual tokens are ranked in the language model, in their columns (B, W).
+
+        flags     per placeholder id (B, W) where the prompt has it
+        features  what the encoder made of its images
+        """
+        told = torch.zeros(next(iter(flags.values())).shape)
+        for modality, token in zip(self.modalities, self.placeholder_ids, strict=True):
+            if (of_images := features.get(modality.name)) is None:
+                continue
+            if (values := getattr(of_images, "told", None)) is None:
+                raise ValueError(
+                    f'vispruner_config.method "{self.vispruner_options.method}" ranks by what the encoder says of '
+                    f"tokens, which these {modality.name} features do not tell: pass {modality.pixels}, or what "
+                    "encode_images returns"
+                )
+            told = told.to(flags[token].device)
+            told = told.masked_scatter(flags[token], torch.cat(list(values)).to(told))
+        return told
 
     def told_of_columns(self, prompt: Prompt, importance: Any) -> torch.Tensor | None:
         """Return what a call says of the visual tokens of its prompt, in their columns (B, S); None where none asks.

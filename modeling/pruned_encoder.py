@@ -169,6 +169,10 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         selector, attentions = SELECTORS[self.encoder_options.method], self.vision_attentions
         feature_layer = self.feature_layer if feature_layer is None else feature_layer
         main = Reading(self._attention_layer(feature_layer), "cls" if self.has_cls_token else "received")
+        if selector.main_kind == "global":
+            given = {**selector.options, **self.encoder_options.selector_options}
+            kind = "global_behind_cls" if self.has_cls_token else "global"
+            main = Reading(main.layer, kind, given["global_threshold"])
         last = len(attentions) - 1
         further = {
             "keys": Reading(main.layer, "keys_behind_cls" if self.has_cls_token else "keys"),
@@ -240,14 +244,6 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         """Whether the method folds together what is projected, and not features."""
         return SELECTORS[self.encoder_options.method].merge_on == "projected"
 
-    def require_folded_features(self) -> None:
-        """Raise ValueError for a method that folds projected tokens together, where only features can be."""
-        if self.folds_projected:
-            raise ValueError(
-                f'vispruner_config.method "{self.encoder_options.method}" folds projected tokens together, which '
-                f"{type(self).__name__} cannot where it packs tiles: choose another method"
-            )
-
     def load_codebook(self, repo: str | None, **hub_options: Any) -> None:
         """Hold the codebook that the configuration names, if it names one; a bare name is looked up in `repo`."""
         named = self.vispruner_options.codebook
@@ -289,8 +285,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         return [kept[number] for number in range(len(images))]
 
     def keeps_all(self, visual_tokens: int) -> bool:
-        """True when the budget leaves nothing to drop from the `visual_tokens` tokens of an image or tile."""
-        return self.encoder_options.budget(visual_tokens) == visual_tokens
+        """True when nothing is to be chosen from the `visual_tokens` tokens of an image or tile, nor to be told."""
+        return self.encoder_options.budget(visual_tokens) == visual_tokens and not self.is_told_by_encoder
 
     def keep_everything(
         self, outputs: Any, kept_indices: list[torch.Tensor] | None = None, counts: list[int] | None = None
@@ -318,11 +314,13 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         full_counts: list[int],
         deepstack_features: list[list[torch.Tensor]] | None = None,
         merged_into: torch.Tensor | list[torch.Tensor] | None = None,
+        tiles: Sequence[int] | None = None,
     ) -> PrunedImageFeatures:
         """Return what `get_image_features` does: of the encoder's output what stock gives, and what was kept.
 
         asked   the further arguments of `get_image_features`
         tokens  what was chosen from: all images together, or each by itself where they differ in size
+        tiles   how many of the former each image has; None for one
         """
         saliency: Any
         layers: Any
@@ -331,6 +329,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         else:
             saliency = [image.saliency[0] for image in tokens]
             layers = [image.layer_saliency[0] for image in tokens if image.layer_saliency is not None] or None
+        told = _of_kept(saliency, kept_indices, tiles) if self.is_told_by_encoder else None
         return PrunedImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=pooler_output,
@@ -343,9 +342,22 @@ class VisPrunerModelMixin(PrunedForwardMixin):
             merged_into=merged_into,
             full_counts=full_counts,
             deepstack_features=deepstack_features,
+            told=told,
         )
 
     def wants_hidden_states(self, asked: Mapping[str, Any]) -> bool:
         """True when a call, or the config, asks for all hidden states of the encoder."""
         named = asked.get("output_hidden_states")
         return bool(self.config.vision_config.output_hidden_states if named is None else named)
+
+
+def _of_kept(
+    saliency: torch.Tensor | list[torch.Tensor], kept_indices: list[torch.Tensor], tiles: Sequence[int] | None
+) -> list[torch.Tensor]:
+    """Return per image the saliency (tokens,) of what stays; what is no patch has 1, more than any of them."""
+    if isinstance(saliency, torch.Tensor):
+        saliency = list(saliency.split([1] * len(saliency) if tiles is None else list(tiles)))
+    return [
+        own.flatten()[kept.clamp(min=0)].masked_fill(kept < 0, 1.0)
+        for own, kept in zip(saliency, kept_indices, strict=True)
+    ]

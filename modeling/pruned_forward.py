@@ -18,8 +18,6 @@ from .encoded_images import features_of
 from .position_policies import Original, Renumbered
 from .prompt_reading import (
     FEATURES,
-    IMAGES,
-    Modality,
     Prompt,
     cached_length,
     cached_prompt,
@@ -89,15 +87,9 @@ class PrunedForwardMixin(PrunedDecoderMixin):
     * behind the cache of a full prompt, masks and positions go on counting from that prompt
     """
 
-    modalities: tuple[Modality, ...] = (IMAGES,)
     image_names: tuple[str, ...] = ()  # all that stock has called the pixels of images, where it had several names
     default_position_policy = "renumber"
     wrong_in_stock: dict[str, str] = {}  # options of generate that it gets wrong where a prompt has images, and why
-    get_input_embeddings: Callable[[], Any]
-
-    @property
-    def placeholder_ids(self) -> list[int]:
-        return [getattr(self.config, modality.placeholder) for modality in self.modalities]
 
     def position_policy(self, name: str | None = None) -> Renumbered:
         """Return the policy of this name, else that of the call in progress."""
@@ -143,6 +135,8 @@ class PrunedForwardMixin(PrunedDecoderMixin):
             shortened, columns = self._behind_cache(dict(inputs)), None
             if self.is_in_generate:
                 shortened = _seen_as_one(shortened, prompt, policy, None)
+        if self.is_told_by_encoder:
+            shortened = self.encoded(shortened)
         width = shortened["input_ids" if "input_ids" in shortened else "inputs_embeds"].shape[1]
         with self.open_decoder(shortened, prompt, columns, self._last_of_question(head, prompt, width)) as decoder:
             outputs = self._run_stock(stock_forward, shortened)

@@ -49,12 +49,12 @@ def check_count(field: str, value: int, remedy: str = "") -> None:
         raise ValueError(f"vispruner_config.{field} must be >= 1, got {value}{remedy}")
 
 
-def is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def checked_grid(grid: tuple[int, int], tokens: int) -> tuple[int, int]:

@@ -171,14 +171,25 @@ class DecoderPlace(NamedTuple):
 class Then(NamedTuple):
     """What a method that prunes behind the encoder goes on with in the language model.
 
-    method  the method that prunes there
-    layers  the layers before which visual tokens leave, ascending, of a model of so many layers
-    share   what part of the tokens each of them leaves; 0 for none
+    method   the method that prunes there
+    layers   the layers before which visual tokens leave, ascending, of a model of so many layers
+    share    what part of the tokens before it each of them leaves, 0 for none; or the name of the option that lists it
+    ranking  "told": by the saliency that they were ranked by behind the encoder; None for what the method ranks by
     """
 
     method: str
     layers: Callable[[int], list[int]]
-    share: float
+    share: float | str
+    ranking: Literal["told"] | None = None
+
+
+def in_proportion(*layers: int, depth: int = 32) -> Callable[[int], list[int]]:
+    """Return the layers of a model of any depth that stand for `layers` of one of `depth`."""
+
+    def layers_of(own: int) -> list[int]:
+        return sorted({min(own - 1, max(1, round(layer * own / depth))) for layer in layers})
+
+    return layers_of
 
 
 class Selector(NamedTuple):
@@ -198,6 +209,8 @@ class Selector(NamedTuple):
     uses             which of `FURTHER_INPUTS` it is to be given where there is one
     then             where it goes on in the language model with what it left behind the encoder
     experimental     whether its authors published no code, so that its rule is a reading of theirs
+    main_kind        what its `saliency` is behind the encoder: None for attention of [CLS] or, without one, of all
+                     tokens; "global" for `global_attention`, whose threshold is its option `global_threshold`
     """
 
     function: Callable[..., torch.Tensor | Selection]
@@ -212,6 +225,7 @@ class Selector(NamedTuple):
     merge_on: Literal["features", "projected"] = "features"
     then: Then | None = None
     experimental: bool = False
+    main_kind: Literal["global"] | None = None
 
     @property
     def in_decoder(self) -> bool:
@@ -270,6 +284,7 @@ def register_selector(
     merge_on: Literal["features", "projected"] = "features",
     then: Then | None = None,
     experimental: bool = False,
+    main_kind: Literal["global"] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Name a selector, so that `vispruner_config.method` can ask for it; for the keywords see `Selector`."""
 
@@ -311,6 +326,7 @@ def register_selector(
             merge_on,
             then,
             experimental,
+            main_kind,
         )
         return function
 

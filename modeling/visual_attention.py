@@ -46,10 +46,19 @@ class TextLayer(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What is to be read: the number of an encoder layer, and a kind that `SALIENCY_KINDS` names."""
+    """What is to be read: the number of an encoder layer, and a kind that `SALIENCY_KINDS` names.
+
+    threshold  of `global_attention`; None for the kinds that have none
+    """
 
     layer: int
     kind: str
+    threshold: float | None = None
+
+    def of(self, *read: Any) -> torch.Tensor:
+        """Return it of queries, keys, their scaling and what is no padding."""
+        options = {} if self.threshold is None else {"threshold": self.threshold}
+        return SALIENCY_KINDS[self.kind](*read, **options)
 
 
 class SaliencyTap:
@@ -98,7 +107,7 @@ class SaliencyTap:
             if self._packed:
                 self._record_chunk(reading, query, key, scaling)
             else:
-                self._recorded[reading].append(SALIENCY_KINDS[reading.kind](query, key, scaling, self._seen))
+                self._recorded[reading].append(reading.of(query, key, scaling, self._seen))
 
     def _record_chunk(self, reading: Reading, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
         """Read a chunk with those of its size before and after it, as many as may have their attention held."""
@@ -113,7 +122,7 @@ class SaliencyTap:
         waiting = self._waiting[reading]
         queries, keys = waiting[0] if len(waiting) == 1 else map(torch.cat, zip(*waiting, strict=True))
         waiting.clear()
-        of_chunks = SALIENCY_KINDS[reading.kind](queries, keys, self._scaling, self._seen)
+        of_chunks = reading.of(queries, keys, self._scaling, self._seen)
         self._recorded[reading].append(of_chunks.flatten(0, 1)[None])
 
     def __getitem__(self, reading: Reading) -> torch.Tensor:
@@ -245,19 +254,30 @@ def received_attention(
     returns     (B, N)        sums to 1; it is computed from `ATTENTION_IN_CACHE` entries of attention at a time on a
                               CPU, `ATTENTION_AT_ONCE` elsewhere, or those of one head for 16 queries
     """
+    return _mean_attention(query, key, scaling, seen, seen)
+
+
+def _mean_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float | None,
+    seen: torch.Tensor | None,
+    asks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return how much attention each token gets (B, N), averaged over heads and the queries that `asks` (B, N) has."""
     batch, heads, queries, _ = query.shape
     at_once = entries_at_once(query.device)
     some_queries = min(queries, max(16, at_once // (batch * key.shape[2])))
     some_heads = max(1, at_once // (batch * key.shape[2] * some_queries))
-    asking = (None,) * queries if seen is None else seen[:, None, :, None].split(some_queries, dim=2)
+    asking = (None,) * queries if asks is None else asks[:, None, :, None].split(some_queries, dim=2)
     received = torch.zeros((), device=query.device)
     for of_heads, k in zip(query.split(some_heads, dim=1), key.split(some_heads, dim=1), strict=True):
         k = k.to(torch.promote_types(k.dtype, torch.float32))
-        for q, asks in zip(of_heads.split(some_queries, dim=2), asking, strict=False):
-            received = received + _attention(q, k, scaling, seen, asks).sum(dim=(1, 2))
-    if seen is None:
+        for q, some in zip(of_heads.split(some_queries, dim=2), asking, strict=False):
+            received = received + _attention(q, k, scaling, seen, some).sum(dim=(1, 2))
+    if asks is None:
         return received / (heads * queries)
-    return received / (heads * seen.sum(dim=1, keepdim=True)).clamp(min=1)
+    return received / (heads * asks.sum(dim=1, keepdim=True)).clamp(min=1)
 
 
 def entries_at_once(device: torch.device) -> int:
@@ -271,6 +291,38 @@ def received_attention_of_patches(
 ) -> torch.Tensor:
     """Return `received_attention` (B, N) of the tokens behind [CLS]; [CLS] counts among the 1+N queries."""
     return received_attention(query, key, scaling, seen)[:, 1:]
+
+
+@torch.no_grad()
+def global_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float | None = None,
+    seen: torch.Tensor | None = None,
+    *,
+    threshold: float,
+) -> torch.Tensor:
+    """Return how much attention each token gets from those that get most of it themselves, the global ones (VFlowOpt).
+
+    query, key  (B, H, N, d)  after projection and rotary embedding; logits and softmax run in at least fp32
+    seen        (B, N)        False for padding, which gets nothing and does not count among the queries
+    threshold                 a token is global that gets more than so many times the mean; where none does, all are
+    returns     (B, N)        averaged over heads and global tokens; sums to 1
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0:
+        raise ValueError(
+            f"vispruner_config.method_options.global_threshold must be a number from 0 on, got {threshold!r}"
+        )
+    received = received_attention(query, key, scaling, seen)
+    tokens = received.shape[1] if seen is None else seen.sum(dim=1, keepdim=True)
+    asks = received * tokens > threshold
+    asks = asks | ~asks.any(dim=1, keepdim=True)
+    return _mean_attention(query, key, scaling, seen, asks if seen is None else asks & seen)
+
+
+def global_attention_of_patches(*read: Any, threshold: float) -> torch.Tensor:
+    """Return `global_attention` (B, N) of the tokens behind [CLS], which may be global itself."""
+    return global_attention(*read, threshold=threshold)[:, 1:]
 
 
 def _attention(
@@ -324,11 +376,13 @@ def raw_keys(
     return key.transpose(1, 2).flatten(2)
 
 
-# "received" and "keys" are for encoders without a [CLS]; the others need one whose token 0 is [CLS].
+# "received", "global" and "keys" are for encoders without a [CLS]; the others need one whose token 0 is [CLS].
 SALIENCY_KINDS: dict[str, Callable[..., torch.Tensor]] = {
     "cls": cls_saliency,
     "received": received_attention,
     "received_behind_cls": received_attention_of_patches,
+    "global": global_attention,
+    "global_behind_cls": global_attention_of_patches,
     "keys": head_mean_keys,
     "keys_behind_cls": head_mean_keys_of_patches,
     "cls_query": cls_query,

@@ -26,6 +26,8 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
                    stays each went into, itself where it stays, -1 where it fell
     full_counts    visual tokens a full prompt has for each image
     deepstack_features   Qwen3-VL only: per encoder level what pooler_output holds
+    told           list per image of (tokens,) in the order of pooler_output: their saliency, where the method goes on
+                   by it in the language model; else None
     """
 
     kept_indices: list[torch.Tensor] | None = None
@@ -35,6 +37,7 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
     merged_into: torch.Tensor | list[torch.Tensor] | None = None
     full_counts: list[int] | None = None
     deepstack_features: list[list[torch.Tensor]] | None = None
+    told: list[torch.Tensor] | None = None
 
 
 def kept_counts_of(features: Any) -> list[int]:
@@ -69,11 +72,12 @@ def only_tokens(features: Any, images: Sequence[int] | None = None) -> PrunedIma
         picked = [tokens[image] for image in images]
         return torch.stack(picked) if isinstance(tokens, torch.Tensor) else picked
 
-    levels = getattr(features, "deepstack_features", None)
+    levels, told = getattr(features, "deepstack_features", None), getattr(features, "told", None)
     joined = [len(part) for part in features.pooler_output] != kept_counts_of(features)
     return PrunedImageFeatures(
         pooler_output=chosen(tokens_of(features) if joined else features.pooler_output),
         deepstack_features=None if levels is None else [chosen(level) for level in levels],
+        told=None if told is None else chosen(told),
     )
 
 

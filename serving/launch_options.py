@@ -201,7 +201,7 @@ def readings(config: Any, options: VisPrunerOptions) -> Readings:
         "raw_keys": Reading(last, "raw_keys"),
     }
     asked = {name: reading for name, reading in further.items() if name in selector.needs}
-    for layer, _ in (main, *others, *asked.values()):
+    for layer in (reading.layer for reading in (main, *others, *asked.values())):
         if not -encoder.layers <= layer < encoder.layers or layer % encoder.layers >= encoder.built:
             raise ValueError(
                 f"vispruner_config: attention must be read from the first {encoder.built} encoder layers, not from "
@@ -212,6 +212,6 @@ def readings(config: Any, options: VisPrunerOptions) -> Readings:
             f"vispruner_config.attention_layer must be one of {list(encoder.whole)}, which attend over the whole "
             f"image, got {wanted}"
         )
-    named = {name: Reading(layer % encoder.layers, kind) for name, (layer, kind) in asked.items()}
-    main, *rest = [Reading(layer % encoder.layers, kind) for layer, kind in (main, *others)]
-    return Readings(main, tuple(rest), named)
+    counted = {name: reading._replace(layer=reading.layer % encoder.layers) for name, reading in asked.items()}
+    main, *rest = [reading._replace(layer=reading.layer % encoder.layers) for reading in (main, *others)]
+    return Readings(main, tuple(rest), counted)

@@ -19,7 +19,7 @@ import vispruner
 from vispruner.conversion import build, cli, codebook, convert, demo, picture, verify
 from vispruner.conversion.questions import Question, is_right, scene_questions
 
-COMMANDS = ("demo", "build", "verify", "publish", "convert", "show", "methods", "codebook", "serve-check")
+COMMANDS = ("demo", "build", "verify", "publish", "convert", "show", "methods", "codebook", "calibrate", "serve-check")
 
 
 @pytest.fixture(scope="module")

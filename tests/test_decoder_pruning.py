@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import QuantizedLayer
 
+from vispruner.choosing import watch_choices
+from vispruner.prompt_reading import FEATURES
 from vispruner.pruning_plan import layer_counts, stage_counts
 from vispruner.selectors import DECODER_METHODS, SELECTORS
 from vispruner.stock_versions import CACHE
@@ -201,16 +203,53 @@ class TestAgainstStock:
         inputs = deep.prompt(*BATCH)
         pruned = use(deep, method)
         outputs = pruned(**inputs)
-        (stage,) = outputs[CACHE].vispruner_stages
+        stages = outputs[CACHE].vispruner_stages
+        assert [stage.layer for stage in stages] == pruned.model.decoder_layers
         budget = pruned.model.encoder_options
         assert budget.method == method and budget.keep_ratio < 1
-        held = torch.zeros(len(BATCH), stage.width, dtype=torch.bool).scatter(1, stage.columns, stage.seen)
+        nothing = torch.zeros(len(BATCH), stages[0].width, dtype=torch.bool)
+        held = {stage.layer: nothing.scatter(1, stage.columns, stage.seen) for stage in stages}
         text = ~visual(deep, inputs) & inputs["attention_mask"].bool()
-        with behind_the_encoder_alone(pruned, method), dropping(pruned, {stage.layer: held}):
+        with behind_the_encoder_alone(pruned, method), dropping(pruned, held):
             expected = pruned(**inputs).logits
         torch.testing.assert_close(outputs.logits[text], expected[text], rtol=1e-4, atol=2e-4)
         with behind_the_encoder_alone(pruned, method):
             assert (outputs.logits[:2, -1] - pruned(**inputs).logits[:2, -1]).abs().max() > 1e-3
+
+    @every_model
+    def test_what_the_encoder_ranked_by_ranks_in_layers_too(self, deep: Model) -> None:
+        options = {"stage_shares": [0.6, 0.4], "cell": 2, "global_threshold": 1.1}
+        pruned = use(deep, "vflowopt", keep_ratio=0.6, method_options=options)
+        for prompt in deep.prompts():
+            if not any(visual(deep, inputs := deep.prompt(prompt)).flatten()):
+                continue
+            features, choices = pruned.model.encoded(inputs)[FEATURES], []
+            said = torch.cat([told for given in features.values() for told in given.told])
+            with watch_choices(choices.append):
+                cache = pruned(**inputs)[CACHE]
+            stages = [choice for choice in choices if choice.layer is not None]
+            assert [choice.layer for choice in stages] == [stage.layer for stage in cache.vispruner_stages]
+            assert len(stages) == 2 and len(said.unique()) > 1
+            for choice in stages:
+                (ranks,), (kept,) = choice.tokens.saliency, choice.selection.indices
+                assert torch.equal(ranks, said)
+                assert torch.equal(kept, ranks.argsort(descending=True, stable=True)[: len(kept)].sort().values)
+                said = said[kept]
+
+    @pytest.mark.parametrize("deep", ["llava"], indirect=True)
+    def test_the_map_is_what_stocks_attention_says(self, deep: Model) -> None:
+        inputs, threshold = deep.prompt(ONE), 1.05
+        options = {"global_threshold": threshold, "cell": 3}
+        pruned = use(deep, "vflowopt", keep_ratio=0.4, method_options=options, attention_layer=0)
+        (attention, *_) = deep.stock.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions
+        attention = attention.mean(1)[0]
+        received = attention.mean(0)
+        is_global = received > threshold * received.mean()
+        assert 0 < int(is_global.sum()) < len(received)
+        expected = attention[is_global].mean(0)[1:]
+        found = pruned.model.get_image_features(inputs["pixel_values"])
+        torch.testing.assert_close(found.saliency[0], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.told[0], expected[found.kept_indices[0]], rtol=1e-4, atol=1e-6)
 
     @every_model
     def test_every_method_in_layers_computes_as_if_the_rest_were_masked(self, deep: Model) -> None:
@@ -286,7 +325,8 @@ class TestGenerate:
     @every_model
     def test_every_row_of_a_batch_answers_as_alone_and_as_it_is_scored(self, deep: Model) -> None:
         name = deep.row.model_type
-        few = {"fastv", "visiondrop", *(m for m in PLACES if SELECTORS[m].experimental or SELECTORS[m].is_told)}
+        of_its_own = (m for m in PLACES if SELECTORS[m].experimental or SELECTORS[m].is_told)
+        few = {"fastv", "visiondrop", "vflowopt", *of_its_own}
         methods = [method for method in methods_of(deep) if method in few]
         if name in ("llava", "qwen2_5_vl", "gemma3"):
             methods = [*methods_of(deep), *ANYWHERE]
@@ -333,6 +373,7 @@ class TestGenerate:
         of_rows = [m for m in PLACES if "places" in SELECTORS[m].needs or SELECTORS[m].is_told]
         for method in (
             "fastv",
+            "vflowopt",
             *(of_rows if "num_beams" in how else []),
             *([] if deep.row.model_type in HAS_AXES else ["pyramiddrop"]),
         ):
@@ -363,12 +404,28 @@ class TestGenerate:
     @some_models
     def test_encoded_images_serve_any_decoder_method(self, deep: Model) -> None:
         inputs = deep.prompt(ONE)
-        for method in ("fastv", "topv"):
+        for method in ("fastv", "topv", "vflowopt"):
             pruned = use(deep, method)
             names = [n for n in inputs if n not in {"input_ids", "attention_mask", *TOKEN_TYPES}]
             encoded = pruned.encode_images(**{name: inputs[name] for name in names})
             others = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
             assert torch.equal(generate(pruned, others, encoded_images=encoded), generate(pruned, inputs))
+
+    @every_model
+    @pytest.mark.parametrize("method", [*TWO_PLACES, "vispruner+fastv"])
+    def test_a_prompt_that_is_written_short_is_the_same_prompt(self, deep: Model, method: str) -> None:
+        if method not in (*methods_of(deep), "vispruner+fastv"):
+            return
+        options = {"stage_token_nums": [4, 2], "prune_layers": [FIRST]} if "+" in method else {}
+        inputs, pruned = deep.prompt(*BATCH), use(deep, method, **options)
+        short = deep.row.shortened(inputs, deep.counts(inputs)[1])
+        assert short["input_ids"].shape[1] < inputs["input_ids"].shape[1]
+        wider = {name: F.pad(short[name], (2, 0)) for name in {"input_ids", "attention_mask", *TOKEN_TYPES} & {*short}}
+        expected = pruned(**inputs).logits[:, -1]
+        for form in (short, short | wider):
+            assert torch.equal(answered(pruned, form).sequences[:, -3:], answered(pruned, inputs).sequences[:, -3:])
+            outputs = pruned(**form, prompt_lengths=[form["input_ids"].shape[1]] * len(BATCH))
+            torch.testing.assert_close(outputs.logits[:, -1], expected, **TOLERANCE)
 
     @some_models
     def test_methods_of_both_places_combine(self, deep: Model) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from documents import DOCUMENTS
 from PIL import Image
+from test_build import write_yaml
 from transformers import AutoModelForImageTextToText
 
 import vispruner
@@ -57,6 +58,30 @@ def test_a_picture_has_a_panel_for_each_stage(repo: Path) -> None:
     model.set_vispruner_config(method="vispruner+fastv", stage_token_nums=[72, 30])
     dense, encoder, decoder = view_budgets(model, processor, scene, [None])
     assert [sum(int(tile.kept.sum()) for tile in panel.tiles) for panel in (dense, encoder, decoder)] == [144, 72, 30]
+
+
+def test_a_repo_of_a_calibrated_method_is_built_verified_and_drawn(tmp_path: Path) -> None:
+    options = {"method_options": {"cell": 4, "global_threshold": 2.0, "stage_shares": [0.5, 0.5]}}
+    config = write_yaml(
+        tmp_path,
+        base_model="embedded/tiny-llava",
+        base_revision=None,
+        vispruner_config={"method": "vflowopt", "keep_ratio": 0.25, **options},
+        card={"license": "apache-2.0", "language": "en"},
+    )
+    repo = build_repo(config, tmp_path / "repo", show_progress=False)
+    report = verify_repo(repo)
+    assert report.passed, report.table()
+    card = (repo / "README.md").read_text(encoding="utf-8")
+    assert (
+        "| attention | from the tokens of the image that are attended most, in the layer that gives the features |"
+        in card
+    )
+    model, processor = vispruner.load(repo).eval(), load_processor(str(repo))
+    counts = model.model.layer_counts(model.model.encoder_options.budget(144))
+    assert counts == [64, 32, 32, 16] and sum(counts) <= 36 * 4
+    panels = view_stages(model, processor, Image.open(SCENE).convert("RGB"), "What color is the square?")
+    assert [sum(int(tile.kept.sum()) for tile in panel.tiles) for panel in panels] == [32, 16]
 
 
 def test_the_readme_s_command_draws_it(tmp_path: Path) -> None:

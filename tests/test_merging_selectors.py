@@ -11,21 +11,27 @@ from typing import Any
 import pytest
 import torch
 from decoder_vectors import CASES, cases, tensors
+from matrix import TEXT, made
 
 import vispruner
 from vispruner.choosing import Choice, watch_choices
 from vispruner.merging_selectors import (
+    VFLOWOPT_PUBLISHED,
+    cells_of,
     outlier_num,
+    recycle,
     select_prumerge,
     select_prumerge_plus,
     select_tome,
     select_visionzip,
     tome_means,
     tome_step,
+    vflowopt_num,
 )
 from vispruner.selectors import SELECTORS, Selection, Selector, kinds_of_kept, run_selector, select_tokens
+from vispruner.visual_attention import global_attention, received_attention
 
-METHODS = ["visionzip", "tome", "prumerge", "prumerge_plus"]
+METHODS = ["visionzip", "tome", "prumerge", "prumerge_plus", "vflowopt"]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -104,11 +110,108 @@ def test_prumerge(name: str) -> None:
     close(rows[is_rest], given["merged"][-1:])
 
 
+@cases("vflowopt_map")
+def test_the_map_of_vflowopt(name: str) -> None:
+    case, attention = CASES[name], tensors(name)["attention"]
+    heads, tokens, _ = attention.shape
+    query, key = attention.log()[None], torch.eye(tokens).expand(1, heads, tokens, tokens)  # which attend just so
+    assert case["alpha_v"] == 0  # so that entropies count for nothing
+    close(global_attention(query, key, 1.0, threshold=case["t"])[0], tensors(name)["map"])
+
+
+@cases("vflowopt")
+def test_vflowopt_in_all_its_places(name: str) -> None:
+    case, given = CASES[name], tensors(name)
+    columns, base = case["columns_with_newline"], cells_of((27, 27), case["m"])
+    rest = cells_of(((len(given["map"]) - len(base)) // columns, columns), case["m"])
+    cells, budget = torch.cat([base, rest + base.max() + 1]), len(given["kept"])
+    assert vflowopt_num(given["map"], cells, case["r_v"], case["m"]) == budget
+    made = recycle(given["map"][None], cells, budget)
+    assert torch.equal(made.indices[0], given["kept"])
+    rows = made.take(given["features"][None])[0]
+    close(rows, given["merged"])
+    assert made.merge is not None
+    single = made.merge.own[0] == 1
+    assert 0 < int(single.sum()) < budget and torch.equal(rows[single], given["features"][given["kept"][single]])
+    left, ranks = torch.arange(budget), given["kept_map"]
+    assert torch.equal(ranks, given["map"][given["kept"]])
+    for stage in ("llm_kept0", "llm_kept1"):
+        count = len(given[stage])
+        kept = run_selector("cls_attention", ranks[None, :, None], ranks[None], count).indices[0]
+        left, ranks = left[kept], ranks[kept]
+        assert torch.equal(left, given[stage])
+
+
+def recycled_slowly(saliency: list[float], cells: list[int], budget: int) -> dict[int, list[int]]:
+    """From the lowest on, one token after the other goes into the group of its cell, until `budget` are left."""
+    groups: dict[int, list[int]] = {}
+    order = sorted(range(len(saliency)), key=lambda token: (saliency[token], -token))
+    while order and len(order) + len(groups) > budget:
+        token = order.pop(0)
+        groups.setdefault(cells[token], []).append(token)
+    found = {token: [token] for token in order} | {group[-1]: group for group in groups.values()}
+    best = sorted(found, key=lambda token: (-saliency[token], token))[:budget]
+    return {token: sorted(found[token]) for token in sorted(best)}
+
+
+@pytest.mark.parametrize("budget", [1, 2, 5, 6, 7, 20, 41, 42])
+@pytest.mark.parametrize("cell", [1, 2.5, 3, 100])
+def test_as_many_are_recycled_as_leave_the_budget(budget: int, cell: float) -> None:
+    saliency = torch.randint(0, 9, (3, 42), generator=torch.Generator().manual_seed(budget)).float()
+    cells, across = cells_of((6, 7), cell), int(6 / cell) + 1
+    assert cells.tolist() == [int(row / cell) * across + int(column / cell) for row in range(6) for column in range(7)]
+    made = recycle(saliency, cells, budget)
+    into = made.merged_into(42)
+    eye = made.take(torch.eye(42).expand(3, -1, -1))
+    for row in range(3):
+        expected = recycled_slowly(saliency[row].tolist(), cells.tolist(), budget)
+        assert made.indices[row].tolist() == list(expected)
+        for place, (anchor, group) in enumerate(expected.items()):
+            weights = saliency[row][group].clamp(min=torch.finfo(torch.float32).tiny)
+            close(eye[row, place][group], weights / weights.sum())
+            assert int((eye[row, place] > 0).sum()) == len(group)
+            assert all(int(into[row, token]) in (anchor, -1) for token in group)
+
+
+def test_without_a_grid_nothing_is_recycled() -> None:
+    given = inputs(2, 30)
+    del given["grid"]
+    made = run_selector("vflowopt", visual_token_num=9, **given)
+    assert made.merge is None
+    assert torch.equal(made.indices, given["saliency"].argsort(dim=1, descending=True)[:, :9].sort(dim=1).values)
+
+
+def test_where_no_token_is_global_all_are() -> None:
+    query, key = torch.randn(2, 2, 3, 12, 8, generator=torch.Generator().manual_seed(0))
+    everywhere = received_attention(query, key)
+    close(global_attention(query, key, threshold=12.0), everywhere)
+    close(global_attention(query, key, threshold=0), everywhere)
+    assert not torch.allclose(global_attention(query, key, threshold=1.0), everywhere, atol=1e-4)
+
+
+def test_padding_is_not_global() -> None:
+    query, key = torch.randn(2, 2, 3, 12, 8, generator=torch.Generator().manual_seed(0))
+    seen = torch.arange(12).expand(2, -1) < 9
+    for threshold in (0.0, 1.1, 50.0):
+        short = global_attention(query[:, :, :9], key[:, :, :9], threshold=threshold)
+        close(global_attention(query, key, seen=seen, threshold=threshold), torch.nn.functional.pad(short, (0, 3)))
+
+
+def test_what_the_authors_found_keeps_what_they_say() -> None:
+    """Their mean over the 28 layers of LLaVA-OneVision-7B is the share they name; the default is that of a quarter."""
+    left = {0.5: 0.7233201448753168, 0.25: 0.2651026358526424, 0.1: 0.11661529508161146}  # behind the encoder
+    for share, found in VFLOWOPT_PUBLISHED.items():
+        first, second = found["stage_shares"]
+        assert left[share] * (9 + 9 * first + 10 * first * second) / 28 == pytest.approx(share, abs=1e-3)
+    options = {**SELECTORS["vflowopt"].options}
+    assert {**options, "stage_shares": list(options["stage_shares"])} == VFLOWOPT_PUBLISHED[0.25]
+
+
 def test_all_recorded_cases_of_these_methods_are_replayed() -> None:
-    assert sum(name.split(".")[0] in METHODS for name in CASES) == 12
+    assert sum(name.split(".")[0] in (*METHODS, "vflowopt_map") for name in CASES) == 16
 
 
-def inputs(images: int, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
+def inputs(images: int, tokens: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -121,7 +224,12 @@ def inputs(images: int, tokens: int, dtype: torch.dtype = torch.float32, seed: i
         "cls_feature": draw(16),
         "cls_query": draw(24),
         "raw_keys": draw(1 + tokens, 24),
+        "grid": (5, tokens // 5),
     }
+
+
+def part_of(value: Any, image: int) -> Any:
+    return value[image : image + 1] if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -132,6 +240,8 @@ def test_what_every_method_returns(method: str, dtype: torch.dtype, cls: bool) -
     given = inputs(images, tokens, dtype)
     if not cls:
         del given["cls_feature"]
+    if method == "vflowopt" and not cls:
+        given["cell"] = 1.0  # every token its own
     for budget in (1, 2, 3, 7, 20, 39, 40, 50):
         made = run_selector(method, visual_token_num=budget, **given)
         count = min(budget, tokens)
@@ -150,7 +260,7 @@ def test_what_every_method_returns(method: str, dtype: torch.dtype, cls: bool) -
             same = given["features"].gather(1, made.indices[..., None].expand(-1, -1, 16))
             assert torch.equal(taken[single], same[single])
         alone = [
-            run_selector(method, visual_token_num=budget, **{name: value[i : i + 1] for name, value in given.items()})
+            run_selector(method, visual_token_num=budget, **{name: part_of(value, i) for name, value in given.items()})
             for i in range(images)
         ]
         assert torch.equal(made.indices, torch.cat([one.indices for one in alone]))
@@ -197,6 +307,9 @@ def test_tokens_alike_become_their_mean() -> None:
         ("prumerge", {"cls_query": torch.zeros(2, 9)}, "cls_query"),
         ("prumerge", {"cls_query": torch.full((2, 24), torch.nan)}, "finite"),
         ("prumerge_plus", {"attended_share": "half"}, "attended_share"),
+        ("vflowopt", {"cell": 0.5}, "method_options.cell must be a number from 1 on, got 0.5"),
+        ("vflowopt", {"cell": float("nan")}, "method_options.cell"),
+        ("vflowopt", {"grid": (5, 5)}, "grid must be"),
     ],
 )
 def test_bad_input_is_named(method: str, options: dict[str, Any], named: str) -> None:
@@ -247,9 +360,7 @@ def test_a_method_is_given_queries_and_keys_as_the_layers_project_them(method: s
         assert given.keys() == {"cls_query", "raw_keys"}
 
 
-def test_what_is_folded_after_projection_is_so_or_refused(
-    tiny_llava_repo: Path, tiny_llava_next_repo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_folded_after_projection_is_so(tiny_llava_repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def select(features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int) -> Selection:
         return select_tome(features, saliency, visual_token_num, features)
 
@@ -264,10 +375,42 @@ def test_what_is_folded_after_projection_is_so_or_refused(
         other = model.model.project(selection.take(tokens.features))[0]
     torch.testing.assert_close(found, expected)
     assert not torch.allclose(found, other, atol=1e-4)
-    tiled = vispruner.load(tiny_llava_next_repo, method="late", visual_token_num=9).eval()
-    size = tiled.config.vision_config.image_size
-    with pytest.raises(ValueError, match='method "late" folds projected tokens together'):
-        tiled.model.get_image_features(torch.randn(1, 5, 3, size, size), torch.tensor([[size, size]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llava", {}),
+        ("llava_next", {"tile_mode": "paper"}),
+        ("llava_next", {"tile_mode": "native"}),
+        ("llava_onevision", {}),
+        ("video_llava", {}),
+    ],
+)
+def test_behind_a_linear_projector_it_does_not_matter_where_tokens_are_folded(
+    name: str, options: dict[str, str], tmp_path: Path
+) -> None:
+    """Means of what a linear map makes are what it makes of means: of tiles, newlines, frames and [CLS] alike."""
+    folds = {"cell": 3, "stage_shares": [1.0]}
+    model = made(name, tmp_path, method="vflowopt", keep_ratio=0.5, prune_layers=[1], method_options=folds, **options)
+    projector, selector = model.pruned.model.multi_modal_projector, SELECTORS["vflowopt"]
+    assert selector.merge_on == "projected"
+
+    def tokens() -> list[torch.Tensor]:
+        with torch.no_grad():
+            inputs = [model.prompt(prompt) for prompt in model.prompts() if prompt != TEXT]
+            found = [model.pruned.model.encoded(one)["mm_encoder_outputs"] for one in inputs]
+        return [torch.cat(list(features.pooler_output)) for one in found for features in one.values()]
+
+    def folded_before() -> list[torch.Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(SELECTORS, "vflowopt", selector._replace(merge_on="features"))
+            return tokens()
+
+    assert not all(torch.allclose(*pair, atol=1e-4) for pair in zip(tokens(), folded_before(), strict=True))
+    projector.act = torch.nn.Identity()
+    for pair in zip(tokens(), folded_before(), strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
 
 
 def test_the_encoder_is_trained_by_what_is_folded(tiny_llava_repo: Path) -> None:

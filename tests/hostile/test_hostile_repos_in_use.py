@@ -113,7 +113,19 @@ USED = [
 ]
 
 
-@pytest.mark.parametrize("command", ["show", "codebook"])
+OUTPUTS = {"show": "kept.png", "codebook": "book.safetensors", "calibrate": "found.yaml"}
+
+
+def looking_at(repo: str, command: str, photo: str, out: str) -> list[str]:
+    """The arguments of a command that loads a repo to look at a photo."""
+    if command == "calibrate":
+        pytest.importorskip("optuna")
+        return [command, repo, "--images", photo, "--question", "What?", "--trials", "1", "--out", out]
+    more = ["--prototypes", "2"] if command == "codebook" else []
+    return [command, photo, "--repo", repo, "--out", out, *more]
+
+
+@pytest.mark.parametrize("command", ["show", "codebook", "calibrate"])
 @pytest.mark.parametrize("spoil", USED)
 def test_looking_at_a_repo_runs_none_of_its_code_and_does_not_ask(
     spoil: Callable[[Attack], None],
@@ -127,10 +139,8 @@ def test_looking_at_a_repo_runs_none_of_its_code_and_does_not_ask(
     attack = attack_on(good_repo)
     spoil(attack)
     photo.resize((64, 64)).save(tmp_path / "photo.png")
-    out = {"show": "kept.png", "codebook": "book.safetensors"}[command]
-    more = ["--prototypes", "2"] if command == "codebook" else []
-    arguments = [command, str(tmp_path / "photo.png"), "--repo", str(attack.repo), "--out", str(tmp_path / out), *more]
-    status = cli.main(arguments)
+    out = OUTPUTS[command]
+    status = cli.main(looking_at(str(attack.repo), command, str(tmp_path / "photo.png"), str(tmp_path / out)))
     assert status in (0, 2)
     assert (tmp_path / out).is_file() == (status == 0)
     if status == 2:
@@ -360,7 +370,7 @@ def test_a_folder_is_not_taken_for_a_base_that_is_named_on_the_command_line(
         convert_llava(BASE, tmp_path / "converted")
 
 
-@pytest.mark.parametrize("command", ["show", "codebook"])
+@pytest.mark.parametrize("command", ["show", "codebook", "calibrate"])
 def test_a_folder_is_not_taken_for_a_repo_that_is_looked_at(
     command: str,
     good_repo: Path,
@@ -372,13 +382,13 @@ def test_a_folder_is_not_taken_for_a_repo_that_is_looked_at(
     shutil.copytree(good_repo, tmp_path / BASE)
     photo.resize((64, 64)).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
-    out = {"show": "kept.png", "codebook": "book.safetensors"}[command]
-    assert cli.main([command, "photo.png", "--repo", BASE, "--out", out]) == 2
+    arguments = looking_at(BASE, command, "photo.png", OUTPUTS[command])
+    assert cli.main(arguments) == 2
     assert f"write ./{BASE} for the folder" in capsys.readouterr().err
     (tmp_path / BASE).rename(tmp_path / "elsewhere")
     monkeypatch.setenv("HF_TOKEN", "hf_the-owner-s-token")
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.example")
-    assert cli.main([command, "photo.png", "--repo", BASE, "--out", out]) == 2
+    assert cli.main(arguments) == 2
     assert "http://hub.example is not https, and your token would be sent" in capsys.readouterr().err
 
 
