@@ -14,7 +14,6 @@ BLOCK = "vispruner_serving"
 BUDGETS = ("visual_token_num", "keep_ratio")
 DETAIL = "detail"
 OWN = (*BUDGETS, DETAIL)  # keys of a request's mm_processor_kwargs that mean us
-TOKENS_OF_SOME_TILES = (1, 16, 64, 256, 576, 729, 1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class RequestBudgets:
             raise ValueError(f"{BLOCK}.detail must be a dict of budgets by name, got {named!r}")
         details = {name: _with_budget(options, budget, f"{BLOCK}.detail.{name}") for name, budget in named.items()}
         for name, other in {"vispruner_config": options, **details}.items():
-            if any(other.budget(tokens) > maximum.budget(tokens) for tokens in TOKENS_OF_SOME_TILES):
+            if any(_exceeds(getattr(other, field), getattr(maximum, field)) for field in BUDGETS):
                 raise ValueError(f"{BLOCK}.maximum must not be less than the budget of {name!r}")
         return cls(options, maximum, details)
 
@@ -87,6 +86,11 @@ def from_numbers(options: VisPrunerOptions, numbers: Sequence[float]) -> VisPrun
     """Undo `as_numbers`: `options` with that budget."""
     count, ratio = numbers
     return replace(options, visual_token_num=int(count) or None, keep_ratio=ratio or None, stage_token_nums=None)
+
+
+def _exceeds(budget: float | None, maximum: float | None) -> bool:
+    """Say whether a budget is more than another of its kind; a count and a ratio are compared picture by picture."""
+    return budget is not None and maximum is not None and budget > maximum
 
 
 def _with_budget(options: VisPrunerOptions, budget: Any, place: str) -> VisPrunerOptions:

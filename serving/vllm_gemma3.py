@@ -26,6 +26,7 @@ class VisPrunerGemma3ForConditionalGeneration(PrunedTower, Gemma3ForConditionalG
     """vLLM's Gemma 3 that projects only the visual tokens its `vispruner_config` keeps (arXiv 2412.01818)."""
 
     hf_to_vllm_mapper = Gemma3ForConditionalGeneration.hf_to_vllm_mapper | TOWER_NAMES
+    folds_projected = True
 
     @property
     def tokens_of_a_tile(self) -> int:

@@ -98,7 +98,7 @@ class PrunedGrids(MergedGrids, PrunedVision):
         frames = self.frames_of(grid)
         counts = [rows * columns for rows, columns in frames]
         of_frames = [options for options, (t, _, _) in zip(asked, grid.tolist(), strict=True) for _ in range(int(t))]
-        images = self.images_of(encoded[:, : self.config.vision_config.out_hidden_size], read, grid, frames)
+        images = self.images_of(encoded[:, : self.config.get_text_config().hidden_size], read, grid, frames)
         budgets = [options.budget(count) for options, count in zip(of_frames, counts, strict=True)]
         selections = self.select_each(images, budgets)
         if any(one.merge is not None for one in selections):

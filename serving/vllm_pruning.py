@@ -58,11 +58,13 @@ class PrunedVision:
     vision_attentions  the encoder's attention modules, each with an `MMEncoderAttention` in `attn`
     project            features (..., C) to visual tokens (..., D)
     tokens_of_a_tile   how many visual tokens the log is to say that an image or tile has
+    folds_projected    whether methods that fold tokens together fold projected ones, as in transformers
     """
 
     config: Any
     vispruner_options: VisPrunerOptions
     vispruner_codebook: torch.Tensor | None
+    folds_projected = False
     supports_tower_connector_lora = False  # stock counts the rows of tower and projector without pruning
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -222,7 +224,7 @@ class PrunedVision:
 
     def _kept(self, tokens: VisualTokens, budget: int) -> torch.Tensor:
         selection = self.select(tokens, budget)
-        if SELECTORS[self.vispruner_options.method].merge_on == "projected":
+        if self.folds_projected or SELECTORS[self.vispruner_options.method].merge_on == "projected":
             return selection.take(self.project(tokens.features))
         return self.project(selection.take(tokens.features))
 

@@ -35,6 +35,7 @@ from vispruner.engine_interface import ENGINE_ATTENTION, ENGINE_PROCESSORS, requ
 from vispruner.selectors import ENCODER_METHODS, SELECTORS
 from vispruner.serving.kept_counts import Picture, kept_count
 from vispruner.serving.launch_options import ENCODERS, Readings, merged_options, readings
+from vispruner.serving.request_budgets import RequestBudgets, as_numbers, from_numbers, of_request
 from vispruner.serving.vllm_plugin import MODELS, register
 from vispruner.visual_attention import Reading
 from vispruner.visual_features import VisualTokens
@@ -241,6 +242,116 @@ def test_an_image_of_tiles_takes_what_the_model_returns(cases: dict[str, Case]) 
     for image, one in zip(case.pictures, inputs, strict=True):
         _, kept = case.model.visual_token_counts(one["pixel_values"], one["image_sizes"])
         assert [kept_count(case.model.config, options, 0, Picture(image.height, image.width))] == kept
+
+
+@pytest.mark.parametrize(
+    ("architecture", "given", "message"),
+    [
+        ("qwen2_5_vl", {"position_policy": "renumber"}, 'position_policy "renumber" cannot be served'),
+        ("qwen2_5_vl", {"attention_layer": 0}, r"attention_layer must be one of \[1\], which attend over"),
+        ("internvl", {"stage_token_nums": [4]}, "stage_token_nums is not served"),
+        ("llava_onevision", {"position_policy": "original"}, 'position_policy "original" cannot be served'),
+        ("gemma3", {"method": "fastv"}, "prunes in the language model"),
+        ("paligemma", {}, "model_type must be one of .* to be served pruned, got 'paligemma'"),
+        ("video_llava", {}, "got 'video_llava'"),
+    ],
+)
+def test_what_an_architecture_cannot_have_served_is_refused_by_name(
+    architecture: str, given: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        merged_options(ROWS[architecture].config(), {"visual_token_num": 4}, given)
+
+
+def test_an_internvl_whose_features_are_not_the_last_is_refused() -> None:
+    config = ROWS["internvl"].config()
+    config.vision_feature_layer = -2
+    with pytest.raises(ValueError, match="vision_feature_layer must be -1, got -2"):
+        merged_options(config, {"visual_token_num": 4}, None)
+
+
+def test_a_processor_that_writes_parts_of_tiles_is_refused() -> None:
+    options = VisPrunerOptions(visual_token_num=4)
+    with pytest.raises(ValueError, match=r"set image_seq_length in processor_config\.json to 16"):
+        kept_count(ROWS["internvl"].config(), options, 24, Picture(32, 32))
+
+
+# What a request may ask for
+
+LAUNCHED = VisPrunerOptions(visual_token_num=64)
+NAMED = {"low": {"visual_token_num": 16}, "high": {"keep_ratio": 0.1}}
+ALLOWED = {"maximum": {"visual_token_num": 256}, "detail": NAMED}
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ({}, 64),
+        ({"visual_token_num": 16}, 16),
+        ({"keep_ratio": 0.25}, 144),
+        ({"visual_token_num": 256}, 256),
+        ({"detail": "low"}, 16),
+        ({"detail": "high"}, 58),
+        ({"do_pan_and_scan": True}, 64),
+    ],
+)
+def test_a_request_has_the_budget_it_asks_for(asked: dict, kept: int) -> None:
+    budgets = RequestBudgets.of_launch(LAUNCHED, ALLOWED)
+    options = budgets.asked(asked)
+    assert options.budget(576) == kept
+    assert budgets.asked(of_request(options)).budget(576) == kept
+    assert from_numbers(LAUNCHED, as_numbers(options)) == options
+    budgets.require_within(options, kept, budgets.maximum.budget(576))
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"visual_token_num": 0}, "visual_token_num must be an integer >= 1, got 0"),
+        ({"visual_token_num": True}, "visual_token_num must be an integer >= 1, got True"),
+        ({"visual_token_num": None}, "needs a budget"),
+        ({"keep_ratio": "0.5"}, r"keep_ratio must be a number in \(0, 1\]"),
+        ({"keep_ratio": float("nan")}, r"keep_ratio must be a number in \(0, 1\]"),
+        ({"visual_token_num": 4, "keep_ratio": 0.5}, "are both set"),
+        ({"detail": "auto"}, r"detail must be one of \['high', 'low'\], got 'auto'"),
+        ({"detail": ["low"]}, "detail must be one of"),
+        ({"detail": "low", "visual_token_num": 4}, "give one of"),
+    ],
+)
+def test_a_request_that_asks_for_no_budget_is_told_so(asked: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RequestBudgets.of_launch(LAUNCHED, ALLOWED).asked(asked)
+
+
+def test_no_picture_keeps_more_than_the_operator_allows() -> None:
+    budgets = RequestBudgets.of_launch(LAUNCHED, None)
+    options = budgets.asked({"keep_ratio": 0.5})
+    budgets.require_within(options, options.budget(128), budgets.maximum.budget(128))
+    with pytest.raises(ValueError, match=r"288 visual tokens of a picture \(keep_ratio 0\.5\), .* at most 64"):
+        budgets.require_within(options, options.budget(576), budgets.maximum.budget(576))
+
+
+def test_a_server_that_prunes_nothing_takes_no_budget() -> None:
+    with pytest.raises(ValueError, match="this server prunes nothing"):
+        RequestBudgets.of_launch(VisPrunerOptions(method="none"), None).asked({"visual_token_num": 4})
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ([], r"vispruner_serving must be a dict of maximum and detail, got \[\]"),
+        ({"max": {}}, r"vispruner_serving must be a dict of maximum and detail, got \['max'\]"),
+        ({"maximum": 64}, "vispruner_serving.maximum must be a budget"),
+        ({"maximum": {"visual_token_num": 0}}, "visual_token_num must be an integer >= 1"),
+        ({"maximum": {"visual_token_num": 63}}, "maximum must not be less than the budget of 'vispruner_config'"),
+        ({"detail": {"high": {"visual_token_num": 65}}}, "maximum must not be less than the budget of 'high'"),
+        ({"detail": ["low"]}, "vispruner_serving.detail must be a dict"),
+        ({"detail": {"low": {"method": "mmr"}}}, "vispruner_serving.detail.low must be a budget"),
+    ],
+)
+def test_a_launch_that_allows_what_makes_no_sense_is_refused(block: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RequestBudgets.of_launch(LAUNCHED, block)
 
 
 # Without the plugin: the repo's own processor and code

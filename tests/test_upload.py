@@ -650,6 +650,37 @@ def test_publish_is_upload_for_those_who_installed_with_pip(
     assert "read back main" in printed.err
 
 
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"vispruner_config": {"visual_token_num": 999}, "budgets": {}}, "vispruner_config.visual_token_num 999"),
+        ({"budgets": {"all": {"keep_ratio": 1.0}}}, "budgets.all.keep_ratio 1.0"),
+    ],
+    ids=["main", "branch"],
+)
+def test_what_prunes_nothing_is_not_published(
+    changes: dict[str, Any],
+    field: str,
+    hub: LocalHub,
+    tiny_llava_repo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_yaml(tmp_path / "all.yaml", base_model=str(tiny_llava_repo), **changes)
+    arguments = ["publish", str(config), "--out", str(tmp_path / "out"), "--collection", "Pruned", "--push"]
+    assert cli.main(arguments) == ExitCode.BAD_INPUT
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{config}: {field} keeps all 64 visual tokens of an image, so nothing would be pruned: set it" in said
+    assert hub.repos == {} and hub.collections == {} and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["--collection", "--out", "--revision"])
+def test_an_empty_argument_is_refused_at_once(name: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        upload.main([str(config), "--push", name, ""])
+    assert f"argument {name}: is empty: leave it out" in capsys.readouterr().err
+
+
 def test_publish_tells_its_errors_as_upload_does(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from vispruner import ARCHITECTURES, code_files
 from vispruner.conversion import released_code, verify, verify_worker
 from vispruner.conversion.base_checkpoint import BaseCheckpoint
 from vispruner.conversion.build import build_repo
-from vispruner.conversion.checkpoint_io import read_tensor_headers, write_checkpoint
+from vispruner.conversion.checkpoint_io import TensorHeader, read_tensor_headers, write_checkpoint
 from vispruner.conversion.published_layout import layout_facts
 from vispruner.conversion.verify import LIGHT_CHECKS, MODEL_CHECKS, Report, forbidden_imports, verify_repo
 from vispruner.conversion.verify_worker import Refused, Worker, compare_weights
@@ -135,6 +136,27 @@ def test_a_model_too_large_to_run_is_checked_without_and_says_so(good_repo: Path
 
 def test_the_memory_of_this_machine_is_known() -> None:
     assert 2**28 < verify.machine_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "free"), [("max", "5", 7 * 2**20), ("3000", "1000", 2000), ("1000", "3000", 0)]
+)
+def test_a_container_has_the_memory_that_is_left_of_its_limit(
+    limit: str, used: str, free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: 9999999 kB\nMemAvailable:   {7 * 2**10} kB\n")
+    (group := tmp_path / "sys" / "fs" / "cgroup").mkdir(parents=True)
+    (group / "memory.max").write_text(f"{limit}\n")
+    (group / "memory.current").write_text(f"{used}\n")
+    monkeypatch.setattr(verify, "Path", lambda path: tmp_path / path.lstrip("/"))
+    assert verify.machine_memory() == free
+
+
+def test_a_model_needs_its_weights_a_quarter_more_and_a_gibibyte() -> None:
+    headers = {"a": TensorHeader((2**28, 3), torch.float32, "f"), "b": TensorHeader((2**29,), torch.float16, "f")}
+    weights = SimpleNamespace(tensor_headers=lambda: headers)
+    assert verify.memory_needed(weights) == (4 + 1 + 1) * 2**30  # type: ignore[arg-type]
 
 
 # Broken repos

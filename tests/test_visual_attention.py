@@ -30,6 +30,7 @@ from vispruner import cpu_workarounds, visual_attention
 from vispruner.cpu_workarounds import FAST_ROWS, SLOW_ROWS
 from vispruner.selectors import SELECTORS
 from vispruner.visual_attention import (
+    SALIENCY_KINDS,
     Reading,
     SaliencyTap,
     cls_saliency,
@@ -706,3 +707,10 @@ def test_nothing_is_appended_once_the_tower_has_run(model: Any) -> None:
     with model.model.open_tap() as tap:
         run_tower(model.model.vision_tower, pixels, -2, tap)
         assert visual_attention.open_tap_that_may_pad() is None and tap.tokens is None
+
+
+@pytest.mark.parametrize("kind", SALIENCY_KINDS)
+def test_what_is_read_of_attention_has_no_gradient(kind: str) -> None:
+    """Choosing is no part of what is trained, and a training step would hold all attention until it goes backward."""
+    query, key = (torch.randn(2, 3, 17, 8, requires_grad=True) for _ in range(2))
+    assert not SALIENCY_KINDS[kind](query, key).requires_grad

