@@ -252,7 +252,7 @@ def _try_method_options(repo: RepoConfig) -> None:
     side, width = 24, 8
     tokens = torch.randn(1, side**2, width, generator=drawn)
     saliency = torch.rand(1, side**2, generator=drawn)
-    inputs = dict.fromkeys(("projected", "keys", "text", "layer_inputs"), tokens)
+    inputs: dict[str, Any] = dict.fromkeys(("projected", "keys", "text", "layer_inputs"), tokens)
     inputs |= {"text_saliency": saliency, "places": tokens[..., :3]}
     inputs |= {
         "cls_feature": tokens[:, 0],

@@ -534,10 +534,11 @@ def _check_destination(final: Path, overwrite: bool) -> None:
             raise CheckpointError(
                 f"{final} exists and is not empty; choose another folder, or give --overwrite to replace it"
             )
-        if final.is_dir() and Path.cwd().is_relative_to(final):
-            raise CheckpointError(
-                f"{final} holds the folder that you are in, and would be replaced: choose another one"
-            )
+        with suppress(FileNotFoundError):  # where the folder that one is in is gone
+            if final.is_dir() and Path.cwd().is_relative_to(final):
+                raise CheckpointError(
+                    f"{final} holds the folder that you are in, and would be replaced: choose another one"
+                )
     except PermissionError as error:
         raise CheckpointError(f"no permission to read {final}") from error
 
@@ -609,9 +610,8 @@ def _explain_write_error(error: BaseException, final: Path, work: Path | None) -
         return None  # a file that was being read
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {final}; nothing was left behind"
-    if (
-        file := next((parent for parent in final.parents if parent.exists() and not parent.is_dir()), None)
-    ) is not None:
+    file = next((parent for parent in final.parents if parent.exists() and not parent.is_dir()), None)
+    if file is not None:
         return f"cannot write {final}: {file} is no folder"
     return f"cannot write {final}: {error.strerror or error}"
 

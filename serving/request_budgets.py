@@ -67,8 +67,8 @@ class RequestBudgets:
         """Raise ValueError where a picture would keep more tokens than the operator allows."""
         if kept > most:
             raise ValueError(
-                f"the request asks for {kept} visual tokens of a picture ({_said(options)}), but this server keeps at "
-                f"most {most} ({_said(self.maximum)}): ask for less, or start it with another {BLOCK}.maximum"
+                f"the request asks for {kept} visual tokens of a picture ({said(options)}), but this server keeps at "
+                f"most {most} ({said(self.maximum)}): ask for less, or start it with another {BLOCK}.maximum"
             )
 
 
@@ -99,5 +99,6 @@ def _with_budget(options: VisPrunerOptions, budget: Any, place: str) -> VisPrune
     return VisPrunerOptions(**merge_vispruner_config(options.to_dict(), budget))
 
 
-def _said(options: VisPrunerOptions) -> str:
-    return ", ".join(f"{name} {value}" for name, value in of_request(options).items())
+def said(options: VisPrunerOptions) -> str:
+    """Return a budget in words."""
+    return ", ".join(f"{name} {value}" for name, value in of_request(options).items()) or "all"

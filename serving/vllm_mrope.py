@@ -183,6 +183,8 @@ def _refuse_other_positions(vllm_config: VllmConfig) -> None:
         raise ValueError("--video-pruning-rate: videos are pruned by vispruner_config here, start without it")
     if drafter is not None and drafter.method not in ("ngram", "suffix"):
         raise ValueError(f"speculative_config.method {drafter.method!r}: a drafter would not know pruned positions")
+    if getattr(vllm_config.parallel_config, "enable_dbo", False):
+        raise ValueError("--enable-dbo: a step that is split in two would mix up where kept tokens stand")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError("--pipeline-parallel-size must be 1: only the first rank knows where kept tokens stand")
 

@@ -24,7 +24,7 @@ from vispruner.visual_attention import SALIENCY_KINDS, Reading
 from vispruner.visual_features import VisualTokens, stacked
 
 from .launch_options import Readings, encoder_of, readings
-from .request_budgets import from_numbers
+from .request_budgets import from_numbers, said
 from .vllm_launch import launch_options, read_weights_of_base, refuse_bypasses
 from .vllm_prompts import MODALITIES, field_of
 
@@ -57,7 +57,7 @@ class PrunedVision:
 
     vision_attentions  the encoder's attention modules, each with an `MMEncoderAttention` in `attn`
     project            features (..., C) to visual tokens (..., D)
-    tokens_of_a_tile   how many visual tokens the log is to say that an image or tile has
+    tokens_of_a_tile   how many visual tokens an image or tile has, for the log; None where that depends on its size
     folds_projected    whether methods that fold tokens together fold projected ones, as in transformers
     """
 
@@ -77,11 +77,10 @@ class PrunedVision:
         self.vispruner_options, self.vispruner_codebook = options, codebook
         tokens = self.tokens_of_a_tile
         if tokens is None:
-            logger.info_once("VisPruner keeps %s of the visual tokens of an image or frame", options.keep_ratio)
+            logger.info_once("VisPruner keeps of the visual tokens of every image or frame: %s", said(options))
         else:
-            logger.info_once(
-                "VisPruner keeps %d of %d visual tokens per image or tile", options.budget(tokens), tokens
-            )
+            kept = options.budget(tokens)
+            logger.info_once("VisPruner keeps %d of %d visual tokens per image or tile", kept, tokens)
 
     @property
     def vision_attentions(self) -> Sequence[Any]:

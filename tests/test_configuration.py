@@ -159,9 +159,10 @@ def test_a_field_is_no_option_of_a_method(name: str) -> None:
         VisPrunerOptions.from_dict({"visual_token_num": 8, "method_options": {name: 50}})
 
 
-def test_stages_may_keep_as_many_as_the_one_before() -> None:
-    options = {"method": "pyramiddrop", "prune_layers": [1, 2], "stage_token_nums": [8, 8]}
-    assert VisPrunerOptions.from_dict(options).stage_token_nums == [8, 8]
+@pytest.mark.parametrize("counts", [[8, 8], [1, 0]])
+def test_stages_may_keep_as_many_as_the_one_before_and_few(counts: list[int]) -> None:
+    options = {"method": "pyramiddrop", "prune_layers": [1, 2], "stage_token_nums": counts}
+    assert VisPrunerOptions.from_dict(options).stage_token_nums == counts
 
 
 def test_a_change_of_method_keeps_the_stages_unless_it_is_none() -> None:

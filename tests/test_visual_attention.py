@@ -714,3 +714,11 @@ def test_what_is_read_of_attention_has_no_gradient(kind: str) -> None:
     """Choosing is no part of what is trained, and a training step would hold all attention until it goes backward."""
     query, key = (torch.randn(2, 3, 17, 8, requires_grad=True) for _ in range(2))
     assert not SALIENCY_KINDS[kind](query, key).requires_grad
+
+
+def test_the_config_of_a_tapped_module_has_all_that_the_stock_one_has(model: Any) -> None:
+    config, stock = model.model.vision_attentions[0].config, model.config.vision_config
+    for one in (config, copy.deepcopy(config)):
+        assert type(one) is not type(stock) and one.hidden_size == stock.hidden_size
+    with pytest.raises(AttributeError):
+        _ = config.no_such_field

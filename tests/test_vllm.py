@@ -47,6 +47,7 @@ OURS = "VisPrunerLlavaForConditionalGeneration"
 PATCHES = 144
 QUESTIONS = 300
 COMMON = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--block-size", "32")
+BUDGETS_IN_REQUESTS = "--trust-request-mm-kwargs"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def stock_answers(repo: Path, asked: list[Asked], serve: partial[OpenAIServer]) 
 
 @pytest.fixture(scope="class")
 def server(repo: Path, serve: partial[OpenAIServer]) -> Iterator[OpenAIServer]:
-    with serve("repo", repo) as running:
+    with serve("repo", repo, BUDGETS_IN_REQUESTS) as running:
         yield running
 
 
@@ -338,7 +339,7 @@ def qwen_server(qwen: Path, serve: partial[OpenAIServer]) -> Iterator[OpenAIServ
         "vispruner_config": {"keep_ratio": 0.5},
     }
     details = {"maximum": {"keep_ratio": 0.8}, "detail": {"low": {"visual_token_num": 2}}}
-    with serve("qwen", qwen, *overrides(**options, vispruner_serving=details)) as running:
+    with serve("qwen", qwen, BUDGETS_IN_REQUESTS, *overrides(**options, vispruner_serving=details)) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from matrix import ROWS
 from PIL import Image
 from rows import draw_weights
+from safetensors.torch import save_file
 from tiny_processors import write_processor
 from transformers import AutoProcessor
 
@@ -238,31 +239,53 @@ def test_frames_of_a_video_are_pruned_one_by_one(engine: Engine) -> None:
     engine.require_as_transformers(engine.ask([], VIDEO), VIDEO)
 
 
-def test_every_method_keeps_what_it_keeps_in_transformers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As embeddings of one picture, which the encoders of both give but for float noise."""
+def encoder_call(engine: Engine, image: Image.Image) -> dict[str, Any]:
+    """Return what vLLM hands to the model to encode a picture that it has not seen before."""
     seen: list[dict[str, Any]] = []
     embed = engine.model.embed_multimodal
-    monkeypatch.setattr(engine.model, "embed_multimodal", lambda **given: seen.append(given) or embed(**given))
-    engine.llm.reset_mm_cache()
-    engine.llm.reset_prefix_cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.model, "embed_multimodal", lambda **given: seen.append(given) or embed(**given))
+        engine.llm.reset_mm_cache()
+        engine.llm.reset_prefix_cache()
+        engine.ask([image])
+    (given,) = seen
+    return given
+
+
+def test_counts_that_do_not_agree_end_the_profiling_run(engine: Engine) -> None:
+    """vLLM encodes a dummy picture before it serves; where its placeholders are not its tokens, that is the end."""
+    given = encoder_call(engine, picture(90, 60, seed=78))
+    given["vispruner_image_budgets"][:, 2] += 1
+    with pytest.raises(RuntimeError, match=r"placeholders in their prompts have .* visual tokens"):
+        engine.model.embed_multimodal(**given)
+
+
+def test_every_method_keeps_what_it_keeps_in_transformers(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As embeddings of one picture, which the encoders of both give but for float noise."""
+    file, prototypes = tmp_path / "codebook.safetensors", {"codebook": torch.randn(8, 4 * HEAD)}
+    save_file(prototypes, file)
+    monkeypatch.setattr(engine.model, "vispruner_codebook", prototypes["codebook"])
     image = picture(90, 60, seed=77)
-    engine.ask([image])
+    given = encoder_call(engine, image)
     inputs, served = model_inputs(engine.pruned, engine.processor, image, QUESTION), []
     for method in ENCODER_METHODS:
-        given = {"method": method, "seed": 3, **ROWS[engine.name].options}
+        chosen = {"method": method, "seed": 3, **ROWS[engine.name].options}
+        chosen |= {"codebook": str(file)} if method == "codebook" else {}
         try:
-            options = merged_options(engine.model.config, None, given)
+            options = merged_options(engine.model.config, None, chosen)
         except ValueError as error:
             assert f'method "{method}" needs' in str(error)
             continue
-        monkeypatch.setattr(engine.model, "vispruner_options", replace(options, stage_token_nums=None))
-        (tokens,) = embed(**seen[0])
-        with engine.options(**given):
+        monkeypatch.setattr(engine.model, "vispruner_options", options)
+        (tokens,) = engine.model.embed_multimodal(**given)
+        with engine.options(**chosen):
             expected = tokens_in_transformers(engine.pruned, inputs)
         assert len(tokens) == len(expected)
         torch.testing.assert_close(tokens[:, : expected.shape[1]], expected, rtol=1e-3, atol=1e-3)
         served.append(method)
-    assert {"vispruner", "divprune", "scope", "hiprune", "visionzip", "tome"} <= set(served)
+    assert {"vispruner", "divprune", "scope", "hiprune", "visionzip", "tome", "codebook"} <= set(served)
 
 
 def tokens_in_transformers(model: Any, inputs: Any) -> torch.Tensor:
