@@ -271,9 +271,11 @@ class PublishedModel:
         texts = self.processor.tokenizer.batch_decode(result.sequences[:, prompt:], skip_special_tokens=True)
         if stages := getattr(result[CACHE], "vispruner_stages", ()):
             is_visual = inputs["input_ids"] == self.model.config.image_token_id
+            if (columns := result[CACHE].vispruner_prompt.columns) is not None:  # it was shortened before
+                is_visual = columns.take(is_visual.long(), 0).bool()
             stays = torch.zeros_like(is_visual).scatter(1, stages[-1].columns, stages[-1].seen)
             kept = stays[is_visual].view(len(is_visual), -1).nonzero()[:, 1].view(len(is_visual), -1)
-            return Answers(texts, cached, kept, None)
+            return Answers(texts, cached, selections[-1][0].gather(1, kept) if selections else kept, None)
         return Answers(texts, cached, *(selections[-1] if selections else (None, None)))
 
     def _cached_by_layers(self, cache: Any, text: int, budget: int) -> int:

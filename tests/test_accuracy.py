@@ -135,3 +135,10 @@ def test_a_right_answer_is_the_whole_word(accuracy: ModuleType) -> None:
 def test_an_unknown_selector_is_refused(accuracy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracy.main(["--selectors", "nonsense", "--limit", "5"]) == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_a_method_of_two_places_is_said_to_keep_what_both_leave(accuracy: ModuleType, tmp_path: Path) -> None:
+    rows = run(accuracy, tmp_path, "--selectors", "todre", "vflowopt", "--budgets", "50")["rows"]
+    assert {row["selector"] for row in rows} == {"todre", "vflowopt"}
+    recall = {row["selector"]: row["object_recall"] for row in rows}
+    assert recall["todre"] == 0 and 0 < recall["vflowopt"] <= 1  # the first leaves none in the last layers
