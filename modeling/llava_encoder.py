@@ -58,6 +58,9 @@ class TowerEncoderMixin(VisPrunerModelMixin):
                 f'are ranked by the attention {lacking} (vispruner_config.method="none" loads it dense)'
             )
         self.require_patches(self.config.vision_feature_select_strategy)
+        for name in ("image_size", "patch_size"):
+            if not isinstance(size := getattr(vision, name), int):
+                raise ValueError(f"vision_config.{name} must be one number, the side of a square, got {size!r}")
         self.warn_if_all_are_kept((vision.image_size // vision.patch_size) ** 2)
 
     @property

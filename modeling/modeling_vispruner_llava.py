@@ -65,8 +65,8 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
         pruned = self.prune(outputs, tokens, kwargs)
         pruned.pooler_output = list(pruned.pooler_output)
         if registers := self.register_tokens:  # of these a full prompt has placeholders too
-            pruned.placeholders = [registers + kept for kept in pruned.kept_indices]
-            pruned.full_counts = [registers + count for count in pruned.full_counts]
+            pruned.placeholders = [registers + kept for kept in pruned.kept_indices or ()]
+            pruned.full_counts = [registers + count for count in pruned.full_counts or ()]
         return pruned
 
     def _numbered(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:

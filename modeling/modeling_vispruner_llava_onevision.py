@@ -79,14 +79,18 @@ class PackedTiles:
 
     config: Any
     image_newline: torch.Tensor
-    project: Any
-    select_each: Any
     pack_image_features = LlavaOnevisionModel.pack_image_features
 
     @property
     def side(self) -> int:
         """Patches along one side of a tile."""
         return self.config.vision_config.image_size // self.config.vision_config.patch_size
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        raise AttributeError(f"{type(self).__name__} must say how features are projected")
+
+    def select_each(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
+        raise AttributeError(f"{type(self).__name__} must say which tokens stay")
 
     def packing_of(self, size: list[int], anyres: bool = True) -> Packing:
         """Return how stock packs an image of a size, from its base tile alone where not `anyres`."""
@@ -173,7 +177,7 @@ class PackedTiles:
         return torch.where(is_newline[:, None], self.image_newline.to(tokens), tokens)
 
 
-class VisPrunerLlavaOnevisionModel(PackedTiles, TowerEncoderMixin, LlavaOnevisionModel):
+class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, PackedTiles, LlavaOnevisionModel):
     """`LlavaOnevisionModel` whose `get_image_features` and `get_video_features` return only the kept visual tokens."""
 
     config_class = VisPrunerLlavaOnevisionConfig

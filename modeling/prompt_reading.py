@@ -23,6 +23,7 @@ from .prompt_shortening import (
     read_layout,
     rows_of_images,
 )
+from .similarity import refuse_unless
 from .stock_versions import CACHE
 from .visual_features import full_counts_of, kept_counts_of
 
@@ -173,6 +174,19 @@ class Prompt:
             if not self.full[token] and (placeholders := sum(self.layout.placeholders[token])):
                 raise ValueError(_wrong_placeholders(modality, token, placeholders, [], []))
 
+    def require_question(self, last: torch.Tensor) -> None:
+        """Raise ValueError where an answer begins before a row's images end, so that no question is known to be its.
+
+        last  (B,) the last column of each row that is question
+        """
+        visual = any_of(list(self.is_placeholder.values()))
+        column = torch.arange(self.width, device=self.device)
+        refuse_unless(
+            ~(visual & (column > last.to(self.device)[:, None])).any(),
+            "labels begin before the last image of a row, so what is asked about it is not known: give tokens before "
+            "the answer the label -100, or say in prompt_lengths where the question ends",
+        )
+
     def questions(
         self, embed: Callable[[torch.Tensor], torch.Tensor], last: torch.Tensor | None = None
     ) -> dict[str, Questions]:
@@ -181,7 +195,11 @@ class Prompt:
         embed  ids (B, L) to embeddings (B, L, D)
         last   (B,) the last column of each row that is question, not answer; None for all
         A question is the words behind the last image of its row; all words of a row where none come behind it.
+        Raises ValueError for a mask that does not say which columns are padding.
         """
+        mask = self.inputs.get("attention_mask")
+        if mask is not None and self.mask is None and self.drops_tokens:
+            raise ValueError(_wrong_mask(mask, self.width, "to read the question in it"))
         visual = any_of(list(self.is_placeholder.values()))
         column = torch.arange(self.width, device=self.device)
         is_text = ~visual if self.mask is None else ~visual & self.mask.bool().to(self.device)
@@ -209,11 +227,7 @@ class Prompt:
         """Return the columns that stay when, per id and image, `staying` says which of its placeholders do."""
         mask = self.inputs.get("attention_mask")
         if mask is not None and self.mask is None:
-            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask must be 2-D and as long as the prompt of {self.width} tokens to shorten it, "
-                f"got {shape}"
-            )
+            raise ValueError(_wrong_mask(mask, self.width, "to shorten it"))
         return keep_columns(self.is_placeholder, self.full, staying, self.mask, self.layout)
 
     def taken(self, columns: KeptColumns, padding_id: int) -> dict[str, Any]:
@@ -307,6 +321,11 @@ def find_placeholders(
     with torch.no_grad():
         made = embed(torch.tensor(list(tokens), device=embeds.device)).to(embeds.device)
     return {token: (embeds == one).all(-1) for token, one in zip(tokens, made, strict=True)}
+
+
+def _wrong_mask(mask: Any, width: int, purpose: str) -> str:
+    shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    return f"attention_mask must be 2-D and as long as the prompt of {width} tokens {purpose}, got {shape}"
 
 
 def _wrong_placeholders(modality: Modality, token: int, placeholders: int, full: list[int], kept: list[int]) -> str:

@@ -90,6 +90,7 @@ class PrunedForwardMixin(PrunedDecoderMixin):
     image_names: tuple[str, ...] = ()  # all that stock has called the pixels of images, where it had several names
     default_position_policy = "renumber"
     wrong_in_stock: dict[str, str] = {}  # options of generate that it gets wrong where a prompt has images, and why
+    training: bool
 
     def position_policy(self, name: str | None = None) -> Renumbered:
         """Return the policy of this name, else that of the call in progress."""
@@ -127,6 +128,8 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         prompt = self.read_prompt(inputs)
         self.note_pruning(prompt)
         policy = self.position_policy()
+        if head.last is not None and (self.prunes_in_decoder or (self.is_guided and prompt.drops_tokens)):
+            prompt.require_question(head.last)
         if self.is_guided and not self.is_in_generate:
             self.note_questions(prompt, head.last)
         if prompt.form != "same":
@@ -140,7 +143,9 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         width = shortened["input_ids" if "input_ids" in shortened else "inputs_embeds"].shape[1]
         with self.open_decoder(shortened, prompt, columns, self._last_of_question(head, prompt, width)) as decoder:
             outputs = self._run_stock(stock_forward, shortened)
-        if (cache := outputs.get(CACHE)) is not None:
+        # Of which stock's SmolVLM hands out an empty cache.
+        unwritten = self.training and getattr(self.decoder, "gradient_checkpointing", False)
+        if (cache := outputs.get(CACHE)) is not None and not unwritten:
             _require_length(cache, prompt.past + width)
             for stage in decoder.stages if decoder is not None else ():
                 _require_length(cache, stage.columns.shape[1], stage.layer)

@@ -29,7 +29,7 @@ class VisPrunerLlavaOnevisionMultiModalProcessor(PrunedPrompts, LlavaOnevisionMu
     dummy_inputs=LlavaOnevisionDummyInputsBuilder,
 )
 class VisPrunerLlavaOnevisionForConditionalGeneration(
-    PackedTiles, PrunedTower, LlavaOnevisionForConditionalGeneration
+    PrunedTower, PackedTiles, LlavaOnevisionForConditionalGeneration
 ):
     """vLLM's LLaVA-OneVision that keeps the visual tokens its `vispruner_config` says (arXiv 2412.01818)."""
 

@@ -44,6 +44,7 @@ PATCHES = """
     config.vision_config.image_size
     config.vision_config.patch_size
     config.vision_config.num_hidden_layers
+    config.vision_config.num_register_tokens?
 """
 FEATURE_CHOICE = """
     config.vision_feature_layer
@@ -321,6 +322,7 @@ EVERY_MODEL = """
     config.get_text_config().layer_types?
     config.get_text_config().rope_parameters?
     model.language_model|text_model.norm.forward
+    model.language_model|text_model.gradient_checkpointing
     model.language_model|text_model.rotary_emb.forward
     model.language_model|text_model.layers[0].input_layernorm.forward
     model.language_model|text_model.layers[0].self_attn.config._attn_implementation

@@ -539,6 +539,15 @@ class TestRefusals:
             ({"method": "vispruner", "stage_token_nums": [4]}, "stage_token_nums is for methods that prune in the"),
             ({"method": "fastvv", "keep_ratio": 0.5}, "did you mean fastv"),
             ({"method": "vispruner+topv", "stage_token_nums": [4, 2]}, "needs places, which a decoder layer"),
+            (
+                {"method": "vflowopt", "method_options": {"stage_shares": [0.5]}},
+                "stage_shares must be 2 numbers from 0 to 1, what part of the tokens before it each of the decoder",
+            ),
+            (
+                {"method": "vflowopt", "method_options": {"stage_shares": [0.5, 1.5]}},
+                "method_options.stage_shares must be a number from 0 to 1, got 1.5",
+            ),
+            ({"method": "vflowopt", "prune_layers": [2, 3, 4]}, "stage_shares must be 3 numbers from 0 to 1"),
         ],
     )
     def test_a_wrong_setting_names_its_field(self, deep: Model, options: dict[str, Any], message: str) -> None:
@@ -568,6 +577,18 @@ class TestRefusals:
         levels = len(deep.pruned.config.vision_config.deepstack_visual_indexes)
         with pytest.raises(ValueError, match=f"decoder layers from {levels} to 5"):
             deep.pruned.set_vispruner_config(method="fastv", keep_ratio=0.7, prune_layers=[levels - 1])
+
+    @pytest.mark.parametrize("deep", ["llava"], indirect=True)
+    def test_a_map_that_is_missing_or_makes_no_sense_is_refused_by_name(self, deep: Model) -> None:
+        pruned, inputs = use(deep, "vflowopt"), deep.prompt(ONE)
+        features = pruned.model.encoded(inputs)[FEATURES]
+        features["image"].told = None
+        others = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        with pytest.raises(ValueError, match=r'"vflowopt" ranks by what the encoder says .* pass pixel_values'):
+            pruned(**others, **{FEATURES: features})
+        use(deep, "vflowopt", method_options={"global_threshold": "many"})
+        with pytest.raises(ValueError, match="global_threshold must be a number from 0 on, got 'many'"):
+            pruned(**inputs)
 
     @some_models
     def test_what_would_rank_wrongly_is_refused_by_name(self, deep: Model) -> None:

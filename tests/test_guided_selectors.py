@@ -328,6 +328,33 @@ def test_the_answer_that_is_trained_on_is_no_part_of_the_question(llava: Model, 
     assert torch.equal(kept_for(llava, [*ONE, answer], labels=labels), kept_for(llava, ONE))
 
 
+@pytest.mark.parametrize("method", ["cdpruner", "fastv"])
+@pytest.mark.parametrize("prompt", [ONE, SEVERAL])
+def test_labels_that_begin_before_the_question_are_refused(llava: Model, method: str, prompt: list) -> None:
+    inputs = llava.prompt(prompt)
+    place = {"prune_layers": [1], "visual_token_num": 40} if method == "fastv" else {}
+    change = {"method": method, **place}
+    first = inputs["input_ids"].clone()
+    first[inputs["input_ids"] == llava.pruned.config.image_token_id] = -100
+    for further in ({"labels": first}, {"prompt_lengths": torch.tensor([3])}):
+        with pytest.raises(ValueError, match=r"labels begin before the last image of a row.*prompt_lengths"):
+            llava.pruned(**inputs, **further, vispruner_config=change)
+    asked = torch.tensor([inputs["input_ids"].shape[1]])
+    llava.pruned(**inputs, labels=first, prompt_lengths=asked, vispruner_config=change)
+
+
+def test_a_mask_that_does_not_tell_padding_is_refused(llava: Model) -> None:
+    inputs = llava.prompt(ONE)
+    is_image = inputs["input_ids"] == llava.pruned.config.image_token_id
+    stays = ~(is_image & (is_image.cumsum(1) > 9))[0]
+    ids = inputs["input_ids"][:, stays]
+    mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    short = {"input_ids": ids, "attention_mask": mask, "pixel_values": inputs["pixel_values"]}
+    with pytest.raises(ValueError, match=r"attention_mask must be 2-D .* to read the question in it"):
+        llava.pruned(**short)
+    llava.pruned(**short, vispruner_config={"method": "divprune"})
+
+
 def test_a_later_turn_goes_on_with_the_tokens_that_the_first_question_left(llava: Model) -> None:
     first = llava.prompt(ONE)
     made = generate(llava.pruned, first, return_dict_in_generate=True)

@@ -350,7 +350,7 @@ class TestLosses:
                 pruned.gradient_checkpointing_enable({"use_reentrant": False})
             language_model = pruned.model.get_decoder()
             language_model.layers[0].mlp.register_forward_pre_hook(lambda *_, runs=runs: runs.append(runs.pop() + 1))
-            loss = pruned(**copy.copy(inputs), labels=labels, use_cache=False).loss
+            loss = pruned(**copy.copy(inputs), labels=labels).loss
             loss.backward()
             assert runs == [1 + checkpointed]
             found.append({name: parameter.grad for name, parameter in pruned.named_parameters()})

@@ -166,6 +166,13 @@ def test_a_tower_without_a_class_token_is_refused() -> None:
         pair(row, {"vision_config": siglip})
 
 
+@pytest.mark.parametrize(("name", "size"), [("image_size", [112, 112]), ("patch_size", [14, 14])])
+def test_sizes_that_are_no_number_are_refused(name: str, size: list[int]) -> None:
+    tower = Dinov2Config(**{**SIZES, name: size}, mlp_ratio=2)
+    with pytest.raises(ValueError, match=f"vision_config.{name} must be one number"):
+        pair(TowerRow(tower))
+
+
 def test_llava_next_refuses_registers() -> None:
     from rows.llava_next import ROW
 

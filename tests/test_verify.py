@@ -354,9 +354,11 @@ def test_a_repo_of_an_older_release_is_verified_by_what_is_on_record_of_it(
 @pytest.mark.usefixtures("no_process")
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     report = verify_repo(tmp_path / "absent")
-    assert [(failure.name, failure.detail) for failure in report.failures] == [
-        ("config.json", f"{tmp_path / 'absent'} is not a folder: give one that `vispruner build` wrote")
-    ]
+    ((name, detail),) = [(failure.name, failure.detail) for failure in report.failures]
+    assert name == "config.json"
+    assert detail.startswith(
+        f"{tmp_path / 'absent'} is not a folder: give one that `vispruner build` wrote, or get one"
+    )
 
 
 def lm_head_of_noise(tensors: dict[str, torch.Tensor]) -> None:
