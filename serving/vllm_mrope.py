@@ -38,12 +38,17 @@ class PrunedGrids(MergedGrids, PrunedVision):
 
     visual: Any
     vispruner_places: torch.Tensor  # (3, tokens of a step), what is still to be added to positions
+    vispruner_last_position: int
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         _refuse_other_positions(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         places = torch.zeros(3, vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.long)
         self.register_buffer("vispruner_places", places, persistent=False)  # type: ignore[attr-defined]
+        modules = self.language_model.modules()  # type: ignore[attr-defined]
+        rotations = next(module.cos_sin_cache for module in modules if hasattr(module, "cos_sin_cache"))
+        # A short prompt of many pictures may count further than any prompt that fits: no request may read beyond.
+        self.vispruner_last_position = len(rotations) - 1
 
     @property
     def vision_attentions(self) -> Sequence[Any]:
@@ -170,7 +175,7 @@ class PrunedGrids(MergedGrids, PrunedVision):
         """Stock; positions are changed in place, since a captured graph reads them where they are."""
         step = self.vispruner_places[:, : positions.shape[-1]]
         if self.prunes and positions.dim() == 2:
-            positions[:, : step.shape[1]].add_(step)
+            positions[:, : step.shape[1]].add_(step).clamp_(max=self.vispruner_last_position)
             step.zero_()
         return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
 

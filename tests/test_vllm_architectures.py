@@ -260,6 +260,25 @@ def test_counts_that_do_not_agree_end_the_profiling_run(engine: Engine) -> None:
         engine.model.embed_multimodal(**given)
 
 
+def test_no_position_is_beyond_what_the_language_model_can_rotate(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine.name not in MROPE:
+        pytest.skip("its tokens are numbered one by one, within the length of a prompt")
+    assert engine.model.vispruner_last_position >= 2047
+    monkeypatch.setattr(engine.model, "vispruner_last_position", 6)
+    inner, seen = engine.model.language_model.model, []
+    forward = inner.forward
+
+    def look(*given: Any, **named: Any) -> Any:
+        seen.append(int((named["positions"] if "positions" in named else given[1]).max()))
+        return forward(*given, **named)
+
+    monkeypatch.setattr(inner, "forward", look)
+    engine.ask([picture(64, 200, seed=79)])
+    assert max(seen) == 6
+
+
 def test_every_method_keeps_what_it_keeps_in_transformers(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
