@@ -169,8 +169,9 @@ def test_generate(model: Model, kind: str) -> None:
     found = generate(tuned, inputs, **settings)
     assert torch.equal(found.sequences[:, :width], inputs["input_ids"])
     assert found[CACHE].get_seq_length() == width - full + kept + virtual + NEW - 1
-    with torch.no_grad():
-        first = tuned(**copy.copy(inputs)).logits[0, -1].argmax()
-    assert int(found.sequences[0, width]) == int(first)
+    if virtual == 0 or model.row.positions == "renumber":  # else PEFT drops the positions that tokens keep
+        with torch.no_grad():
+            first = tuned(**copy.copy(inputs)).logits[0, -1].argmax()
+        assert int(found.sequences[0, width]) == int(first)
     tuned.get_base_model().set_vispruner_config(**keep_all(model))
     assert torch.equal(generate(tuned, inputs, **settings).sequences, expected.sequences)
