@@ -34,6 +34,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
 from geometry import GEOMETRIES, budgets_of, config_from_dict, empty_model, load_geometry, patches_of, vispruner_config
+from outputs import output_file
 from peer import IMPORTANT_RATIO, ROUND, PeerLlavaForConditionalGeneration
 from released_geometries import RELEASED, released_base
 
@@ -524,7 +525,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--bytes-per-second", type=float, metavar="X", help="... and 3e10; both or neither")
     parser.add_argument("--check", action="store_true", help="compare with FlopCounterMode on meta tensors (a minute)")
     parser.add_argument("--ceilings", action="store_true", help="what pruning can give each released model at most")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --ceilings: write them there, too")
+    parser.add_argument(
+        "--json", type=output_file(".json"), metavar="FILE", help="with --ceilings: write them there, too"
+    )
     parser.add_argument("--latency", type=Path, metavar="FILE", help="a result of latency.py: print floor / measured")
     parsed = parser.parse_args(arguments)
     if (parsed.flops_per_second is None) != (parsed.bytes_per_second is None):

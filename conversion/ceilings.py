@@ -164,7 +164,8 @@ def ceiling_of_config(content: Mapping[str, Any]) -> Ceiling:
     """Return the ceiling of what a repo's config.json describes; no weights are read."""
     architecture = architecture_of(content.get("model_type", ""))
     with torch.device("meta"):
-        return ceiling(architecture.base_class(architecture.config_class.from_dict(dict(content))))
+        base = architecture.base_class(architecture.config_class.from_dict(dict(content)))
+    return ceiling(base)
 
 
 def ceiling_at(base: Any, keep_ratio: float) -> Ceiling:

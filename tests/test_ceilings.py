@@ -8,7 +8,7 @@ from matrix import ONE, pair
 from rows import Row, rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from vispruner.conversion.ceilings import TEXT_TOKENS, ceiling, encoder_flops, example_inputs
+from vispruner.conversion.ceilings import TEXT_TOKENS, ceiling, ceiling_of_config, encoder_flops, example_inputs
 from vispruner.conversion.prefill_cost import language_model_flops, logits_flops
 
 every_row = pytest.mark.parametrize("row", list(rows()), ids=lambda row: row.model_type)
@@ -57,3 +57,10 @@ def test_a_method_in_the_language_model_counts_what_its_layers_hold() -> None:
     held = pruned.model.layer_counts(64)
     assert found.visual_tokens == (64, sum(held) / len(held))
     assert found.cache == pytest.approx(sum(TEXT_TOKENS + n for n in held) / (len(held) * (TEXT_TOKENS + 64)))
+
+
+@every_row
+def test_a_config_alone_says_the_same(row: Row) -> None:
+    _, pruned = pair(row)
+    content = {**pruned.config.to_dict(), "vispruner_config": pruned.config.vispruner_config}
+    assert ceiling_of_config(content) == ceiling(pruned.model)

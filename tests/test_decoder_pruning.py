@@ -586,9 +586,10 @@ class TestRefusals:
         others = {name: value for name, value in inputs.items() if name != "pixel_values"}
         with pytest.raises(ValueError, match=r'"vflowopt" ranks by what the encoder says .* pass pixel_values'):
             pruned(**others, **{FEATURES: features})
-        use(deep, "vflowopt", method_options={"global_threshold": "many"})
-        with pytest.raises(ValueError, match="global_threshold must be a number from 0 on, got 'many'"):
-            pruned(**inputs)
+        for wrong, message in (("many", "must be a number such as"), (-1.0, "must be a number from 0 on")):
+            with pytest.raises(ValueError, match=f"global_threshold {message}"):
+                use(deep, "vflowopt", method_options={"global_threshold": wrong})
+                pruned(**inputs)
 
     @some_models
     def test_what_would_rank_wrongly_is_refused_by_name(self, deep: Model) -> None:

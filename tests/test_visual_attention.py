@@ -713,7 +713,7 @@ def test_nothing_is_appended_once_the_tower_has_run(model: Any) -> None:
 def test_what_is_read_of_attention_has_no_gradient(kind: str) -> None:
     """Choosing is no part of what is trained, and a training step would hold all attention until it goes backward."""
     query, key = (torch.randn(2, 3, 17, 8, requires_grad=True) for _ in range(2))
-    assert not SALIENCY_KINDS[kind](query, key).requires_grad
+    assert not Reading(0, kind, 1.0 if kind.startswith("global") else None).of(query, key).requires_grad
 
 
 def test_the_config_of_a_tapped_module_has_all_that_the_stock_one_has(model: Any) -> None:
