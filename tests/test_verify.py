@@ -22,7 +22,7 @@ from vispruner.conversion.base_checkpoint import BaseCheckpoint
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.checkpoint_io import TensorHeader, read_tensor_headers, write_checkpoint
 from vispruner.conversion.published_layout import layout_facts
-from vispruner.conversion.verify import LIGHT_CHECKS, MODEL_CHECKS, Report, forbidden_imports, verify_repo
+from vispruner.conversion.verify import LIGHT_CHECKS, MODEL_CHECKS, Check, Report, forbidden_imports, verify_repo
 from vispruner.conversion.verify_worker import Refused, Worker, compare_weights
 
 STATIC_CHECKS = (
@@ -352,6 +352,22 @@ def test_a_repo_of_an_older_release_is_verified_by_what_is_on_record_of_it(
 
 
 @pytest.mark.usefixtures("no_process")
+def test_the_table_has_every_name_whole_and_the_details_in_one_column() -> None:
+    checks = (Check("short", "pass", "one"), Check("a name of some length", "pass", "two"))
+    *lines, verdict = Report(Path("repo"), checks).table().splitlines()
+    assert [line.split("  ")[-1].strip() for line in lines] == ["one", "two"]
+    assert len({line.index(check.detail) for line, check in zip(lines, checks, strict=True)}) == 1
+    assert all(check.name in line for line, check in zip(lines, checks, strict=True))
+    assert verdict == "verified: repo (2 passed, 0 failed)"
+
+
+def test_whatever_ends_a_check_is_a_reason_and_no_traceback(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a folder holds may end verify itself."""
+    monkeypatch.setattr(verify, "foreign_code", lambda settings: 1 / 0)
+    report = verify_repo(repo)
+    assert not report.passed and any("ZeroDivisionError" in failure.detail for failure in report.failures)
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     report = verify_repo(tmp_path / "absent")
     ((name, detail),) = [(failure.name, failure.detail) for failure in report.failures]
