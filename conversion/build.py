@@ -369,10 +369,11 @@ def _without_unused_layers(config_json: dict[str, Any]) -> dict[str, Any]:
         configuration.drop_unused_vision_layers(config)
     except ValueError as error:
         raise BuildError(f"{error}: build without drop_unused_vision_layers") from error
-    layers = config.vision_config.num_hidden_layers
+    layers, stages = config.vision_config.num_hidden_layers, configuration.STAGES
+    vision = {name: value for name, value in config_json["vision_config"].items() if name not in stages}
     return {
         **config_json,
-        "vision_config": {**config_json["vision_config"], "num_hidden_layers": layers},
+        "vision_config": {**vision, "num_hidden_layers": layers},
         "vision_feature_layer": config.vision_feature_layer,
         "vispruner_config": config.vispruner_config,
     }

@@ -230,6 +230,10 @@ def used_vision_layers(config: Any) -> int:
     return max(1, *used)
 
 
+# What a vision config that may serve as a backbone says of its depth in other words.
+STAGES = ("stage_names", "out_features", "out_indices")
+
+
 def drop_unused_vision_layers(config: Any) -> None:
     """Change `config` to a vision encoder that ends at the last layer it uses; what it computes stays the same.
 
@@ -247,7 +251,11 @@ def drop_unused_vision_layers(config: Any) -> None:
     options = getattr(config, "vispruner_config", None)
     if options is not None and options.get("attention_layer") is not None:
         config.vispruner_config = {**options, "attention_layer": adapted(options["attention_layer"])}
-    config.vision_config.num_hidden_layers = used
+    vision = config.vision_config
+    if hasattr(vision, "stage_names"):
+        stored = {name: value for name, value in vision.to_dict().items() if name not in STAGES}
+        config.vision_config = type(vision).from_dict({**stored, "num_hidden_layers": used})
+    vision.num_hidden_layers = used
 
 
 # Keys of the parts of config.json that lead stock to code of others: `attribute_map` gives any key another's meaning.

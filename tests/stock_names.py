@@ -45,6 +45,7 @@ PATCHES = """
     config.vision_config.patch_size
     config.vision_config.num_hidden_layers
     config.vision_config.num_register_tokens?
+    config.vision_config.stage_names?
 """
 FEATURE_CHOICE = """
     config.vision_feature_layer

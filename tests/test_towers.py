@@ -150,6 +150,17 @@ def test_a_checkpoint_is_read_and_saved(model: Model, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_that_nothing_is_read_from_are_left_out(model: Model, tmp_path: Path) -> None:
+    model.stock.save_pretrained(tmp_path / "base")
+    whole = vispruner.load(tmp_path / "base", visual_token_num=9)
+    shorter = vispruner.load(tmp_path / "base", visual_token_num=9, drop_unused_vision_layers=True)
+    assert (len(whole.model.vision_attentions), len(shorter.model.vision_attentions)) == (3, 2)
+    inputs = model.prompt(PROMPT)
+    assert torch.equal(logits(shorter, inputs), logits(whole, inputs))
+    shorter.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(vispruner.load(tmp_path / "saved"), inputs), logits(whole, inputs))
+
+
 def test_gradients_reach_the_projector_and_the_tower(model: Model) -> None:
     inputs = model.prompt(PROMPT)
     model.pruned(**inputs, labels=inputs["input_ids"]).loss.backward()

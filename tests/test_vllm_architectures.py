@@ -28,7 +28,7 @@ from transformers import AutoProcessor
 
 import vispruner
 from vispruner.conversion.questions import model_inputs
-from vispruner.selectors import ENCODER_METHODS
+from vispruner.selectors import ENCODER_METHODS, SELECTORS
 from vispruner.serving.launch_options import ENCODERS, MROPE, merged_options
 
 pytestmark = [
@@ -295,7 +295,8 @@ def test_every_method_keeps_what_it_keeps_in_transformers(
         try:
             options = merged_options(engine.model.config, None, chosen)
         except ValueError as error:
-            assert f'method "{method}" needs' in str(error)
+            reason = "chooses by the question" if SELECTORS[method].is_guided else "needs"
+            assert f'method "{method}" {reason}' in str(error)
             continue
         monkeypatch.setattr(engine.model, "vispruner_options", options)
         (tokens,) = engine.model.embed_multimodal(**given)
