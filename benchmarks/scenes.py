@@ -17,6 +17,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from vispruner.conversion.drawn_scenes import COLORS
+
 IMAGE_SIZE = 96
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
@@ -24,14 +26,6 @@ GRID = IMAGE_SIZE // PATCH_SIZE
 SPLITS = ("train", "validation", "test")
 QUESTION_TYPES = ("color", "shape", "digit", "exist", "count", "where", "relation")
 
-COLORS = {
-    "red": (220, 35, 40),
-    "green": (40, 175, 60),
-    "blue": (45, 85, 235),
-    "yellow": (240, 225, 50),
-    "purple": (165, 45, 190),
-    "orange": (245, 135, 25),
-}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 NUMBERS = ("zero", "one", "two", "three", "four")
 EASY_VQA_SHAPES = ("circle", "rectangle", "triangle")

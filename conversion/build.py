@@ -97,11 +97,11 @@ def build_repo(
         names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
         _try_method_options(repo)
         held = _refuse_ineffective(repo, expected.model, folder)
-        limit = ceiling(expected.model.model)
         codebooks = _checked_codebooks(repo, config_json)
         if drop_unused_vision_layers or repo.drop_unused_vision_layers:
             config_json = _without_unused_layers(config_json)
             names, expected = without_dropped_layers(names, config_json), model_layout(repo.architecture, config_json)
+        limit = ceiling(expected.model.model)
         _write_json(staging / "config.json", config_json)
         _write_json(staging / "generation_config.json", _generation_config(folder, base_config, tokenizer))
         (staging / "README.md").write_text(model_card(repo, revision, thin, held, limit), encoding="utf-8")

@@ -115,7 +115,7 @@ class Ceiling:
 
     visual_tokens  of the picture in full, and kept (the mean over the layers of the language model)
     encoder        the share of encoder and projector in the work for the first token, unpruned
-    first_token    how many times less work comes before it, under the budget
+    first_token    how many times less work comes before it, under the budget, if only what stays is projected
     none           the same if no visual token were left
     prefill        how many times less work the language model's prefill is
     cache          what part of the prompt's KV cache is left
@@ -131,30 +131,33 @@ class Ceiling:
     def __str__(self) -> str:
         full, kept = self.visual_tokens
         return (
-            f"encoder and projector are {self.encoder:.0%} of the work before the first token, for a picture of "
-            f"{full:,} visual tokens and {TEXT_TOKENS} of text: with {kept:,.0f} of them expect it at most "
-            f"{self.first_token:.1f}x as soon (with none of them {self.none:.1f}x); the KV cache of that prompt "
-            f"shrinks to {self.cache:.0%}"
+            f"Of a picture of {full:,} visual tokens with {TEXT_TOKENS} of text, encoder and projector are "
+            f"{self.encoder:.0%} of the work before the first token. With {kept:,.0f} visual tokens that token comes "
+            f"at most {self.first_token:.1f} times as soon, with none {self.none:.1f} times. The KV cache of that "
+            f"prompt shrinks to {self.cache:.0%}."
         )
 
 
 def ceiling(base: Any) -> Ceiling:
     """Return what a base model can gain at most under its own budget; it may be on the meta device."""
     config, inputs = base.config, example_inputs(base)
-    full, kept = map(sum, _token_counts(base, inputs))
-    held = base.layer_counts(kept) if base.prunes_in_decoder else [kept] * base.depth
-    before = sum(encoder_flops(base, inputs))
+    full, kept = map(sum, counts := _token_counts(base, inputs))
+    held = [kept] * base.depth
+    if base.prunes_in_decoder:
+        held = [sum(of_images) for of_images in zip(*map(base.layer_counts, counts[1]), strict=True)]
+    encoder, projector = encoder_flops(base, inputs)
 
     def prefill(visual: list[int]) -> int:
         return language_model_flops(config, [TEXT_TOKENS + count for count in visual]) + logits_flops(config)
 
     dense, pruned, text = (prefill(visual) for visual in ([full] * base.depth, held, [0] * base.depth))
     caches = [kv_cache_bytes(config, [TEXT_TOKENS + n for n in visual]) for visual in ([full] * base.depth, held)]
+    before = encoder + projector + dense  # the first token, unpruned
     return Ceiling(
         visual_tokens=(full, sum(held) / len(held)),
-        encoder=before / (before + dense),
-        first_token=(before + dense) / (before + pruned),
-        none=(before + dense) / (before + text),
+        encoder=(encoder + projector) / before,
+        first_token=before / (encoder + projector * kept / full + pruned),
+        none=before / (encoder + text),
         prefill=dense / pruned,
         cache=caches[1] / caches[0],
     )

@@ -415,7 +415,8 @@ def _methods(model: str | None) -> Done:
     if base is None:
         return Done(table(methods, asked), data)
     limit = ceiling_at(base, 0.25)
-    return Done(f"{table(methods, asked)}\n\nAt a quarter: {limit}.", {**data, "ceiling_at_a_quarter": asdict(limit)})
+    text = f"{table(methods, asked)}\n\nAt a quarter of the visual tokens: {limit}"
+    return Done(text, {**data, "ceiling_at_a_quarter": asdict(limit)})
 
 
 def _serve_check(**options: Any) -> Done:

@@ -4,7 +4,7 @@ Whoever draws, times or records choices looks on by `watch_choices`; nothing is 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 
 from .configuration_vispruner import VisPrunerOptions
 from .selector_registry import Selection, run_selector, selector_named
-from .visual_features import VisualTokens
+from .visual_features import VisualTokens, stacked
 
 
 class Choice(NamedTuple):
@@ -48,6 +48,24 @@ def watch_choices(after: Watcher | None = None, before: Watcher | None = None) -
         yield
     finally:
         _watching.watchers = outer
+
+
+def choose_each(
+    images: Sequence[VisualTokens], budgets: Sequence[int], choose_of: Callable[[VisualTokens, int], Selection]
+) -> list[Selection]:
+    """Return which tokens stay of images (1, N, C) of any sizes; of those of one grid and budget at once.
+
+    budgets    how many each keeps
+    choose_of  what chooses so many from images of one size
+    """
+    groups: dict[tuple[int, tuple[int, int] | None, int], list[int]] = {}
+    for number, (image, budget) in enumerate(zip(images, budgets, strict=True)):
+        groups.setdefault((image.features.shape[1], image.grid, budget), []).append(number)
+    kept: dict[int, Selection] = {}
+    for (_, _, budget), numbers in groups.items():
+        chosen = choose_of(stacked([images[number] for number in numbers]), budget)
+        kept |= dict(zip(numbers, chosen.of_each(), strict=True))
+    return [kept[number] for number in range(len(images))]
 
 
 def choose(

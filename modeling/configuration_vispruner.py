@@ -255,7 +255,8 @@ def drop_unused_vision_layers(config: Any) -> None:
     if hasattr(vision, "stage_names"):
         stored = {name: value for name, value in vision.to_dict().items() if name not in STAGES}
         config.vision_config = type(vision).from_dict({**stored, "num_hidden_layers": used})
-    vision.num_hidden_layers = used
+    else:
+        vision.num_hidden_layers = used
 
 
 # Keys of the parts of config.json that lead stock to code of others: `attribute_map` gives any key another's meaning.

@@ -8,6 +8,7 @@ which the authors compare with CLIP's `image_embeds`; whoever has that tower can
 import torch
 
 from .diversity_selectors import picked_of_pool
+from .merging_selectors import kind_of_rest
 from .related_selectors import FEW_TOKENS, POOL
 from .selector_inputs import checked_budget, checked_rows, checked_unit, every_token, most_attended_first, widened
 from .selector_registry import Merge, Selection, register_selector
@@ -126,14 +127,10 @@ def _most_relevant_of_the_rest(relevance: torch.Tensor, picks: list[int], budget
     return spare.argsort(descending=True, stable=True)[: budget - len(picks)].tolist()
 
 
-def _trim_kind(kept: torch.Tensor, saliency: torch.Tensor, merged_into: torch.Tensor) -> torch.Tensor:
-    return (merged_into.gather(1, kept) != kept).long()
-
-
 @register_selector(
     "trim",
     kinds=("relevant: about the question", "rest: the mean of all others"),
-    kind_of=_trim_kind,
+    kind_of=kind_of_rest,
 )
 def select_trim(
     features: torch.Tensor,
@@ -162,8 +159,8 @@ def select_trim(
     them, by the mean of their cosines, is a choice of ours.
     """
     budget = checked_budget(features, saliency, visual_token_num)
-    projected = checked_rows("projected", projected, saliency)
-    relevance = _relevance("trim", projected, saliency, text, text_saliency, image_embeds, text_embeds, normed=False)
+    unit = checked_unit(projected, saliency)
+    relevance = _relevance("trim", unit, saliency, text, text_saliency, image_embeds, text_embeds, normed=False)
     if budget == saliency.shape[1]:
         return Selection(every_token(saliency))
     order = most_attended_first(relevance)
@@ -177,7 +174,7 @@ def select_trim(
 
 def _relevance(
     method: str,
-    projected: torch.Tensor,
+    unit: torch.Tensor,
     saliency: torch.Tensor,
     text: torch.Tensor | None,
     text_saliency: torch.Tensor | None,
@@ -187,8 +184,8 @@ def _relevance(
 ) -> torch.Tensor:
     """Return how much each token has to do with the question, (B, N): more is more relevant.
 
-    projected  (B, N, D), compared with words at length 1
-    normed     whether vectors of CLIP are brought to length 1
+    unit    (B, N, D) projected features of length 1
+    normed  whether vectors of CLIP are brought to length 1
     """
     if image_embeds is not None and text_embeds is not None:
         images = checked_rows("image_embeds", image_embeds, saliency)
@@ -204,7 +201,7 @@ def _relevance(
             "text_embeds of CLIP"
         )
     words = widened(text)
-    _require_question("text", words, len(saliency), projected.shape[-1])
+    _require_question("text", words, len(saliency), unit.shape[-1])
     is_word = (text_saliency > float("-inf")).to(words.dtype)
     if is_word.shape != words.shape[:2]:
         raise ValueError(f"text_saliency must be {tuple(words.shape[:2])}, got {tuple(is_word.shape)}")
@@ -213,7 +210,7 @@ def _relevance(
         "text has no word: the prompt of an image asks nothing (in training, what stands before the first label asks)",
     )
     mean = (words / norms_of(words) * is_word[..., None]).sum(dim=1, keepdim=True) / is_word.sum(1)[:, None, None]
-    return (projected / norms_of(projected) * mean).sum(dim=-1)
+    return (unit * mean).sum(dim=-1)
 
 
 def _require_question(name: str, words: torch.Tensor, images: int, width: int) -> None:

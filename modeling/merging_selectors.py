@@ -219,14 +219,15 @@ def tome_means(
     return sums / sizes[..., None], sizes
 
 
-def _prumerge_kind(kept: torch.Tensor, saliency: torch.Tensor, merged_into: torch.Tensor) -> torch.Tensor:
+def kind_of_rest(kept: torch.Tensor, saliency: torch.Tensor, merged_into: torch.Tensor) -> torch.Tensor:
+    """Return 1 for what stands in the place of a token that fell, 0 for tokens that stay."""
     return (merged_into.gather(1, kept) != kept).long()
 
 
 @register_selector(
     "prumerge",
     kinds=("merged: attended, with tokens alike", "rest: the sum of all others"),
-    kind_of=_prumerge_kind,
+    kind_of=kind_of_rest,
 )
 def select_prumerge(
     features: torch.Tensor,
@@ -258,7 +259,7 @@ def select_prumerge(
 @register_selector(
     "prumerge_plus",
     kinds=("merged: attended or evenly spaced, with tokens alike", "rest: the sum of all others"),
-    kind_of=_prumerge_kind,
+    kind_of=kind_of_rest,
 )
 def select_prumerge_plus(
     features: torch.Tensor,

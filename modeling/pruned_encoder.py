@@ -12,13 +12,13 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .choosing import choose, watch_choices
+from .choosing import choose, choose_each, watch_choices
 from .codebook_file import find_codebook, read_codebook
 from .configuration_vispruner import used_vision_layers
 from .pruned_forward import PrunedForwardMixin
 from .selectors import SELECTORS, Selection, selector_named
 from .visual_attention import Reading, SaliencyTap, make_tappable
-from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, kept_counts_of, stacked
+from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, kept_counts_of
 
 logger = logging.get_logger(__name__)
 
@@ -275,14 +275,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         if budgets is None:
             options = self.encoder_options
             budgets = [options.budget(image.features.shape[1]) for image in images]
-        groups: dict[tuple[int, tuple[int, int] | None, int], list[int]] = {}
-        for number, (image, budget) in enumerate(zip(images, budgets, strict=True)):
-            groups.setdefault((image.features.shape[1], image.grid, budget), []).append(number)
-        kept: dict[int, Selection] = {}
-        for (_, _, budget), numbers in groups.items():
-            chosen = self.select(stacked([images[number] for number in numbers]), budget)
-            kept |= dict(zip(numbers, chosen.of_each(), strict=True))
-        return [kept[number] for number in range(len(images))]
+        return choose_each(images, budgets, self.select)
 
     def keeps_all(self, visual_tokens: int) -> bool:
         """True when nothing is to be chosen from the `visual_tokens` tokens of an image or tile, nor to be told."""

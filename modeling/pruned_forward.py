@@ -130,7 +130,7 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         policy = self.position_policy()
         if head.last is not None and (self.prunes_in_decoder or (self.is_guided and prompt.drops_tokens)):
             prompt.require_question(head.last)
-        if self.is_guided and not self.is_in_generate:
+        if not self.is_in_generate:  # which has noted them
             self.note_questions(prompt, head.last)
         if prompt.form != "same":
             shortened, columns = self.shorten(prompt, policy.in_forward)
@@ -246,12 +246,12 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         return method is not None and selector_named(method).is_guided
 
     def note_questions(self, prompt: Prompt, last: torch.Tensor | None = None) -> None:
-        """Note what a prompt asks about its images, before they are encoded.
+        """Note what a prompt asks about its images, before they are encoded; where a method chooses by that.
 
         last  (B,) the last column of each row that is question, not answer; None for all
         """
         call = self.open_call
-        if call is not None and self._has_pixels(prompt.inputs):
+        if call is not None and self.is_guided and self._has_pixels(prompt.inputs):
             call.questions = prompt.questions(self.get_input_embeddings(), last)
 
     def encode_prompt(self, **inputs: Any) -> dict[str, Any]:

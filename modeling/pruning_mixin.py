@@ -203,8 +203,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
                 call.prompt_length = None if given is None else given.shape[1]
                 return super().generate(inputs, generation_config, **hooks, **arguments)
             base.note_pruning(prompt)
-            if base.is_guided:
-                base.note_questions(prompt)
+            base.note_questions(prompt)
             arguments, columns = self._shorten(prompt, generation_config)
             view, run = self._view_of(prompt, arguments), arguments.get("input_ids")
             call.prompt_length = arguments["inputs_embeds" if run is None else "input_ids"].shape[1]

@@ -1,7 +1,7 @@
 """All methods there are: importing this file registers every family. What else the registry offers goes by here."""
 
 from .configuration_vispruner import VisPrunerOptions
-from .decoder_selectors import select_fastv  # noqa: F401 - as are the next three, so that all register
+from .decoder_selectors import select_fastv  # noqa: F401 - as are those below, so that all register
 from .diversity_selectors import select_mmr  # noqa: F401
 from .experimental_selectors import select_image_text  # noqa: F401
 from .guided_selectors import select_cdpruner  # noqa: F401

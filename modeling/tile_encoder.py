@@ -1,6 +1,7 @@
 """What models share that cut an image into tiles of one size and merge neighbouring patches (pixel shuffle)."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,8 +43,7 @@ class TileEncoderMixin(VisPrunerModelMixin):
 
     def merge_saliency(self, saliency: torch.Tensor) -> torch.Tensor:
         """Return the mean of each token's patches, (..., N) -> (..., M)."""
-        merged = self.merge_patches(saliency.reshape(-1, saliency.shape[-1], 1)).mean(dim=-1)
-        return merged.view(*saliency.shape[:-1], -1)
+        return mean_of_merged(saliency, self.merge_patches)
 
     def prune_tiles(
         self,
@@ -71,3 +71,12 @@ class TileEncoderMixin(VisPrunerModelMixin):
             further,
         )
         return self.prune(outputs, tokens, kwargs)
+
+
+def mean_of_merged(of_patches: torch.Tensor, merge: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return the mean over the patches that become one token, (..., N) -> (..., M).
+
+    merge  patches (B, N, C) to merged tokens (B, M, C * N / M)
+    """
+    merged = merge(of_patches.reshape(-1, of_patches.shape[-1], 1)).mean(dim=-1)
+    return merged.view(*of_patches.shape[:-1], -1)

@@ -16,12 +16,13 @@ from vllm.distributed.communication_op import tensor_model_parallel_all_gather, 
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import WeightsMapper
 
-from vispruner.choosing import choose
+from vispruner.choosing import choose, choose_each
 from vispruner.codebook_file import find_codebook, read_codebook
 from vispruner.configuration_vispruner import VisPrunerOptions
 from vispruner.selector_registry import SELECTORS, Selection
+from vispruner.tile_encoder import mean_of_merged
 from vispruner.visual_attention import SALIENCY_KINDS, Reading
-from vispruner.visual_features import VisualTokens, stacked
+from vispruner.visual_features import VisualTokens
 
 from .launch_options import Readings, encoder_of, readings
 from .request_budgets import from_numbers, said
@@ -188,14 +189,7 @@ class PrunedVision:
 
     def select_each(self, images: Sequence[VisualTokens], budgets: Sequence[int]) -> list[Selection]:
         """Return which tokens stay of images (1, N, C) of any sizes, like those together."""
-        groups: dict[Any, list[int]] = {}
-        for number, (image, budget) in enumerate(zip(images, budgets, strict=True)):
-            groups.setdefault((image.features.shape[1], image.grid, budget), []).append(number)
-        kept: dict[int, Selection] = {}
-        for (_, _, budget), numbers in groups.items():
-            chosen = self.select(stacked([images[number] for number in numbers]), budget)
-            kept |= dict(zip(numbers, chosen.of_each(), strict=True))
-        return [kept[number] for number in range(len(images))]
+        return choose_each(images, budgets, self.select)
 
     def prune_tiles(
         self, tokens: VisualTokens, tiles: Sequence[int], asked: Sequence[VisPrunerOptions]
@@ -230,16 +224,11 @@ class PrunedVision:
 
 def merged_tokens(patches: torch.Tensor, read: Read, merge: Callable[[torch.Tensor], torch.Tensor]) -> VisualTokens:
     """Return the tokens (tiles, M, ...) that blocks of patches (tiles, N, C) are merged into by `merge`."""
-
-    def mean(of_patches: torch.Tensor) -> torch.Tensor:
-        merged = merge(of_patches.reshape(-1, of_patches.shape[-1], 1)).mean(dim=-1)
-        return merged.view(*of_patches.shape[:-1], -1)
-
     features = merge(patches)
-    further = {name: mean(given.mT).mT for name, given in read.further.items()}
+    further = {name: mean_of_merged(given.mT, merge).mT for name, given in read.further.items()}
     side = round(features.shape[1] ** 0.5)
-    layers = None if read.layer_saliency is None else mean(read.layer_saliency)
-    return VisualTokens(features, mean(read.saliency), layers, (side, side), further=further)
+    layers = None if read.layer_saliency is None else mean_of_merged(read.layer_saliency, merge)
+    return VisualTokens(features, mean_of_merged(read.saliency, merge), layers, (side, side), further=further)
 
 
 def _in_order(wanted: Readings, found: Mapping[Reading, torch.Tensor]) -> Read:

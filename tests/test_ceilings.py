@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from matrix import ONE, pair
 from rows import Row, rows
 from torch.utils.flop_counter import FlopCounterMode
 
-from vispruner.conversion.ceilings import TEXT_TOKENS, ceiling, ceiling_of_config, encoder_flops, example_inputs
+from vispruner.conversion import cli
+from vispruner.conversion.build import build_repo
+from vispruner.conversion.ceilings import TEXT_TOKENS, TILES, ceiling, ceiling_of_config, encoder_flops, example_inputs
 from vispruner.conversion.prefill_cost import language_model_flops, logits_flops
 
 every_row = pytest.mark.parametrize("row", list(rows()), ids=lambda row: row.model_type)
@@ -36,11 +41,15 @@ def test_a_ceiling_is_between_nothing_and_no_visual_tokens(row: Row) -> None:
     assert 1 < found.first_token < found.none and found.first_token < found.prefill
     assert 0 < found.encoder < 1 and 0 < found.cache < 1
     full, kept = found.visual_tokens
-    before = sum(encoder_flops(pruned.model, example_inputs(pruned.model)))
+    encoder, projector = encoder_flops(pruned.model, example_inputs(pruned.model))
     config = pruned.config
-    dense = language_model_flops(config, TEXT_TOKENS + full) + logits_flops(config)
-    assert found.encoder == pytest.approx(before / (before + dense))
-    assert f"with {kept:,.0f} of them expect it at most {found.first_token:.1f}x as soon" in str(found)
+    dense, text = (language_model_flops(config, TEXT_TOKENS + count) + logits_flops(config) for count in (full, 0))
+    before = encoder + projector + dense
+    assert found.encoder == pytest.approx((encoder + projector) / before)
+    assert found.none == pytest.approx(before / (encoder + text))
+    assert f"With {kept:,.0f} visual tokens that token comes at most {found.first_token:.1f} times as soon" in str(
+        found
+    )
 
 
 def test_nothing_pruned_gains_nothing() -> None:
@@ -64,3 +73,27 @@ def test_a_config_alone_says_the_same(row: Row) -> None:
     _, pruned = pair(row)
     content = {**pruned.config.to_dict(), "vispruner_config": pruned.config.vispruner_config}
     assert ceiling_of_config(content) == ceiling(pruned.model)
+
+
+def test_a_budget_in_the_language_model_is_of_each_tile() -> None:
+    row = next(row for row in rows() if row.model_type == "internvl")
+    _, pruned = pair(row, method="fastv", visual_token_num=12, prune_layers=[1])
+    full, held = TILES * 16, [TILES * count for count in pruned.model.layer_counts(16)]
+    assert ceiling(pruned.model).visual_tokens == (full, sum(held) / len(held))
+
+
+def test_the_card_says_it_of_the_encoder_that_the_repo_has(tmp_path: Path) -> None:
+    whole, shorter = (
+        build_repo("tiny-llava-vispruner", tmp_path / str(drops), show_progress=False, drop_unused_vision_layers=drops)
+        for drops in (False, True)
+    )
+    limits = [ceiling_of_config(json.loads((folder / "config.json").read_text())) for folder in (whole, shorter)]
+    assert limits[1].encoder < limits[0].encoder
+    for folder, limit in zip((whole, shorter), limits, strict=True):
+        assert str(limit) in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_methods_for_a_model_end_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["methods", "--for", "smolvlm", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["ceiling_at_a_quarter"]
+    assert 0 < said["cache"] < 1 < said["first_token"] < said["none"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import DOCUMENTS
+from documents import DOCUMENTS, PAGES, README
 
 from vispruner import SELECTORS
 from vispruner.conversion.ceilings import ceiling_at
@@ -473,3 +473,21 @@ def decoder_table() -> list[str]:
 
 def test_the_table_at_equal_cache_is_the_recorded_result() -> None:
     assert [line for line in decoder_table() if line not in DOCUMENTS.splitlines()] == []
+
+
+def test_the_readme_s_short_tables_are_those_of_the_pages() -> None:
+    for label in ("VisPruner, `important_ratio` 0.5", "`divprune`"):
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| {label} |")]
+        assert row in accuracy_table()
+    (setting,) = [one for one in speed_record("latency-as-is")["settings"] if one["batch"] == 1]
+    ours = {row["visual_token_num"]: row for row in setting["rows"] if row["row"] == "ours"}
+    shown = [f"{ours[budget]['ratio_to_stock']['ttft']['median']:.2f}x" for budget in (192, 64, 32)]
+    assert f"| one image, as users get it | {' | '.join(shown)} |" in README
+
+
+def test_what_is_said_of_ceilings_is_recorded() -> None:
+    models = json.loads(CEILINGS.read_text())["models"]
+    gains = {name: f"{models[name]['0.25']['first_token']:.1f}" for name in ("llava-1.5-7b", "smolvlm2-2.2b")}
+    assert f"SmolVLM2 gains at most {gains['smolvlm2-2.2b']}x to the first token at a quarter" in README
+    said = f"{gains['llava-1.5-7b']} times for LLaVA-1.5-7B at a quarter, {gains['smolvlm2-2.2b']} times for SmolVLM2"
+    assert said in " ".join(PAGES["faq.md"].split())

@@ -521,7 +521,7 @@ def test_the_built_card_is_the_rendered_one_and_says_what_pruning_can_give(
     folder = build_repo(TINY, tmp_path / "built", show_progress=False)
     limit = ceiling_of_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     assert tiny_card[0] == model_card(load_repo_config(TINY), None, False, ceiling=limit)
-    assert f"What that can give, counted in operations: {limit}." in tiny_card[0]
+    assert f"What that can give at most, counted in operations: {limit} " in tiny_card[0]
 
 
 def test_the_snippets_run_without_the_package(tiny_card: tuple[str, Run]) -> None:

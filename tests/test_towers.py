@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from matrix import ASK, HELLO, Model, answers, dropped_columns, logits, pair, reference_of, require_the_reference
-from rows import Image, Part, left_padded, noise
-from rows.llava import IMAGE, PAD, PATCHES, LlavaRow
+from rows import Image
+from rows.llava import PATCHES, LlavaRow
 from transformers import Dinov2Config, Dinov2WithRegistersConfig, SiglipVisionConfig, ViTConfig
 
 import vispruner
 from vispruner.choosing import watch_choices
-from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
+from vispruner.selectors import ENCODER_METHODS, SELECTORS
 
 REGISTERS = 3
 SIZES = {
@@ -37,40 +36,14 @@ BATCH = [PROMPT, [HELLO, Image((112, 112), seed=2), [18], Image((112, 112), seed
 
 
 class TowerRow(LlavaRow):
-    """LLaVA's row with another tower. Stock's prompt has placeholders for registers too, which never stay."""
+    """LLaVA's row with another tower."""
 
     def __init__(self, tower: Any) -> None:
         self.tower = tower
         self.registers = int(getattr(tower, "num_register_tokens", 0))
 
-    def config(self) -> Any:
-        config = super().config()
-        config.vision_config = self.tower
-        config.image_seq_length = self.registers + PATCHES
-        return config
-
-    def inputs(self, prompts: Sequence[Sequence[Part]]) -> dict[str, torch.Tensor]:
-        rows, pixels = [], []
-        for prompt in prompts:
-            rows.append([1])
-            for part in prompt:
-                if isinstance(part, Image):
-                    rows[-1] += [IMAGE] * (self.registers + PATCHES)
-                    pixels.append(noise((3, 112, 112), part.seed))
-                else:
-                    rows[-1] += part
-        return {**left_padded(rows, PAD), **({"pixel_values": torch.stack(pixels)} if pixels else {})}
-
-    @torch.no_grad()
-    def reference(self, stock: Any, inputs: Any, options: Any) -> Any:
-        tower, items, behind = stock.model.vision_tower, [], 1 + self.registers
-        for pixels in inputs["pixel_values"]:
-            outputs = tower(pixels[None], output_hidden_states=True, output_attentions=True)
-            features = outputs.hidden_states[-2][:, behind:]
-            saliency = outputs.attentions[-2][:, :, 0, behind:].mean(1)
-            kept = select_tokens("vispruner", features, saliency, options["visual_token_num"])[0]
-            items.append((stock.model.multi_modal_projector(features)[0, kept], self.registers + kept))
-        return {IMAGE: items}
+    def vision_config(self) -> Any:
+        return self.tower
 
 
 @pytest.fixture(scope="module", params=TOWERS)

@@ -20,9 +20,10 @@ class LlavaRow:
     options = {"visual_token_num": 9}
     modalities = ("image",)
     positions = "renumber"
+    registers = 0  # tokens between [CLS] and the patches, for which stock's prompt has placeholders, too
 
-    def config(self) -> LlavaConfig:
-        vision = CLIPVisionConfig(
+    def vision_config(self) -> Any:
+        return CLIPVisionConfig(
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=3,
@@ -31,6 +32,8 @@ class LlavaRow:
             patch_size=14,
             projection_dim=32,
         )
+
+    def config(self) -> LlavaConfig:
         text = LlamaConfig(
             vocab_size=100,
             hidden_size=32,
@@ -42,7 +45,9 @@ class LlavaRow:
             bos_token_id=1,
             eos_token_id=2,
         )
-        return LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=PATCHES)
+        tokens = self.registers + PATCHES
+        vision = self.vision_config()
+        return LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=tokens)
 
     def inputs(self, prompts: Sequence[Sequence[Part]]) -> dict[str, torch.Tensor]:
         rows, pixels = [], []
@@ -50,24 +55,24 @@ class LlavaRow:
             rows.append([1])
             for part in prompt:
                 if isinstance(part, Image):
-                    rows[-1] += [IMAGE] * PATCHES
+                    rows[-1] += [IMAGE] * (self.registers + PATCHES)
                     pixels.append(noise((3, 112, 112), part.seed))
                 else:
                     rows[-1] += part
         return {**left_padded(rows, PAD), **({"pixel_values": torch.stack(pixels)} if pixels else {})}
 
     def shortened(self, inputs: Mapping[str, torch.Tensor], kept: Mapping[int, Sequence[int]]) -> dict[str, Any]:
-        return shortened(inputs, {IMAGE: [PATCHES] * len(kept[IMAGE])}, kept, PAD)
+        return shortened(inputs, {IMAGE: [self.registers + PATCHES] * len(kept[IMAGE])}, kept, PAD)
 
     @torch.no_grad()
     def reference(self, stock: Any, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> Reference:
-        tower, items = stock.model.vision_tower, []
+        tower, items, behind = stock.model.vision_tower, [], 1 + self.registers
         for pixels in inputs["pixel_values"]:
             outputs = tower(pixels[None], output_hidden_states=True, output_attentions=True)
-            features = outputs.hidden_states[-2][:, 1:]
-            saliency = outputs.attentions[-2][:, :, 0, 1:].mean(1)
+            features = outputs.hidden_states[-2][:, behind:]
+            saliency = outputs.attentions[-2][:, :, 0, behind:].mean(1)
             kept = select_tokens("vispruner", features, saliency, options["visual_token_num"])[0]
-            items.append((stock.model.multi_modal_projector(features)[0, kept], kept))
+            items.append((stock.model.multi_modal_projector(features)[0, kept], self.registers + kept))
         return {IMAGE: items}
 
 
