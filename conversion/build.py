@@ -47,6 +47,7 @@ from .checkpoint_io import (
     require_readable,
     write_checkpoint,
 )
+from .endpoint_files import endpoint_files
 from .foreign_code import foreign_code, own_code_only, published_settings, without_foreign_code
 from .model_card import card_files, model_card
 from .plain_text import one_line
@@ -107,6 +108,8 @@ def build_repo(
         (staging / "README.md").write_text(model_card(repo, revision, thin, held, limit), encoding="utf-8")
         for path in (*code_files(repo.architecture), *card_files(repo), *codebooks):
             shutil.copyfile(path, staging / path.name)
+        for name, content in (endpoint_files(repo.architecture) if repo.handler else {}).items():
+            (staging / name).write_bytes(content)
         _write_processor(folder, staging)
         if engine_processor or repo.engine_processor:
             _name_engine_processor(staging / "processor_config.json", repo.architecture)

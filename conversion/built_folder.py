@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from .base_checkpoint import CONFIG_FILES
 from .checkpoint_io import MOST_BYTES, READ_FLAGS, read_json, read_regular
+from .endpoint_files import REQUIREMENTS
 
 CARD, CONFIG = "README.md", "config.json"
 INDEX = "model.safetensors.index.json"
@@ -191,7 +192,7 @@ def strange_names(names: Iterable[str], card: str) -> list[str]:
 
     card  the text of README.md, whose pictures may be there
     """
-    known = {CARD, INDEX, *CONFIG_FILES, *NEUTRAL_FILES}
+    known = {CARD, INDEX, REQUIREMENTS, *CONFIG_FILES, *NEUTRAL_FILES}
     return [
         name
         for name in names

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from vispruner import ARCHITECTURES, __version__, code_files
 
+from .endpoint_files import HANDLER, SOURCE
+
 RELEASED = Path(__file__).parent / "assets" / "released_code.json"
 
 
@@ -27,6 +29,7 @@ def digest(path: Path) -> str:
 def record() -> None:
     """Add the files of this version, or replace what was recorded of them."""
     files = {path.name: digest(path) for architecture in ARCHITECTURES for path in code_files(architecture)}
+    files[HANDLER] = digest(SOURCE)
     known = json.loads(RELEASED.read_text(encoding="utf-8"))
     text = json.dumps({**known, __version__: dict(sorted(files.items()))}, indent=2)
     RELEASED.write_text(text + "\n", encoding="utf-8")

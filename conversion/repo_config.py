@@ -37,6 +37,7 @@ FIELDS = (
     "budgets",
     "drop_unused_vision_layers",
     "engine_processor",
+    "handler",
     "card",
 )
 REQUIRED = ("repo_id", "base_model", "architecture", "vispruner_config")
@@ -51,6 +52,8 @@ CARD_FIELDS = (
     "language",
     "tags",
     "note",
+    "links",
+    "new_version",
     "results",
     "picture",
     "citation",
@@ -80,6 +83,7 @@ class RepoConfig:
     weights  "thin", "full", or None to let the size of the base decide
     drop_unused_vision_layers  leave out the vision layers that nothing is read from
     engine_processor  the repo's processor counts kept tokens for engines that run the repo's own code
+    handler           the repo carries what an Inference Endpoint runs
     codebook_file  what vispruner_config.codebook, the name it has in the repo, is copied from
     budgets  name of a further branch -> the one budget field that its config.json has in place of the main one's
     """
@@ -95,6 +99,7 @@ class RepoConfig:
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     drop_unused_vision_layers: bool = False
     engine_processor: bool = False
+    handler: bool = False
     codebook_file: Path | None = None
 
     @property
@@ -163,6 +168,7 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
         budgets=_budgets(path, content.get("budgets"), options),
         drop_unused_vision_layers=_flag(path, content, "drop_unused_vision_layers"),
         engine_processor=_flag(path, content, "engine_processor"),
+        handler=_flag(path, content, "handler"),
         codebook_file=codebook_file,
     )
 
@@ -367,6 +373,9 @@ def _card(path: Path, card: Any, base_model: str) -> dict[str, Any]:
         raise RepoConfigError(f"{path}: card must hold fields, for example {{license: llama2, language: en}}")
     _refuse_unknown(path, "card.", card, CARD_FIELDS)
     for name, value in card.items():
+        if name == "links":
+            _check_links(path, value)
+            continue
         values = value if name in LIST_CARD_FIELDS and isinstance(value, list) else [value]
         for entry in values:
             _require_text(path, f"card.{name}", entry)
@@ -375,6 +384,10 @@ def _card(path: Path, card: Any, base_model: str) -> dict[str, Any]:
     for entry in as_list(card.get("citation")):
         if not entry.lstrip().startswith("@"):
             raise RepoConfigError(f"{path}: card.citation must be BibTeX, which starts with @, got {entry[:40]!r}")
+    if "new_version" in card and not is_hub_id(card["new_version"]):
+        raise RepoConfigError(
+            f"{path}: card.new_version must be owner/name of a Hub repo, got {card['new_version']!r}"
+        )
     for stem in as_list(card.get("results")):
         _check_record(path, "results", stem, base_model, ("date", "versions", "rows"))
     if "picture" in card:
@@ -382,6 +395,15 @@ def _card(path: Path, card: Any, base_model: str) -> dict[str, Any]:
         if not (RESULTS / f"{card['picture']}.png").is_file():
             raise RepoConfigError(f"{path}: card.picture {card['picture']} has no {card['picture']}.png in {RESULTS}")
     return dict(card)
+
+
+def _check_links(path: Path, links: Any) -> None:
+    if not isinstance(links, dict):
+        raise RepoConfigError(f"{path}: card.links must hold names and addresses, for example {{Docs: https://...}}")
+    for name, address in links.items():
+        _require_text(path, "a name in card.links", name)
+        if not isinstance(address, str) or not re.fullmatch(r"https://[^\s()<>]+", address):
+            raise RepoConfigError(f"{path}: card.links.{name} must begin with https://, got {_shown(address)}")
 
 
 def _check_record(path: Path, name: str, stem: str, base_model: str, needed: tuple[str, ...]) -> None:

@@ -31,6 +31,7 @@ from .built_folder import (
     opened_regular,
 )
 from .checkpoint_io import SHARD_PATTERN, WEIGHT_FILES, checkpoint_shards, has_weights
+from .endpoint_files import HANDLER, REQUIREMENTS
 from .hub_access import ExitCode, PublishError
 from .model_card import card_files
 from .plain_text import one_line
@@ -135,6 +136,7 @@ def built_files(folder: Path, repo: RepoConfig) -> list[LocalFile]:
     """List and hash the files of a built repo: exactly those that a build of this YAML writes."""
     names = {path.name for path in code_files(repo.architecture)} | {CARD, *CONFIG_FILES}
     names |= {path.name for path in (*card_files(repo), repo.codebook_file) if path is not None}
+    names |= {HANDLER, REQUIREMENTS} if repo.handler else set()
     if has_weights(folder):
         names |= {path.name for path in checkpoint_shards(folder)} | {INDEX}
     present = {path.name: path for path in sorted(folder.iterdir())}

@@ -53,6 +53,7 @@ from .checkpoint_io import (
     read_tensor_headers,
     safetensors_headers,
 )
+from .endpoint_files import HANDLER, REQUIREMENTS, SOURCE, strange_requirements
 from .foreign_code import MOST_SETTINGS, SETTINGS_FILES, foreign_code
 from .isolation import Isolation, isolation
 from .plain_text import one_line, printable
@@ -229,6 +230,11 @@ class _Verification:
                 "auto_map": lambda: _check_auto_map(config),
                 "code files": lambda: _check_code_files(folder, config),
                 "imports": lambda: _check_imports(folder),
+                **(
+                    {"requirements.txt": lambda: _check_requirements(folder)}
+                    if REQUIREMENTS in self.copy.files
+                    else {}
+                ),
                 "processor files": lambda: _check_processor_files(folder),
                 "generation config": lambda: _check_generation_config(folder),
             }
@@ -448,6 +454,8 @@ def _check_code_files(folder: Path, config: Mapping[str, Any]) -> str:
     package_files = {path.name: path for path in code_files(config["model_type"])}
     present = {path.name for path in folder.glob("*.py")}
     problems = [f"{name} is missing" for name in sorted(package_files.keys() - present)]
+    if HANDLER in present:
+        package_files[HANDLER] = SOURCE
     problems += [f"{name} is not one of the package's files" for name in sorted(present - package_files.keys())]
     problems += [
         f"{name} differs from the installed package's"
@@ -467,6 +475,13 @@ def _check_code_files(folder: Path, config: Mapping[str, Any]) -> str:
     if problems:
         raise VerifyError("; ".join(problems))
     return f"{len(package_files)} files equal the installed package's"
+
+
+def _check_requirements(folder: Path) -> str:
+    lines = (folder / REQUIREMENTS).read_text(encoding="utf-8")
+    if strange := strange_requirements(lines):
+        raise VerifyError(f"{', '.join(strange)} is no line that a build writes, and an endpoint would install it")
+    return "what an Inference Endpoint installs"
 
 
 def _check_imports(folder: Path) -> str:
