@@ -107,6 +107,8 @@ def model_card(
         is_vispruner=own_method,
         pruning=PAPER if own_method else f"visual token pruning by the method `{options['method']}` (see below)",
         budget=_budget_text(repo, options),
+        handler=repo.handler,
+        links=list(repo.card.get("links", {}).items()),
         options=_option_rows(repo, held),
         built_by=_version(__version__),
         requires=REQUIRES,
@@ -140,7 +142,7 @@ def _is_guided(options: Mapping[str, Any]) -> bool:
 def card_files(repo: RepoConfig) -> list[Path]:
     """Return the pictures that the card of a repo shows; they belong beside it."""
     picture = repo.card.get("picture")
-    return [*_plots(repo), *([] if picture is None else [RESULTS / f"{picture}.png"])]
+    return [*([] if picture is None else [RESULTS / f"{picture}.png"]), *_plots(repo)]
 
 
 def _plots(repo: RepoConfig) -> list[Path]:
@@ -171,6 +173,7 @@ def _metadata(repo: RepoConfig, results: list[dict[str, Any]]) -> ModelCardData:
         license_name=card.get("license_name"),
         license_link=card.get("license_link"),
         language=card.get("language"),
+        new_version=card.get("new_version"),
         tags=list(dict.fromkeys([*TAGS, *as_list(card.get("tags"))])),
     )
 

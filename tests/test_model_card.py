@@ -172,6 +172,30 @@ def test_every_other_field_of_the_card_reaches_the_metadata_or_the_text(tmp_path
     ]
 
 
+def test_a_card_links_to_what_its_yaml_names(tmp_path: Path) -> None:
+    links = {"Documentation": "https://example.org/docs", "Space": "https://example.org/space"}
+    text = model_card(load_repo_config(write_yaml(tmp_path, {"links": links, "new_version": "a/b"})), None, False)
+    assert "\n[Documentation](https://example.org/docs) ·\n[Space](https://example.org/space)\n" in text
+    assert ModelCard(text).data.new_version == "a/b"
+    assert "new_version" not in card_of(TINY)
+
+
+@pytest.mark.parametrize("name", hub_config_names())
+def test_the_picture_comes_first_and_all_but_one_table_of_results_is_folded(name: str) -> None:
+    card = card_of(name, thin=True)
+    shown = re.sub(r"<details>.*?</details>", "", card, flags=re.DOTALL)
+    top = shown.partition("## ")[0]
+    assert "**The weights are not in this repository**: `from_pretrained` reads them from" in top
+    assert "not in this repository" not in card_of(name, thin=False).partition("## ")[0]
+    if picture := load_repo_config(name).card.get("picture"):
+        assert top.index(f"]({picture}.png)") < top.index("visual token pruning. The weights are")
+    results = [*tables(shown, "visual tokens kept"), *tables(shown, "visual tokens")]
+    assert len(results) == (name in EMBEDDED or load_repo_config(name).base_model in PUBLISHED)
+    assert tables(card, "property") and not tables(shown, "property")
+    for block in re.findall(r"<details>\n(.*?)</details>", card, flags=re.DOTALL):
+        assert re.match(r"<summary>[^\n]+</summary>\n\n.*\n\n\Z", block, flags=re.DOTALL), "else it is no Markdown"
+
+
 def test_a_local_base_is_named_without_its_path(tiny_llava_repo: Path, tmp_path: Path) -> None:
     text = model_card(load_repo_config(write_yaml(tmp_path, None, base_model=str(tiny_llava_repo))), None, False)
     assert str(tiny_llava_repo.parent) not in text
@@ -355,10 +379,10 @@ def test_measured_figures_are_the_recorded_ones() -> None:
 
 def test_the_dates_and_versions_in_a_card_are_those_of_the_records() -> None:
     card, repo = card_of(TINY), load_repo_config(TINY)
-    records = [record(stem) for stem in [*repo.card["results"], repo.card["picture"]]]
+    records = [record(stem) for stem in [repo.card["picture"], *repo.card["results"]]]
     dates = [sorted({run["date"] for run in (entry, *entry.get("further_runs", ()))}) for entry in records]
     assert re.findall(r"\d{4}-\d\d-\d\d", card) == [date for found in dates for date in found]
-    for entry in records[:-1]:
+    for entry in records[1:]:
         versions = [f"{name} {entry['versions'][name]}" for name in ("python", "torch", "transformers")]
         assert f"vispruner from a checkout, {', '.join(versions)}." in card
     for name in set(hub_config_names()) - set(EMBEDDED):
@@ -385,8 +409,8 @@ def test_a_card_shows_the_pictures_that_are_copied_beside_it(name: str) -> None:
     assert all(path.is_file() for path in files)
     assert [path.name for path in files] == (
         [
-            *(["accuracy-scenes-seed0.png"] if name in EMBEDDED else []),
             *(["kept-patches-scene.png"] if name == TINY else []),
+            *(["accuracy-scenes-seed0.png"] if name in EMBEDDED else []),
         ]
     )
 
@@ -425,6 +449,12 @@ REFUSED = [
     ({"results": "kept-patches-scene"}, "card.results .* cannot stand in a card: it records no rows"),
     ({"picture": "accuracy-scenes-seed0"}, "card.picture .* cannot stand in a card: it records no command"),
     ({"picture": ["kept-patches-scene"]}, "card.picture must be text"),
+    ({"links": "https://a"}, "card.links must hold names and addresses"),
+    ({"links": {"Docs": "javascript:alert(1)"}}, "card.links.Docs must begin with https://"),
+    ({"links": {"Docs": "https://a) [b](c"}}, "card.links.Docs must begin with https://"),
+    ({"links": {3: "https://a"}}, "a name in card.links must be text"),
+    ({"new_version": "gpt2"}, "card.new_version must be owner/name of a Hub repo"),
+    ({"new_version": ["a/b"]}, "card.new_version must be text"),
     ({"notes": "a"}, "card.notes is not a field.*did you mean note"),
 ]
 
