@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_url
+from huggingface_hub import __version__ as HUB_VERSION
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -40,6 +42,7 @@ TRIES = 5
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 900.0
 WRITING_ORG_ROLES = ("admin", "write", "contributor")
+TRUSTED_PUBLISHER = "HF_OIDC_RESOURCE"
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 
 Answer = TypeVar("Answer")
@@ -102,12 +105,47 @@ class Patience:
         time.sleep(seconds)
 
 
+def trusted_repo() -> str | None:
+    """Return the one repo that this CI job may write to as its Trusted Publisher, without a stored token."""
+    return os.environ.get(TRUSTED_PUBLISHER) or None
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` without the token and the identity of this process."""
+    try:
+        token = get_token()
+    except Exception:  # as in `_find_token`
+        token = None
+    for secret in filter(None, (token, os.environ.get("HF_OIDC_ID_TOKEN"))):
+        text = text.replace(secret, "[token]")
+    return text
+
+
+def _find_token() -> str | None:
+    if trusted_repo() is None:
+        return get_token()
+    try:
+        token = get_token()
+    except Exception as error:  # no identity, or one that the Hub does not trust
+        raise PublishError(
+            ExitCode.NOT_LOGGED_IN,
+            f"{TRUSTED_PUBLISHER} is set, but the Hub gave no token for it: let this workflow publish in the settings "
+            f"of {trusted_repo()}, and give the job `permissions: id-token: write`. {error}",
+        ) from None
+    if token is None:
+        raise PublishError(
+            ExitCode.NOT_LOGGED_IN,
+            f"{TRUSTED_PUBLISHER} is set, which huggingface_hub {HUB_VERSION} does not know: install 1.19 or later",
+        )
+    return token
+
+
 class HubAccess:
     """The Hub at one endpoint, as the owner of the stored token (or nobody) sees it."""
 
     def __init__(self, endpoint: str | None = None) -> None:
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.token = get_token()
+        self.token = _find_token()
         try:
             require_private_line(self.endpoint, self.token)
         except BuildError as reason:
@@ -217,6 +255,22 @@ class HubAccess:
 
     def _reader(self) -> str:
         return "the account of this machine's token" if self.token else "a visitor who is not logged in"
+
+
+def require_trusted(repo_id: str, exists: bool) -> None:
+    """Raise unless this job is the Trusted Publisher of `repo_id`; who that is, the Hub does not say."""
+    if trusted_repo() != repo_id:
+        raise PublishError(
+            ExitCode.NO_NAMESPACE,
+            f"{TRUSTED_PUBLISHER} is {trusted_repo()}, and the token that the Hub gives for that can write nowhere "
+            f"else: set it to {repo_id}, with a job for each repo",
+        )
+    if not exists:
+        raise PublishError(
+            ExitCode.READ_ONLY_TOKEN,
+            f"{repo_id} is not on the Hub, and a Trusted Publisher cannot make it: create it at "
+            "https://huggingface.co/new and name this workflow in its settings",
+        )
 
 
 def require_write_access(account: dict[str, Any], repo_id: str, creates: bool, pull_request: bool = False) -> None:

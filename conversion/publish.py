@@ -30,7 +30,9 @@ from .hub_access import (
     Patience,
     PublishError,
     explained,
+    require_trusted,
     require_write_access,
+    trusted_repo,
     understood,
     with_base_commit,
 )
@@ -84,6 +86,11 @@ def publish(
     """
     if revision is not None and create_pr:
         raise PublishError(ExitCode.BAD_INPUT, "--create-pr proposes a change of main: give it without --revision")
+    if collection is not None and trusted_repo() is not None:
+        raise PublishError(
+            ExitCode.READ_ONLY_TOKEN,
+            "--collection: a Trusted Publisher may write to its repo alone; add the repo to the collection by hand",
+        )
     repos = [load_repo_config(config) for config in configs]
     hub = HubAccess(endpoint)
     jobs = [
@@ -151,8 +158,11 @@ class PublishJob:
         """Refuse, before anything is built, what could not be pushed; pin the base's branch to its commit."""
         repo_id = self.repo.repo_id
         with explained(self.hub, repo_id):
-            account = self.hub.account if push or self.hub.token else None
+            is_trusted = trusted_repo() is not None
+            account = self.hub.account if not is_trusted and (push or self.hub.token) else None
             remote = self.read_branches()
+            if is_trusted:
+                require_trusted(repo_id, exists=remote is not None)
             if account is not None:
                 try:
                     with understood(self.hub.endpoint):

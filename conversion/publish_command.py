@@ -75,10 +75,9 @@ def run(name: str, show_traceback: bool, **options: Any) -> int:
 def _publish(name: str, show_traceback: bool, options: dict[str, Any], done: list[dict[str, Any]]) -> tuple[int, str]:
     if options["endpoint"]:
         os.environ["HF_ENDPOINT"] = options["endpoint"]  # huggingface_hub reads it once, when it is imported
-    from huggingface_hub import get_token
     from safetensors import SafetensorError
 
-    from vispruner.conversion.hub_access import ExitCode, PublishError
+    from vispruner.conversion.hub_access import ExitCode, PublishError, without_secrets
     from vispruner.conversion.plain_text import printable
     from vispruner.conversion.publish import publish
 
@@ -89,13 +88,13 @@ def _publish(name: str, show_traceback: bool, options: dict[str, Any], done: lis
         print(f"{name}: interrupted; run the same command again to go on", file=sys.stderr)
         return ExitCode.INTERRUPTED, "interrupted"
     except (PublishError, ValueError, OSError, SafetensorError) as error:
-        said = printable((str(error).strip() or type(error).__name__).replace(get_token() or "\0", "[token]"))
+        said = printable(without_secrets(str(error).strip() or type(error).__name__))
         if show_traceback:
-            print(printable(traceback.format_exc().replace(get_token() or "\0", "[token]")), file=sys.stderr)
+            print(printable(without_secrets(traceback.format_exc())), file=sys.stderr)
         print(f"{name}: error: {said}", file=sys.stderr)
         return (error.exit_code if isinstance(error, PublishError) else ExitCode.BAD_INPUT), said
     except Exception:
-        print(printable(traceback.format_exc().replace(get_token() or "\0", "[token]")), file=sys.stderr)
+        print(printable(without_secrets(traceback.format_exc())), file=sys.stderr)
         print(f"{name}: error: this is a fault of this program, please report the lines above", file=sys.stderr)
         return ExitCode.FAULT, "a fault of this program"
 

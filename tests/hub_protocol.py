@@ -245,6 +245,7 @@ class HubProtocol:
         self.part_size, self.regular_size, self.page_size = 1 << 26, 10_000_000, 1000
         self.users: dict[str, User] = {}
         self.repos: dict[str, Repo] = {}
+        self.publishers: dict[str, str] = {}  # repo -> the identity whose holder gets a token that may write there
         self.collections: dict[str, dict[str, Any]] = {}  # by slug
         self.errors: list[Exception] = []
         self._secret = secrets.token_hex(8)
@@ -383,9 +384,21 @@ class HubProtocol:
 
     # Accounts and repos
 
+    @route("POST", "/oauth/token")
+    def _exchange(self, request: Request) -> Answer:
+        wanted = request.json()
+        repo_id = wanted["resource"]
+        if repo_id not in self.publishers or self.publishers[repo_id] != wanted["subject_token"]:
+            raise Refusal(400, "invalid_grant", body={"error": "invalid_grant"})
+        token = f"hf_jwt_{secrets.token_hex(8)}"
+        self.users[token] = User("a trusted publisher", token, "fineGrained", (), {repo_id: ["repo.write"]})
+        return Answer(body={"access_token": token, "token_type": "bearer", "expires_in": 3600})
+
     @route("GET", "/api/whoami-v2")
     def _whoami(self, request: Request) -> Answer:
         user = self._user(request)
+        if request.token is not None and request.token.startswith("hf_jwt_"):
+            raise Refusal(403, "This token belongs to no account")  # what the Hub answers is not known: nobody may ask
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         token: dict[str, Any] = {"displayName": "test", "role": user.role, "createdAt": "2024-01-01T00:00:00.000Z"}

@@ -1108,3 +1108,90 @@ def test_a_full_disk_under_the_hub_s_cache_leaves_what_the_next_run_completes(
     require_whole(hub, "user/tiny", older, built)
     assert run("--push")[0] == 0
     assert state(hub, "user/tiny") == state(hub, "user/undisturbed")
+
+
+# A CI job without a stored token
+
+
+@pytest.fixture
+def publisher(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
+    """A Hub that trusts this process's identity to write to user/tiny, which is there; nobody is logged in."""
+    pytest.importorskip("huggingface_hub._oidc", reason="huggingface_hub knows Trusted Publishers since 1.19")
+    hub.add_repo("user/tiny")
+    hub.publishers["user/tiny"] = "the identity of a job"
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_OIDC_RESOURCE", "user/tiny")
+    monkeypatch.setenv("HF_OIDC_ID_TOKEN", "the identity of a job")
+    monkeypatch.setattr("huggingface_hub.utils._auth._OIDC_TOKEN_CACHE", None)
+    return hub
+
+
+def test_a_trusted_publisher_pushes_without_a_token_and_asks_for_no_account(
+    publisher: LocalHub, run: Callable[..., tuple[int, str]], ready: None, built: Path
+) -> None:
+    assert run("--push")[0] == ExitCode.DONE
+    assert contents(built).items() <= publisher.files("user/tiny").items()
+    assert publisher.refs("user/tiny").keys() >= BRANCHES
+    assert ("GET", "/api/whoami-v2") not in publisher.requests
+    assert not {user.name for user in publisher.users.values()} - {"user", "a trusted publisher"}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "status", "reason"),
+    [
+        ({"HF_OIDC_RESOURCE": "user/other"}, (), ExitCode.NOT_LOGGED_IN, "let this workflow publish in the settings"),
+        ({"HF_OIDC_ID_TOKEN": "another"}, (), ExitCode.NOT_LOGGED_IN, "let this workflow publish in the settings"),
+        ({"HF_OIDC_ID_TOKEN": ""}, (), ExitCode.NOT_LOGGED_IN, "permissions: id-token: write"),
+        ({}, ("--collection", "pruned"), ExitCode.READ_ONLY_TOKEN, "add the repo to the collection by hand"),
+    ],
+)
+def test_what_a_trusted_publisher_lacks_is_named(
+    publisher: LocalHub,
+    run: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, str],
+    options: tuple[str, ...],
+    status: ExitCode,
+    reason: str,
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    found, text = run("--push", *options)
+    assert (found, reason in text) == (status, True), text
+    assert "the identity of a job" not in text
+
+
+def test_a_trusted_publisher_of_another_repo_is_refused(
+    publisher: LocalHub, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher.publishers["user/other"] = "the identity of a job"
+    monkeypatch.setenv("HF_OIDC_RESOURCE", "user/other")
+    status, text = run("--push")
+    assert status == ExitCode.NO_NAMESPACE and "set it to user/tiny, with a job for each repo" in text
+
+
+def test_a_trusted_publisher_makes_no_repo(publisher: LocalHub, run: Callable[..., tuple[int, str]]) -> None:
+    del publisher.repos["user/tiny"]
+    status, text = run("--push")
+    assert status == ExitCode.READ_ONLY_TOKEN and "https://huggingface.co/new" in text
+
+
+def test_a_client_that_knows_no_trusted_publishers_is_named(
+    hub: LocalHub, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_OIDC_RESOURCE", "user/tiny")
+    monkeypatch.setattr(hub_access, "get_token", lambda: None)  # as huggingface_hub 1.18 without a stored token
+    status, text = run("--push")
+    assert status == ExitCode.NOT_LOGGED_IN and "install 1.19 or later" in text
+
+
+def test_the_workflow_in_the_documentation_stores_no_token_and_runs_this_command() -> None:
+    page = (ROOT / "docs" / "publish.md").read_text(encoding="utf-8")
+    (workflow,) = re.findall(r"```yaml\n(name: publish.*?)```", page, flags=re.DOTALL)
+    (job,) = yaml.safe_load(workflow)["jobs"].values()
+    assert job["permissions"] == {"contents": "read", "id-token": "write"} and "secrets." not in workflow
+    (step,) = (step for step in job["steps"] if "vispruner publish" in step.get("run", ""))
+    assert step["env"] == {"HF_OIDC_RESOURCE": "your-name/llava-1.5-7b-vispruner"}
+    command = step["run"].split(" && ")[-1].split()
+    arguments = cli._parser().parse_args(command[1:])
+    assert arguments.push and arguments.configs == ["mine.yaml"]
