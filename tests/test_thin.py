@@ -560,7 +560,7 @@ def test_without_trust_remote_code_a_thin_repo_is_stocks_own_error(auto_class: A
         auto_class.from_pretrained(thin, trust_remote_code=False)
 
 
-def test_the_config_of_a_thin_repo_does_not_replace_anothers_weights(
+def test_the_config_of_a_thin_repo_does_not_replace_the_weights_of_another(
     base: Path, thin: Path, tmp_path: Path, prompt: dict[str, torch.Tensor]
 ) -> None:
     """Whether a repo is thin is for its own config.json to say, not for a config object from elsewhere."""
