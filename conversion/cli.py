@@ -116,16 +116,26 @@ def _add_demo(commands: Any) -> None:
         "  vispruner demo\n"
         "  vispruner demo --image photo.jpg --visual-token-num 32 --out my-demo\n"
         "  vispruner demo --base path/to/llava-1.5-7b-hf --question 'What is the cat doing?'\n"
-        "  vispruner demo --repo path/to/a/built/repo"
+        "  vispruner demo --repo path/to/a/built/repo\n"
+        "  vispruner demo --ui                                     in the browser: live patches, both answers\n"
+        "  vispruner demo --ui --repo Qwen/Qwen2.5-VL-3B-Instruct  any repo, built or stock"
     )
     summary = "build a pruned repo, verify it, load it, answer questions, and show what fell"
     parser = _add_command(commands, "demo", summary, examples, _demo)
-    parser.add_argument("--out", default="vispruner-demo", metavar="DIR", help="folder to write, default: %(default)s")
+    parser.add_argument("--out", metavar="DIR", help="folder to write, default: vispruner-demo")
     parser.add_argument("--image", metavar="PATH", help="photo to ask about (default: the scene in the package)")
     parser.add_argument("--question", metavar="TEXT", help="ask only this (default: the questions of the scene)")
     parser.add_argument("--base", metavar="ID_OR_PATH", help="build from this checkpoint, not from the embedded one")
-    parser.add_argument("--repo", metavar="DIR", help="use this built repo and build none")
+    parser.add_argument(
+        "--repo",
+        metavar="DIR",
+        help="use this built repo and build none; with --ui also a stock checkpoint or a Hub id; no code of it is run",
+    )
     parser.add_argument("--visual-token-num", type=int, metavar="N", help="visual tokens to keep per image or tile")
+    parser.add_argument("--ui", action="store_true", help="a page in the browser; needs the extra vispruner[ui]")
+    parser.add_argument(
+        "--port", type=int, metavar="N", help="of that page (default: the first free one from 7860 on)"
+    )
 
 
 def _add_build(commands: Any) -> None:
@@ -351,10 +361,20 @@ def _add_serve_check(commands: Any) -> None:
     _add_json(parser)
 
 
-def _demo(**options: Any) -> Done:
+def _demo(ui: bool, port: int | None, **options: Any) -> Done:
+    if ui:
+        unfit = [name for name in ("base", "out") if options.pop(name) is not None]
+        if unfit:
+            raise ValueError(f"--{unfit[0]} is not for --ui, which builds and writes nothing: give a model by --repo")
+        from .demo_app import serve
+
+        serve(port=port, **options)
+        return Done("")
+    if port is not None:
+        raise ValueError("--port is of the page in the browser: give it with --ui")
     from .demo import run_demo
 
-    run_demo(**options)
+    run_demo(**{name: value for name, value in options.items() if value is not None})
     return Done("")
 
 

@@ -250,13 +250,20 @@ def view_budgets(
             model.config.vispruner_config = stored
             model.set_vispruner_config(**changes)
             answers = [ask(model, processor, picture, question.text) for question in questions]
-            if model.model.methods[0] is not None or not model.model.prunes_in_decoder:
-                panels.append(Panel(view_kept_patches(model, processor, picture, first), answers))
-            if model.model.prunes_in_decoder:
-                *earlier, last = view_stages(model, processor, picture, first)
-                panels += [*earlier, replace(last, answers=answers)]
+            choices = view_choice(model, processor, picture, first)
+            panels += [replace(p, answers=answers) if p is choices[-1] or not p.title else p for p in choices]
     finally:
         model.config.vispruner_config = stored
+    return panels
+
+
+def view_choice(model: PreTrainedModel, processor: Any, picture: Picture, question: str) -> list[Panel]:
+    """Return a panel for each place where the model, as it is configured, drops tokens."""
+    panels = []
+    if model.model.methods[0] is not None or not model.model.prunes_in_decoder:
+        panels.append(Panel(view_kept_patches(model, processor, picture, question)))
+    if model.model.prunes_in_decoder:
+        panels += view_stages(model, processor, picture, question)
     return panels
 
 

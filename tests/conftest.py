@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import CAN_BROWSE
 from cases import CASES, Case, all_cases
 from matrix import model, models  # noqa: F401  (fixtures)
 from PIL import Image
@@ -39,6 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing["video"] = "needs the extra vispruner[video]"
     if find_spec("trl") is None or find_spec("datasets") is None:
         missing["trl"] = "needs the extra vispruner[trl]"
+    if find_spec("gradio") is None:
+        missing["ui"] = "needs the extra vispruner[ui]"
+    if not CAN_BROWSE:
+        missing["browser"] = "needs Chromium and `pip install playwright`"
     for item in items:
         for marker in missing.keys() & {marker.name for marker in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
