@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from bases import COMMIT, in_cache
 from counting import cached_tokens
 from huggingface_hub import constants
 from rows import Image, Row, draw_weights, rows
-from test_thin import COMMIT, in_cache
 from tiny_processors import NEED_EXTRA, WRITERS, write_processor
 
 import vispruner

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import write_yaml
 from documents import DOCUMENTS
 from PIL import Image
-from test_build import write_yaml
 from transformers import AutoModelForImageTextToText
 
 import vispruner

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from bases import write_yaml
 from decoder_vectors import CASES, cases, tensors
+from documents import python_block, run_python_block
 from PIL import Image
-from test_build import write_yaml
-from test_packaging import python_block, run_python_block
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 import vispruner

@@ -23,10 +23,10 @@ from diversity_oracle import (
     vidcom2_oracle,
 )
 from documents import DOCUMENTS
+from drawn_inputs import FEW_SIZES, FLOATS, exact_inputs, generic_inputs, image, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from test_related_selectors import FLOATS, SIZES, exact_inputs, generic_inputs, image, select
 
 from vispruner import diversity_selectors, related_selectors, similarity
 from vispruner.selectors import SELECTORS, select_tokens
@@ -66,7 +66,7 @@ def oracle(method: str, inputs: dict[str, Any], budget: int, **options: Any) -> 
 
 
 @pytest.mark.parametrize("method", EXACT)
-@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("tokens", FEW_SIZES)
 def test_every_budget_gives_what_the_oracle_gives_ties_included(method: str, tokens: int) -> None:
     inputs = exact_inputs(2, tokens, seed=tokens)
     for budget in range(1, tokens + 2):
@@ -74,7 +74,7 @@ def test_every_budget_gives_what_the_oracle_gives_ties_included(method: str, tok
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("tokens", FEW_SIZES)
 def test_every_budget_gives_what_the_oracle_gives_where_nothing_ties(method: str, tokens: int) -> None:
     inputs = generic_inputs(2, tokens, seed=tokens)
     for budget in range(1, tokens + 2):
@@ -104,7 +104,7 @@ def test_large_forms_give_what_the_oracle_gives_where_nothing_ties(method: str, 
 
 @pytest.mark.usefixtures("large_form")
 @pytest.mark.parametrize("method", EXACT)
-@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("tokens", FEW_SIZES)
 def test_large_forms_give_what_the_oracle_gives_ties_included(method: str, tokens: int) -> None:
     inputs = exact_inputs(2, tokens, seed=tokens)
     for budget in range(1, tokens + 2):

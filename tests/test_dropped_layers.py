@@ -7,10 +7,10 @@ import logging
 
 import pytest
 import torch
+from bases import HUB_BASE, in_cache, write_yaml
 from cases import NONE, ONE, TWO, generate
 from huggingface_hub import constants
 from safetensors import safe_open
-from test_thin import BASE, in_cache, write_yaml
 from tiny_llava import write_tiny_llava
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaForConditionalGeneration
 
@@ -265,11 +265,16 @@ class TestThinRepos:
     def base(self, tiny_llava_repo, tmp_path_factory, monkeypatch):
         cache = tmp_path_factory.mktemp("hub")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-        return in_cache(cache, BASE, tiny_llava_repo)
+        return in_cache(cache, HUB_BASE, tiny_llava_repo)
 
     def test_one_built_without_the_layer_loads_verifies_and_answers_as_before(self, cases, tmp_path):
         case = cases["llava"]
-        yaml = write_yaml(tmp_path, vispruner_config={"visual_token_num": case.budget}, drop_unused_vision_layers=True)
+        yaml = write_yaml(
+            tmp_path,
+            base_model=HUB_BASE,
+            vispruner_config={"visual_token_num": case.budget},
+            drop_unused_vision_layers=True,
+        )
         repo = build_repo(yaml, tmp_path / "thin", thin=True, show_progress=False)
         assert not list(repo.glob("*.safetensors"))
         model, info = AutoModelForImageTextToText.from_pretrained(
@@ -283,7 +288,7 @@ class TestThinRepos:
 
     def test_one_that_has_the_layer_can_be_loaded_without(self, cases, tmp_path):
         case = cases["llava"]
-        yaml = write_yaml(tmp_path, vispruner_config={"visual_token_num": case.budget})
+        yaml = write_yaml(tmp_path, base_model=HUB_BASE, vispruner_config={"visual_token_num": case.budget})
         repo = build_repo(yaml, tmp_path / "thin", thin=True, show_progress=False)
         short = vispruner.load(repo, drop_unused_vision_layers=True).eval()
         assert len(short.model.vision_layers) == len(case.model.model.vision_layers) - 1

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import write_yaml
 from documents import DOCUMENTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_build import write_yaml
 from transformers import AutoModelForImageTextToText
 
 import vispruner

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from bases import write_yaml
 from rows import rows
-from test_build import write_yaml
 
 import vispruner
 from vispruner.conversion.build import BuildError, build_repo

@@ -10,12 +10,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from documents import DOCUMENTS, PAGES
+from documents import DOCUMENTS, PAGES, code_blocks, python_block, run_python_block
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -29,11 +28,6 @@ from vispruner.conversion.repo_config import HUB_CONFIGS, hub_config_names
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 COMMANDS = ("pip install . && vispruner demo", 'pip install -e ".[test]" && pytest')
-
-
-def code_blocks(language: str) -> list[str]:
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", DOCUMENTS, flags=re.MULTILINE | re.DOTALL)
-    return [block for name, block in blocks if name == language]
 
 
 def table_after(header: str) -> list[list[str]]:
@@ -120,27 +114,6 @@ def test_every_snippet_of_python_in_the_documents_is_python() -> None:
 def test_every_page_is_on_the_menu() -> None:
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert [name for name in PAGES if name not in menu] == []
-
-
-def run_python_block(
-    block: str, folder: Path, names: dict[str, str], namespace: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    for published, local in names.items():
-        assert published in block
-        block = block.replace(published, local)
-    before = Path.cwd()
-    os.chdir(folder)
-    namespace = {} if namespace is None else namespace
-    try:
-        exec(compile(block, "README.md", "exec"), namespace)
-    finally:
-        os.chdir(before)
-    return namespace
-
-
-def python_block(containing: str) -> str:
-    """Return the first block of Python in the README that has this."""
-    return next(block for block in code_blocks("python") if containing in block)
 
 
 def test_the_readme_begins_with_what_runs(photo: Image.Image, tmp_path: Path) -> None:

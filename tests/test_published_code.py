@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from bases import write_yaml
 from PIL import Image
-from test_build import write_yaml
 from transformers import AutoProcessor
 
 import vispruner

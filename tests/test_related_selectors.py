@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from counting import PeakBytes
+from drawn_inputs import FEW_SIZES, FLOATS, exact_inputs, generic_inputs, image, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from related_oracle import (
@@ -44,7 +45,6 @@ with safe_open(RECORDED, "pt") as recorded:
     RECORDED_CASES = {name: json.loads(case) for name, case in sorted(recorded.metadata().items())}
 
 METHODS = ["codebook", "divprune", "gprune", "hiprune", "scope", "vtc_cls"]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.fixture(scope="module")
@@ -171,50 +171,6 @@ def test_without_picking_twice_the_budget_of_the_qwen_cases_is_kept(tensors, nam
     assert (kept == set(case.kept)) == name.endswith("case00")
 
 
-def exact_inputs(batch, tokens, channels=16, seed=0, dtype=torch.float32):
-    """All that any selector needs, such that cosines and sums are exact in every dtype and ties are frequent."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def signs(*shape):
-        return torch.randint(0, 2, (*shape, channels), generator=generator) * 2 - 1
-
-    def levels(*shape):
-        return torch.randint(0, 4, shape, generator=generator).to(dtype)
-
-    scale = torch.tensor([0, 1, 1, 1, 2])[torch.randint(0, 5, (batch, tokens, 1), generator=generator)]
-    rows = next(rows for rows in range(int(tokens**0.5), 0, -1) if tokens % rows == 0)
-    return {
-        "features": (signs(batch, tokens) * scale).to(dtype),
-        "saliency": levels(batch, tokens),
-        "projected": (signs(batch, tokens) * scale).to(dtype),
-        "layer_saliency": levels(batch, 2, tokens),
-        "grid": (rows, tokens // rows),
-        "codebook": signs(3).to(dtype),
-    }
-
-
-def generic_inputs(batch, tokens, channels=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    draw = {"generator": generator, "dtype": torch.float64}
-    return exact_inputs(batch, tokens, channels, seed, torch.float64) | {
-        "features": torch.randn(batch, tokens, channels, **draw) + torch.randn(batch, 1, channels, **draw),
-        "saliency": torch.rand(batch, tokens, **draw),
-        "projected": torch.randn(batch, tokens, channels, **draw) + torch.randn(batch, 1, channels, **draw),
-        "layer_saliency": torch.rand(batch, 2, tokens, **draw),
-        "codebook": torch.randn(3, channels, **draw),
-    }
-
-
-def image(inputs, number):
-    """The inputs of one image of a batch, as a batch of one."""
-    alone = {"grid", "codebook"}
-    return {name: value if name in alone else value[number : number + 1] for name, value in inputs.items()}
-
-
-def select(method, inputs, budget, **options):
-    return select_tokens(method, visual_token_num=budget, **inputs, **options)
-
-
 def oracle(method, inputs, budget, **options):
     rows = []
     for number in range(len(inputs["saliency"])):
@@ -235,11 +191,10 @@ def oracle(method, inputs, budget, **options):
 
 
 EXACT = [method for method in METHODS if method != "gprune"]  # its softmax is not
-SIZES = [1, 2, 3, 4, 6, 9, 12, 16, 25]
 
 
 @pytest.mark.parametrize("method", EXACT)
-@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("tokens", FEW_SIZES)
 def test_every_budget_gives_what_the_oracle_gives_ties_included(method, tokens):
     inputs = exact_inputs(2, tokens, seed=tokens)
     for budget in range(1, tokens + 2):
@@ -247,7 +202,7 @@ def test_every_budget_gives_what_the_oracle_gives_ties_included(method, tokens):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("tokens", FEW_SIZES)
 def test_every_budget_gives_what_the_oracle_gives_where_nothing_ties(method, tokens):
     inputs = generic_inputs(2, tokens, seed=tokens)
     for budget in range(1, tokens + 2):
@@ -270,7 +225,7 @@ def large_form(request, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["divprune", "scope"])
-@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("tokens", FEW_SIZES)
 def test_large_forms_give_what_the_oracle_gives_ties_included(large_form, method, tokens):
     inputs = exact_inputs(2, tokens, seed=tokens)
     for budget in range(1, tokens + 2):

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from drawn_inputs import FLOATS, RECORDED_CASES, SIZES, exact_images, oracle, random_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_token_selection import FLOATS, RECORDED_CASES, SIZES, exact_images, oracle, random_images
 from torch import is_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -295,7 +295,7 @@ import json, sys
 import torch
 from vispruner import duplicate_removal
 from vispruner.token_selection import select_vispruner
-from test_token_selection import exact_images, random_images
+from drawn_inputs import exact_images, random_images
 torch.set_num_threads(1)
 duplicate_removal.kernel_can_run = lambda device: True
 
@@ -372,7 +372,7 @@ REPLAY = """
 import json, sys
 import torch
 from safetensors.torch import load_file
-from test_token_selection import RECORDED, RECORDED_CASES
+from drawn_inputs import RECORDED, RECORDED_CASES
 from vispruner import duplicate_removal
 from vispruner.token_selection import select_vispruner
 torch.set_num_threads(1)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bases import in_cache
 from huggingface_hub import constants
 from PIL import Image
-from test_thin import in_cache
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available

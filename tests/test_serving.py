@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from bases import write_yaml
 from cases import ONE, TWO, Case
 from matrix import ROWS, pair
 from PIL import Image
 from rows import Image as DrawnImage
 from rows import Row
-from test_build import write_yaml
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -19,20 +19,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from counting import cached_tokens
-from huggingface_hub import constants
-from local_hub import LocalHub
-from PIL import Image
-from safetensors.torch import load_file, save_file
-from test_build import (
+from bases import (
+    COMMIT,
+    HUB_BASE,
     as_saved_in_shards,
     copy_without_weights,
+    in_cache,
     legacy_bin,
     legacy_bin_in_shards,
     legacy_in_shards,
     legacy_with_old_buffers,
     published,
 )
+from counting import cached_tokens
+from huggingface_hub import constants
+from local_hub import LocalHub
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -53,25 +56,14 @@ from vispruner.conversion.build import budget_config, build_repo
 from vispruner.conversion.cli import main
 from vispruner.conversion.verify import MODEL_CHECKS, verify_repo
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER_COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
-BASE = "llava-hf/tiny"
 KEPT = 16  # of 64 visual tokens
-
-
-def in_cache(cache: Path, repo_id: str, source: Path, commit: str = COMMIT, branch: str = "main") -> Path:
-    """Put a folder into a Hub cache the way a download leaves it there; return its snapshot."""
-    root = cache / f"models--{repo_id.replace('/', '--')}"
-    shutil.copytree(source, root / "snapshots" / commit)
-    (root / "refs").mkdir(exist_ok=True)
-    (root / "refs" / branch).write_text(commit)
-    return root / "snapshots" / commit
 
 
 def write_yaml(folder: Path, **changes: Any) -> Path:
     content = {
         "repo_id": "someone/pruned",
-        "base_model": BASE,
+        "base_model": HUB_BASE,
         "base_revision": "main",
         "architecture": "llava",
         "vispruner_config": {"visual_token_num": KEPT},
@@ -107,7 +99,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def base(cache: Path, tiny_llava_repo: Path) -> Path:
-    return in_cache(cache, BASE, tiny_llava_repo)
+    return in_cache(cache, HUB_BASE, tiny_llava_repo)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +148,7 @@ def test_config_json_says_thin_and_pins_the_commit_of_the_branch(base: Path, tmp
     out = build_repo(write_yaml(tmp_path), tmp_path / "out", thin=True, show_progress=False)
     options = options_of(out)
     assert options["weights"] == "thin"
-    assert (options["base_model_name_or_path"], options["base_model_revision"]) == (BASE, COMMIT)
+    assert (options["base_model_name_or_path"], options["base_model_revision"]) == (HUB_BASE, COMMIT)
     assert options["vispruner_version"] == vispruner.__version__
 
 
@@ -225,7 +217,7 @@ def test_a_base_read_from_elsewhere_is_still_pinned_to_a_commit(
     build_here = functools.partial(build_repo, base=tiny_llava_repo, thin=True, show_progress=False)
     with pytest.raises(BuildError, match=r"that of base_revision main is not to be had: set base_revision to the"):
         build_here(write_yaml(tmp_path), tmp_path / "out")
-    in_cache(cache, BASE, tiny_llava_repo, OTHER_COMMIT)
+    in_cache(cache, HUB_BASE, tiny_llava_repo, OTHER_COMMIT)
     assert options_of(build_here(write_yaml(tmp_path), tmp_path / "out"))["base_model_revision"] == OTHER_COMMIT
     pinned = build_here(write_yaml(tmp_path, base_revision=COMMIT), tmp_path / "pinned")
     assert options_of(pinned)["base_model_revision"] == COMMIT
@@ -301,7 +293,7 @@ def test_dtype_auto_is_that_of_the_base(
     folder = tmp_path / "base"
     shutil.copytree(tiny_llava_repo, folder)
     vispruner.load(folder, method="none", dtype=stored).save_pretrained(folder)
-    in_cache(cache, BASE, folder)
+    in_cache(cache, HUB_BASE, folder)
     thin = build_repo(write_yaml(tmp_path), tmp_path / "out", thin=True, show_progress=False)
     for settings in ({"dtype": "auto"}, {}):
         assert LOADERS["AutoModel"](thin, **settings).dtype == stored
@@ -317,7 +309,7 @@ def test_bases_of_every_layout_load(
 ) -> None:
     folder = copy_without_weights(tiny_llava_repo, tmp_path / "base")
     write(tiny_llava_repo, folder)
-    in_cache(cache, BASE, folder)
+    in_cache(cache, HUB_BASE, folder)
     rebuilt = build_repo(write_yaml(tmp_path), tmp_path / "out", thin=True, show_progress=False)
     for repo in (thin, rebuilt):
         assert torch.equal(logits(LOADERS["AutoModelForImageTextToText"](repo), prompt), expected)
@@ -353,7 +345,7 @@ def test_a_quantized_load_is_quantized_and_pruned(base: Path, thin: Path, prompt
 def test_llava_next_loads_with_its_newline(
     cache: Path, tiny_llava_next_repo: Path, tmp_path: Path, photo: Image.Image
 ) -> None:
-    in_cache(cache, BASE, tiny_llava_next_repo)
+    in_cache(cache, HUB_BASE, tiny_llava_next_repo)
     config = write_yaml(tmp_path, architecture="llava_next", vispruner_config={"visual_token_num": 4})
     thin = build_repo(config, tmp_path / "out", thin=True, show_progress=False)
     processor = AutoProcessor.from_pretrained(thin)
@@ -383,7 +375,7 @@ def test_cache_dir_and_local_files_only_hold_for_the_base_too(
     load: Any, thin: Path, tiny_llava_repo: Path, tmp_path: Path, prompt: Any, expected: torch.Tensor
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
-    in_cache(elsewhere, BASE, tiny_llava_repo)
+    in_cache(elsewhere, HUB_BASE, tiny_llava_repo)
     with pytest.raises(OSError, match="which cannot be read"):
         load(thin, local_files_only=True)
     assert torch.equal(logits(load(thin, cache_dir=str(elsewhere), local_files_only=True), prompt), expected)
@@ -392,7 +384,7 @@ def test_cache_dir_and_local_files_only_hold_for_the_base_too(
 def test_the_base_is_read_at_its_commit_whatever_its_branches_say(
     cache: Path, thin: Path, tiny_llava_repo: Path, tmp_path: Path, prompt: Any, expected: torch.Tensor
 ) -> None:
-    in_cache(cache, BASE, tiny_llava_repo)
+    in_cache(cache, HUB_BASE, tiny_llava_repo)
     moved = tmp_path / "moved"
     shutil.copytree(tiny_llava_repo, moved)
     save_file(
@@ -400,7 +392,7 @@ def test_the_base_is_read_at_its_commit_whatever_its_branches_say(
         moved / "model.safetensors",
         metadata={"format": "pt"},
     )
-    in_cache(cache, BASE, moved, OTHER_COMMIT)  # main is there now
+    in_cache(cache, HUB_BASE, moved, OTHER_COMMIT)  # main is there now
     assert torch.equal(logits(LOADERS["AutoModel"](thin), prompt), expected)
 
 
@@ -487,7 +479,7 @@ def test_what_is_saved_counts_even_past_our_own_save_pretrained(
 
 def test_a_model_told_to_be_thin_is_saved_full(base: Path, thin: Path, tmp_path: Path) -> None:
     full = vispruner.load(base, visual_token_num=KEPT)
-    full.set_vispruner_config(weights="thin", base_model_name_or_path=BASE, base_model_revision=COMMIT)
+    full.set_vispruner_config(weights="thin", base_model_name_or_path=HUB_BASE, base_model_revision=COMMIT)
     full.save_pretrained(tmp_path / "saved")
     assert options_of(tmp_path / "saved")["weights"] == "full"
 
@@ -498,7 +490,7 @@ def test_a_model_told_to_be_thin_is_saved_full(base: Path, thin: Path, tmp_path:
 @every_way
 def test_a_base_that_is_not_there_is_named_with_the_remedy(load: Any, thin: Path) -> None:
     message = (
-        rf"(?s){thin} is a thin repo: its weights are those of {BASE} at revision {COMMIT}, which cannot be read.*"
+        rf"(?s){thin} is a thin repo: its weights are those of {HUB_BASE} at revision {COMMIT}, which cannot be read.*"
         r"token=.*go online.*vispruner_config={'base_model_name_or_path'"
     )
     with pytest.raises(Exception, match=message) as error:
@@ -509,7 +501,7 @@ def test_a_base_that_is_not_there_is_named_with_the_remedy(load: Any, thin: Path
 def test_a_base_that_is_only_there_at_another_commit_is_an_error(cache: Path, thin: Path, base: Path) -> None:
     root = base.parent
     base.rename(root / OTHER_COMMIT)
-    with pytest.raises(OSError, match=f"{BASE} at revision {COMMIT}, which cannot be read"):
+    with pytest.raises(OSError, match=f"{HUB_BASE} at revision {COMMIT}, which cannot be read"):
         vispruner.load(thin)
 
 
@@ -526,14 +518,14 @@ def test_weights_that_the_base_lacks_are_an_error(load: Any, base: Path, thin: P
     tensors = load_file(base / "model.safetensors")
     del tensors["language_model.lm_head.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(Exception, match=rf"{BASE} at revision {COMMIT} lacks weights .* lm_head\.weight") as error:
+    with pytest.raises(Exception, match=rf"{HUB_BASE} at revision {COMMIT} lacks weights .* lm_head\.weight") as error:
         load(thin)
     assert isinstance(error.value, ValueError)
 
 
 def test_a_base_whose_weights_are_gone_is_named(base: Path, thin: Path) -> None:
     (base / "model.safetensors").unlink()
-    with pytest.raises(OSError, match=f"{BASE} at revision {COMMIT}, which cannot be read"):
+    with pytest.raises(OSError, match=f"{HUB_BASE} at revision {COMMIT}, which cannot be read"):
         vispruner.load(thin)
 
 
@@ -648,8 +640,8 @@ def test_a_fresh_process_loads_a_thin_hub_repo_offline(
 def hub(tmp_path: Path, tiny_llava_repo: Path) -> Iterator[LocalHub]:
     with LocalHub(tmp_path / "storage") as hub:
         hub.add_user("ada", "hf_ada")
-        hub.add_repo(BASE)
-        hub.commit(BASE, contents(tiny_llava_repo))
+        hub.add_repo(HUB_BASE)
+        hub.commit(HUB_BASE, contents(tiny_llava_repo))
         yield hub
 
 
@@ -664,7 +656,7 @@ def test_a_thin_build_reads_the_headers_of_the_weights_and_no_more(
     legacy_in_shards(tiny_llava_repo, sharded)
     hub.add_repo("llava-hf/sharded")
     hub.commit("llava-hf/sharded", contents(sharded))
-    for name, base_model in (("one", BASE), ("many", "llava-hf/sharded")):
+    for name, base_model in (("one", HUB_BASE), ("many", "llava-hf/sharded")):
         (tmp_path / name).mkdir()
         write_yaml(tmp_path / name, base_model=base_model)
     code = """
@@ -679,7 +671,7 @@ def test_a_thin_build_reads_the_headers_of_the_weights_and_no_more(
     for out in ("one/asked", "one/by-size", "many/asked"):
         assert options_of(tmp_path / out)["weights"] == "thin"
     revisions = [options_of(tmp_path / name / "asked")["base_model_revision"] for name in ("one", "many")]
-    assert revisions == [hub.refs(BASE)["main"], hub.refs("llava-hf/sharded")["main"]]
+    assert revisions == [hub.refs(HUB_BASE)["main"], hub.refs("llava-hf/sharded")["main"]]
     fetched = [request for request in hub.cdn_requests if request.method == "GET"]
     assert len(fetched) == 1 + len(list(sharded.glob("*.safetensors")))  # the headers of a commit are read once
     assert {request.headers.get("Range") for request in fetched} == {"bytes=0-100000"}
@@ -724,19 +716,25 @@ def load_many(hub: LocalHub, home: Path, repos: list[tuple[str, dict[str, Any]]]
 
 
 def test_over_http_a_base_loads_or_is_named(hub: LocalHub, thin: Path, tiny_llava_repo: Path, tmp_path: Path) -> None:
-    commit = hub.refs(BASE)["main"]
-    bases = {"open": BASE, "private": "ada/secret", "gated": "ada/gated", "gone": "ada/gone", "rewritten": "ada/other"}
+    commit = hub.refs(HUB_BASE)["main"]
+    bases = {
+        "open": HUB_BASE,
+        "private": "ada/secret",
+        "gated": "ada/gated",
+        "gone": "ada/gone",
+        "rewritten": "ada/other",
+    }
     hub.add_repo("ada/secret", private=True)
     hub.add_repo("ada/gated", gated="manual")
     hub.add_repo("ada/other")
     for name, base_model in bases.items():
-        if base_model in hub.repos and base_model != BASE:
+        if base_model in hub.repos and base_model != HUB_BASE:
             hub.commit(base_model, contents(tiny_llava_repo))
         pinned = commit if name in ("open", "gone", "rewritten") else hub.refs(base_model)["main"]
         edit_options(thin, base_model_name_or_path=base_model, base_model_revision=pinned)
         hub.add_repo(f"ada/{name}-thin")
         hub.commit(f"ada/{name}-thin", contents(thin))
-    edit_options(thin, base_model_name_or_path=BASE, base_model_revision=commit, visual_token_num=9)
+    edit_options(thin, base_model_name_or_path=HUB_BASE, base_model_revision=commit, visual_token_num=9)
     hub.commit("ada/open-thin", {"config.json": (thin / "config.json").read_bytes()}, revision="v9")
 
     trusted = {"trust_remote_code": True}
@@ -767,8 +765,8 @@ def test_over_http_a_base_loads_or_is_named(hub: LocalHub, thin: Path, tiny_llav
 
     seen = len(hub.log)
     assert load_many(hub, tmp_path / "home", repos[:1]) == {"ada/open-thin": [ours, KEPT]}
-    assert not [request.path for request in hub.log[seen:] if BASE in request.path]  # a commit never changes
-    del hub.repos[BASE]
+    assert not [request.path for request in hub.log[seen:] if HUB_BASE in request.path]  # a commit never changes
+    del hub.repos[HUB_BASE]
     seen = len(hub.log)
     offline = load_many(hub, tmp_path / "home", [repos[0], repos[-1]], HF_HUB_OFFLINE="1")
     assert offline == {"ada/open-thin": [ours, KEPT], "ada/open-thinv9": [ours, 9]}
@@ -776,7 +774,7 @@ def test_over_http_a_base_loads_or_is_named(hub: LocalHub, thin: Path, tiny_llav
 
 
 def test_the_token_and_the_weights_never_meet_on_the_storage_host(hub: LocalHub, thin: Path, tmp_path: Path) -> None:
-    edit_options(thin, base_model_revision=hub.refs(BASE)["main"])
+    edit_options(thin, base_model_revision=hub.refs(HUB_BASE)["main"])
     hub.add_repo("ada/thin", private=True)
     hub.commit("ada/thin", contents(thin))
     repos = [("ada/thin", {"trust_remote_code": True})]
@@ -794,8 +792,8 @@ def test_verify_loads_a_thin_repo_with_its_base_and_says_thin(base: Path, thin: 
     assert report.passed, report.table()
     assert {check.status for check in report.checks} == {"pass"}
     details = {check.name: check.detail for check in report.checks}
-    assert details["weights"].startswith("thin: ") and f"of {BASE} at {COMMIT}" in details["weights"]
-    assert details["base weights"].startswith(f"thin: {BASE} at {COMMIT}")
+    assert details["weights"].startswith("thin: ") and f"of {HUB_BASE} at {COMMIT}" in details["weights"]
+    assert details["base weights"].startswith(f"thin: {HUB_BASE} at {COMMIT}")
     assert details["KV length falls"].startswith(f"visual tokens 64 -> {KEPT}")
     assert "tensors hash as in the files" in details["weights come from the files"]
 
@@ -806,7 +804,7 @@ def test_verify_reads_bases_of_other_layouts(
 ) -> None:
     folder = copy_without_weights(tiny_llava_repo, tmp_path / "base")
     write(tiny_llava_repo, folder)
-    in_cache(cache, BASE, folder)
+    in_cache(cache, HUB_BASE, folder)
     report = verify_repo(thin)
     assert report.passed, report.table()
 
@@ -836,8 +834,8 @@ def base_is_a_folder(thin: Path, base: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (no_base, f"base {BASE} at revision {COMMIT} is not a folder here, is not in the local Hub cache"),
-        (lm_head_gone, f"the base {BASE} at {COMMIT} does not fit: missing: lm_head.weight"),
+        (no_base, f"base {HUB_BASE} at revision {COMMIT} is not a folder here, is not in the local Hub cache"),
+        (lm_head_gone, f"the base {HUB_BASE} at {COMMIT} does not fit: missing: lm_head.weight"),
         (has_weights_after_all, "the repo is thin, so model.safetensors would be ignored"),
         (not_pinned, "base_model_revision a commit, got"),
         (base_is_a_folder, "base_model_name_or_path must be a Hub id"),

@@ -5,14 +5,13 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from drawn_inputs import FLOATS, RECORDED, RECORDED_CASES, SIZES, exact_images, oracle, random_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import vispruner_oracle
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file
 
 from vispruner import selector_registry
 from vispruner.selectors import (
@@ -33,42 +32,12 @@ from vispruner.token_selection import (
     select_vispruner,
 )
 
-RECORDED = Path(__file__).parent / "data" / "selection.safetensors"
-with safe_open(RECORDED, "pt") as recorded:
-    RECORDED_CASES = {name: json.loads(case) for name, case in sorted(recorded.metadata().items())}
-
 METHODS = ["cls_attention", "random", "uniform_grid", "vispruner"]
 RELATED = ["codebook", "divprune", "gprune", "hiprune", "scope", "vtc_cls"]  # tests in test_related_selectors.py
 MERGING = ["prumerge", "prumerge_plus", "tome", "visionzip"]  # tests in test_merging_selectors.py
 VARIED = ["adts", "evs", "holov", "mmr", "otprune", "prunesid", "vidcom2"]  # tests in test_diversity_selectors.py
 GUIDED = ["cdpruner", "trim"]  # tests in test_guided_selectors.py
 ALL_OPTIONS = {"important_ratio": 0.5, "dedup_step": 8, "seed": 3}
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def exact_images(batch, tokens, channels=16, seed=0, levels=4, dtype=torch.float32):
-    """Features whose cosines are exact in every dtype, on every device: entries +-1, some rows scaled by 2 or zeroed.
-
-    Saliency has only a few levels, and 16 channels allow only 17 cosines, so nearly every decision is a tie.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (batch, tokens, channels), generator=generator) * 2 - 1
-    scale = torch.tensor([0, 1, 1, 1, 2])[torch.randint(0, 5, (batch, tokens, 1), generator=generator)]
-    saliency = torch.randint(0, levels, (batch, tokens), generator=generator)
-    return (signs * scale).to(dtype), saliency.to(dtype)
-
-
-def random_images(batch, tokens, channels=24, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(batch, tokens, channels, generator=generator, dtype=torch.float64)
-    return features.to(dtype), torch.rand(batch, tokens, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def oracle(features, saliency, *args, **options):
-    rows = [
-        vispruner_oracle(f, s, *args, **options) for f, s in zip(features.tolist(), saliency.tolist(), strict=True)
-    ]
-    return torch.tensor(rows)
 
 
 REPLAY = """
@@ -108,9 +77,6 @@ def test_the_authors_selection_is_reproduced_index_for_index(replayed, name):
 
 def test_all_fifteen_recorded_cases_are_replayed():
     assert len(RECORDED_CASES) == 15
-
-
-SIZES = [1, 2, 3, 4, 5, 8, 9, 16, 25, 33, 36, 49]
 
 
 @pytest.mark.parametrize("important_ratio", [0, 0.3, 0.5, 0.7, 1])

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from documents import python_block, run_python_block
 from PIL import Image
 from rows import draw_weights
 from rows.qwen2_5_vl import ROW as QWEN
-from test_packaging import python_block, run_python_block
 from tiny_processors import write_processor
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
