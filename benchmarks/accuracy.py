@@ -606,16 +606,21 @@ def run_benchmark(
 def with_rows_of(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """Return an earlier record with the rows of a further run about the same questions.
 
-    The dense model must have done in both what it did in the other, to the last answer counted.
+    That these are of the same model, questions and arithmetic must show in a row that both measured, and found the
+    same to the last answer counted; and where both measured the dense model, it shows in that.
     """
     fixed = ("dataset", "seed", "base_model", "questions", "pictures", "full_visual_tokens")
     if other := [name for name in fixed if record[name] != result[name]]:
         raise BenchmarkError(f"the record is of another run: it differs in {', '.join(other)}")
-    dense = [[row for row in rows if row["selector"] == DENSE] for rows in (record["rows"], result["rows"])]
-    if not dense[0] or dense[0] != dense[1]:
-        raise BenchmarkError(f'the record can only grow by a run that measured "{DENSE}" too, and found the same')
     key = ("selector", "budget_percent", "important_ratio", "position_policy")
-    rows = {tuple(row[name] for name in key): row for row in (*record["rows"], *result["rows"])}
+    before, new = ({tuple(row[name] for name in key): row for row in one["rows"]} for one in (record, result))
+    same = {row for row in before.keys() & new.keys() if before[row] == new[row]}
+    if not same or any(row[0] == DENSE and row not in same for row in before.keys() & new.keys()):
+        raise BenchmarkError(
+            "the record can only grow by a run that measured some of its rows again, the dense model's if it has any, "
+            "and found the same"
+        )
+    rows = {**before, **new}
     run = {name: result[name] for name in ("date", "versions", "processes", "minutes")}
     run["selectors"] = list(dict.fromkeys(row["selector"] for row in result["rows"]))
     return {**record, "rows": list(rows.values()), "further_runs": [*record.get("further_runs", []), run]}
@@ -837,7 +842,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--add-to",
         type=Path,
         metavar="FILE",
-        help=f"an earlier result of the same questions: --json and --plot get its rows too (measure {DENSE} again)",
+        help="an earlier result of the same questions: --json and --plot get its rows too (measure some again)",
     )
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write all figures here")
     parser.add_argument("--plot", type=output_file(".png", ".svg"), metavar="FILE", help="draw them here")

@@ -57,6 +57,8 @@ from vispruner.visual_attention import received_attention
 
 PRODUCT = "the product"
 SIZES = [256, 576, 1296, 2592, 5184, 10368, 16384]
+# What chooses behind the encoder; some go on in the language model, which is not measured here.
+MEASURABLE = (*ENCODER_METHODS, *(name for name, selector in SELECTORS.items() if selector.then is not None))
 BARS = {5184: 4, 10368: 6}  # most times the product that a method may take, and the exponent at most
 MOST_EXPONENT = 2.2
 QUICK = {"sizes": [64, 128, 256], "channels": 64, "repeats": 1, "batches": [1, 4], "patches": [64, 256], "heads": 1}
@@ -98,6 +100,7 @@ def inputs(batch: int, tokens: int, args: argparse.Namespace, features: str) -> 
         "raw_keys": given["features"],
         "text": torch.randn(batch, WORDS, width, generator=generator),
         "text_saliency": torch.zeros(batch, WORDS),
+        "cls_feature": torch.randn(batch, args.channels, generator=generator),
     }
 
 
@@ -413,7 +416,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="width of projected features (default: the same)")
     parser.add_argument("--features", nargs="+", choices=["random", "smooth"], default=["random", "smooth"])
     parser.add_argument(
-        "--methods", nargs="+", choices=sorted(ENCODER_METHODS), default=list(ENCODER_METHODS), metavar="METHOD"
+        "--methods", nargs="+", choices=sorted(MEASURABLE), default=list(ENCODER_METHODS), metavar="METHOD"
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each form (default 3)")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64], help="images at once (default 1 8 64)")

@@ -18,7 +18,7 @@ from .configuration_vispruner import VisPrunerOptions
 from .decoder_pruning import DecoderForward, PromptToPrune, make_decoder_prunable, stages_of
 from .prompt_reading import FEATURES, IMAGES, Modality, Prompt, cached_length, find_placeholders
 from .prompt_shortening import Flags, KeptColumns, any_of, rows_of_images
-from .pruning_plan import layer_counts, stage_counts
+from .pruning_plan import layer_counts, most_before, stage_counts, whole_counts
 from .selector_inputs import checked_share
 from .selectors import (
     DECODER_INPUTS,
@@ -80,7 +80,7 @@ class PrunedDecoderMixin(CallOptionsMixin):
             return replace(options, method=encoder, visual_token_num=options.stage_token_nums[0], **elsewhere)
         count, ratio = options.visual_token_num, options.keep_ratio
         if count is not None:
-            count = max(1, int(count / self._mean_of_what_the_encoder_leaves + 1e-9))
+            count = most_before(tuple(self.decoder_layers), self._left, self.depth, count)
         if ratio is not None:
             elsewhere["keep_ratio"] = min(1.0, ratio / self._mean_of_what_the_encoder_leaves)
         return replace(options, method=encoder, visual_token_num=count, **elsewhere)
@@ -94,8 +94,13 @@ class PrunedDecoderMixin(CallOptionsMixin):
     @property
     def _mean_of_what_the_encoder_leaves(self) -> float:
         """What part of the tokens behind the encoder a decoder layer holds on average, where a method goes on."""
-        layers, left = self.decoder_layers, [1.0, *accumulate(self._shares, mul)]
+        layers, left = self.decoder_layers, [1.0, *self._left]
         return sum(left[sum(layer >= first for first in layers)] for layer in range(self.depth)) / self.depth
+
+    @property
+    def _left(self) -> tuple[float, ...]:
+        """What part of the tokens behind the encoder is left from each of `decoder_layers` on, likewise."""
+        return tuple(accumulate(self._shares, mul))
 
     @property
     def _shares(self) -> list[float]:
@@ -156,7 +161,10 @@ class PrunedDecoderMixin(CallOptionsMixin):
             mean = float(options.visual_token_num) if options.visual_token_num else tokens * (options.keep_ratio or 1)
             if then is None or self._encoder_leaves_all(tokens):
                 return stage_counts(tokens, tuple(layers), self.depth, mean)
-            return [max(int(share > 0), int(tokens * share + 1e-9)) for share in accumulate(self._shares, mul)]
+            if (begin := self.encoder_options.visual_token_num) is None:
+                return whole_counts(tokens, self._left)
+            # An image of several tiles leaves what each of them would, in whole tokens.
+            return [max(int(count > 0), tokens * count // begin) for count in whole_counts(begin, self._left)]
         counts = options.stage_token_nums[-len(layers) :]
         if counts[0] > tokens:
             raise ValueError(

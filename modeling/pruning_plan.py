@@ -21,6 +21,23 @@ def layer_counts(tokens: int, layers: Sequence[int], counts: Sequence[int], dept
     return seen
 
 
+def whole_counts(tokens: int, left: Sequence[float]) -> list[int]:
+    """Return how many of `tokens` each stage leaves that leaves these parts of them: one at least of what is left."""
+    return [max(int(share > 0), int(tokens * share + 1e-9)) for share in left]
+
+
+@lru_cache(maxsize=1024)
+def most_before(layers: tuple[int, ...], left: tuple[float, ...], depth: int, mean: int) -> int:
+    """Return with how many tokens an image may begin whose `depth` layers hold no more than `mean` on average.
+
+    layers  the layers before which tokens leave, ascending; left  what part of the tokens is left there
+    """
+    tokens = mean
+    while sum(layer_counts(tokens + 1, layers, whole_counts(tokens + 1, left), depth)) <= mean * depth:
+        tokens += 1
+    return tokens
+
+
 @lru_cache(maxsize=1024)  # asked for each image of each prompt
 def stage_counts(tokens: int, layers: tuple[int, ...], depth: int, mean: float) -> tuple[int, ...]:
     """Return how many visual tokens are left from each of `layers` on, so that `depth` layers hold `mean` on average.

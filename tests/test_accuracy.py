@@ -108,8 +108,11 @@ def test_a_record_grows_by_further_methods_about_the_same_questions(accuracy: Mo
     assert [(r["selector"], r["accuracy"]) for r in grown["rows"]] == [("none", 0.9), ("random", 0.4), ("scope", 0.6)]
     assert grown["date"] == "then" and grown["further_runs"][0]["date"] == "now"
     assert grown["further_runs"][0]["selectors"] == ["none", "scope", "random"]
-    for wrong in ({"seed": 2}, {"rows": [row("none", 0.8), row("scope", 0.6)]}, {"rows": [row("scope", 0.6)]}):
-        with pytest.raises(accuracy.BenchmarkError, match=r"differs in seed|measured \"none\" too"):
+    pruned_alone = {"rows": [row("random", 0.5), row("scope", 0.6)]}
+    assert len(accuracy.with_rows_of(record, {**further, **pruned_alone})["rows"]) == 3
+    other_model = {"rows": [row("none", 0.8), row("random", 0.5)]}
+    for wrong in ({"seed": 2}, other_model, {"rows": [row("random", 0.4)]}, {"rows": [row("scope", 0.6)]}):
+        with pytest.raises(accuracy.BenchmarkError, match=r"differs in seed|measured some of its rows again"):
             accuracy.with_rows_of(record, {**further, **wrong})
 
 

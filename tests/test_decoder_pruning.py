@@ -22,7 +22,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from vispruner.choosing import watch_choices
 from vispruner.prompt_reading import FEATURES
-from vispruner.pruning_plan import layer_counts, stage_counts
+from vispruner.pruning_plan import layer_counts, stage_counts, whole_counts
 from vispruner.selectors import DECODER_METHODS, SELECTORS
 from vispruner.stock_versions import CACHE
 
@@ -668,3 +668,17 @@ class TestPlan:
                 family = {tuple(max(1, round(tokens * s ** (i + 1))) for i in range(len(layers))) for s in shares}
                 fitting = [sum(layer_counts(tokens, layers, some, 32)) for some in family]
                 assert held == max(total for total in fitting if total <= mean * 32 + 1e-9)
+
+    @pytest.mark.parametrize("deep", ["llava_next"], indirect=True)
+    @pytest.mark.parametrize("method", TWO_PLACES)
+    def test_two_places_meet_the_mean_as_closely_as_whole_tokens_allow(self, deep: Model, method: str) -> None:
+        """One token more behind the encoder would be too many; tiles of one image leave what each of them would."""
+        for mean in range(1, 73):
+            model = use(deep, method, visual_token_num=mean).model
+            begin = model.encoder_options.visual_token_num
+            held = model.layer_counts(begin)
+            assert begin >= mean and sum(held) <= DEPTH * mean
+            more = layer_counts(begin + 1, model.decoder_layers, whole_counts(begin + 1, model._left), DEPTH)
+            assert sum(more) > DEPTH * mean
+            for tiles in (2, 5):
+                assert model.layer_counts(tiles * begin) == [tiles * count for count in held]
