@@ -1,4 +1,4 @@
-"""The command `vispruner`: demo, build, verify, publish, convert, show, methods, codebook, calibrate, serve-check.
+"""The command `vispruner`: from `demo` and `build` to `publish` and `serve-check`.
 
 Exit status: 0 done, 1 a repo was refused by verify, 2 bad input (one line says what), 130 interrupted.
 """
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_build,
         _add_verify,
         _add_publish,
+        _add_space,
         _add_convert,
         _add_show,
         _add_methods,
@@ -204,6 +205,17 @@ def _add_publish(commands: Any) -> None:
         EPILOG_OF_PUBLISH.replace("COMMAND", "vispruner publish"),
     )
     add_publish_arguments(parser)
+
+
+def _add_space(commands: Any) -> None:
+    examples = (
+        "  vispruner space llava-1.5-7b-vispruner --out page\n"
+        "  vispruner publish my-model.yaml --space --push          publish the model, then this page"
+    )
+    summary = "write the files of a Space that shows a published repo: `vispruner demo --ui` on the Hub"
+    parser = _add_command(commands, "space", summary, examples, _space)
+    parser.add_argument("config", metavar="CONFIG", help="path of a YAML, or the stem of one in hub_configs/")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it may not hold anything else")
 
 
 def _add_convert(commands: Any) -> None:
@@ -402,6 +414,12 @@ def _verify(folder: str, base: str | None) -> Done:
     checks = [asdict(check) for check in found.checks]
     result = {"folder": str(found.folder), "passed": found.passed, "sha256": found.digest, "checks": checks}
     return Done(found.table(), {**result, "files": dict(found.files)}, 0 if found.passed else 1)
+
+
+def _space(config: str, out: str) -> Done:
+    from .space import write_space
+
+    return Done(f"wrote {write_space(config, out)}; `vispruner publish CONFIG --space` uploads it")
 
 
 def _convert(source: str, destination: str, vision_tower: str | None, overwrite: bool) -> Done:

@@ -233,9 +233,9 @@ class HubAccess:
             raise PublishError(ExitCode.REFUSED_BY_HUB, f"{self.endpoint} did not say which commit {name} is")
         return found.commit_hash
 
-    def check_card(self, text: str) -> None:
-        """Let the Hub judge the front matter of a model card, as it will when the card is committed."""
-        response = self.ask(self._post_card, text)
+    def check_card(self, text: str, kind: str = "model") -> None:
+        """Let the Hub judge the front matter of a README.md, as it will when that is committed."""
+        response = self.ask(self._post_card, text, kind)
         try:
             hf_raise_for_status(response)
         except HfHubHTTPError as error:
@@ -243,10 +243,10 @@ class HubAccess:
                 raise
             raise PublishError(ExitCode.CARD_REFUSED, f"the Hub refuses the metadata of README.md: {error}") from None
 
-    def _post_card(self, text: str) -> Any:
+    def _post_card(self, text: str, kind: str) -> Any:
         response = get_session().post(
             f"{self.endpoint}/api/validate-yaml",
-            json={"content": text, "repoType": "model"},
+            json={"content": text, "repoType": kind},
             headers=build_hf_headers(token=self.token or False),
         )
         if response.status_code != 400:
@@ -273,9 +273,12 @@ def require_trusted(repo_id: str, exists: bool) -> None:
         )
 
 
-def require_write_access(account: dict[str, Any], repo_id: str, creates: bool, pull_request: bool = False) -> None:
+def require_write_access(
+    account: dict[str, Any], repo_id: str, creates: bool, pull_request: bool = False, kind: str = "model"
+) -> None:
     """Raise unless the account's token may write to `repo_id`, or open a pull request there.
 
+    kind     "model" or "space"
     creates  the repo is not there yet: a right on the repo alone is not enough
     """
     namespace = repo_id.split("/")[0]
@@ -288,10 +291,10 @@ def require_write_access(account: dict[str, Any], repo_id: str, creates: bool, p
             f"({TOKENS_PAGE}) and run `hf auth login` again",
         )
     if not pull_request:
-        _require_namespace(account, repo_id, namespace)
+        _require_namespace(account, repo_id, namespace, "repo_id" if kind == "model" else kind)
     if role == "fineGrained":
         rights = {"repo.write", "discussion.write"} if pull_request else {"repo.write"}
-        if not _is_granted(token.get("fineGrained") or {}, rights, namespace, None if creates else repo_id):
+        if not _is_granted(token.get("fineGrained") or {}, rights, namespace, None if creates else repo_id, kind):
             where = namespace if creates else f"{namespace} or {repo_id}"
             raise PublishError(
                 ExitCode.READ_ONLY_TOKEN,
@@ -300,7 +303,7 @@ def require_write_access(account: dict[str, Any], repo_id: str, creates: bool, p
             )
 
 
-def _require_namespace(account: dict[str, Any], repo_id: str, namespace: str) -> None:
+def _require_namespace(account: dict[str, Any], repo_id: str, namespace: str, field: str) -> None:
     organisations = {org["name"].lower(): org for org in account.get("orgs") or ()}
     if namespace.lower() == account["name"].lower():
         return
@@ -308,7 +311,7 @@ def _require_namespace(account: dict[str, Any], repo_id: str, namespace: str) ->
         own = ", ".join([account["name"], *(org["name"] for org in organisations.values())])
         raise PublishError(
             ExitCode.NO_NAMESPACE,
-            f"{repo_id}: you cannot publish under {namespace!r}; set repo_id in the YAML to one of yours: {own}",
+            f"{repo_id}: you cannot publish under {namespace!r}; set {field} in the YAML to one of yours: {own}",
         )
     own_role = organisations[namespace.lower()].get("roleInOrg")
     if own_role is not None and own_role not in WRITING_ORG_ROLES:
@@ -318,10 +321,12 @@ def _require_namespace(account: dict[str, Any], repo_id: str, namespace: str) ->
         )
 
 
-def _is_granted(fine_grained: dict[str, Any], rights: set[str], namespace: str, repo_id: str | None) -> bool:
+def _is_granted(
+    fine_grained: dict[str, Any], rights: set[str], namespace: str, repo_id: str | None, kind: str
+) -> bool:
     if rights & set(fine_grained.get("global") or ()):
         return True
-    places = {("user", namespace.lower()), ("org", namespace.lower()), ("model", (repo_id or "").lower())}
+    places = {("user", namespace.lower()), ("org", namespace.lower()), (kind, (repo_id or "").lower())}
     for scope in fine_grained.get("scoped") or ():
         entity = scope.get("entity") or {}
         place = (entity.get("type"), str(entity.get("name")).lower())

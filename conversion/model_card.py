@@ -95,6 +95,7 @@ def model_card(
         metadata=_metadata(repo, results).to_yaml(),
         title=_name(repo),
         repo_id=repo.repo_id,
+        space=repo.space,
         note=repo.card.get("note", "").strip(),
         why=_why(repo, options),
         ceiling=None if ceiling is None or options["method"] == DENSE else str(ceiling),

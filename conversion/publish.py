@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from .hub_access import (
 from .isolation import Isolation, isolation
 from .plain_text import one_line, printable
 from .repo_config import RepoConfig, is_branch_name, load_repo_config
+from .space import SPACE_FILES, shown_models, space_files
 from .upload_plan import (
     CARD,
     CONFIG,
@@ -75,30 +77,38 @@ def publish(
     endpoint: str | None = None,
     force: bool = False,
     collection: str | None = None,
+    space: bool = False,
     done: list[dict[str, Any]] | None = None,
 ) -> None:
     """Build and verify each YAML's repo, show what would change on the Hub, and with `push` make it so.
 
     collection  put the repos into the collection of this name that their owner has, or gets
+    space       then publish the Space that each YAML names, too
     done        takes a dict about each repo as soon as it is finished: repo_id, url, folder, and the commits of a push
     All accounts, bases and repos are checked before the first build. Raises PublishError, and for input that cannot be
     built what `build_repo` raises.
     """
     if revision is not None and create_pr:
         raise PublishError(ExitCode.BAD_INPUT, "--create-pr proposes a change of main: give it without --revision")
-    if collection is not None and trusted_repo() is not None:
+    if space and (revision is not None or create_pr):
+        raise PublishError(
+            ExitCode.BAD_INPUT, "--space shows what main holds: give it without --revision and --create-pr"
+        )
+    if trusted_repo() is not None and (collection is not None or space):
         raise PublishError(
             ExitCode.READ_ONLY_TOKEN,
-            "--collection: a Trusted Publisher may write to its repo alone; add the repo to the collection by hand",
+            f"{'--space' if space else '--collection'}: a Trusted Publisher may write to its repo alone; do this with "
+            "a token of your own",
         )
     repos = [load_repo_config(config) for config in configs]
     hub = HubAccess(endpoint)
     jobs = [
         PublishJob(hub, repo, private=private, create_pr=create_pr, revision=revision, force=force) for repo in repos
     ]
-    for job in jobs:
+    spaces = [SpaceJob(hub, repo, private=private, force=force) for repo in repos] if space else [None] * len(jobs)
+    for job in filter(None, (*jobs, *spaces)):
         job.check_access(push, pin_base=base is None)
-    for job in jobs:
+    for job, page in zip(jobs, spaces, strict=True):
         folder = job.build(Path(out), thin, base)
         wanted = job.wanted_branches(folder)
         job.require_verified(wanted)
@@ -108,18 +118,24 @@ def publish(
             job.check_loads(wanted)
             if collection is not None:
                 job.add_to_collection(collection)
-            _say(f"done: {hub.endpoint}/{job.repo.repo_id}")
+            _say(f"done: {job.url}")
         elif collection is not None:
             _say(one_line(f"  --push would put it into the collection {collection}"))
+        if page is not None:
+            page.publish(push)
         if done is not None:
-            url = f"{hub.endpoint}/{job.repo.repo_id}"
-            done.append({"repo_id": job.repo.repo_id, "url": url, "folder": str(folder), "commits": job.commits})
+            more = {} if page is None else {"space": {"url": page.url, "commits": page.commits}}
+            about = {"repo_id": job.repo.repo_id, "url": job.url, "folder": str(folder), "commits": job.commits}
+            done.append(about | more)
     if not push:
         _say("this was a dry run: nothing was changed on the Hub; add --push to publish")
 
 
 class PublishJob:
     """One YAML and where it goes; `commits` are those of the branches once they are pushed."""
+
+    kind = "model"
+    named_by = "repo_id"  # the field of the YAML
 
     def __init__(
         self,
@@ -150,6 +166,11 @@ class PublishJob:
         self.other_branches: list[str] = []
 
     @property
+    def url(self) -> str:
+        """Where its page is."""
+        return f"{self.hub.endpoint}/{'' if self.kind == 'model' else f'{self.kind}s/'}{self.repo.repo_id}"
+
+    @property
     def budgets(self) -> dict[str, dict[str, Any]]:
         """The budget branches that follow this push: those of the YAML, which follow main alone."""
         return {} if self.create_pr or self.branch != DEFAULT_BRANCH else self.repo.budgets
@@ -166,7 +187,9 @@ class PublishJob:
             if account is not None:
                 try:
                     with understood(self.hub.endpoint):
-                        require_write_access(account, repo_id, creates=remote is None, pull_request=self.create_pr)
+                        require_write_access(
+                            account, repo_id, creates=remote is None, pull_request=self.create_pr, kind=self.kind
+                        )
                 except PublishError as reason:
                     if push:
                         raise
@@ -221,13 +244,13 @@ class PublishJob:
         repo_id = self.repo.repo_id
         with explained(self.hub, repo_id):
             remote = self.read_branches()
-            plans = [plan_branch(branch, files, (remote or {}).get(branch)) for branch, files in wanted.items()]
+            plans = [self._plan(branch, files, (remote or {}).get(branch)) for branch, files in wanted.items()]
             card = next((file for plan in plans for file in (*plan.added, *plan.changed) if file.path == CARD), None)
             if card is not None:
-                self.hub.check_card(card.text())
+                self.hub.check_card(card.text(), self.kind)
         state = "exists" if remote is not None else "a new repo" if self.hub.token else "a new repo, or a private one"
         visibility = ", private" if remote is None and self.private else ""
-        _say(f"\n{self.hub.endpoint}/{repo_id} ({state}{visibility})")
+        _say(f"\n{self.url} ({state}{visibility})")
         _say("\n".join(describe(plans[0])))
         for plan in plans[1:]:
             _say("\n".join(describe(plan, self._budget_text(plan.branch), main=plans[0])))
@@ -235,6 +258,14 @@ class PublishJob:
             _say(one_line(f"  other branches stay as they are: {', '.join(self.other_branches)}"))
         if self.create_pr and not all(plan.is_empty for plan in plans):
             _say(f"  as a pull request{'' if push else ' that --push would open'}; budget branches follow main later")
+
+    def _plan(self, branch: str, files: Sequence[LocalFile], remote: RemoteBranch | None) -> BranchPlan:
+        return plan_branch(branch, files, remote, self.makes)
+
+    @staticmethod
+    def makes(path: str) -> bool:
+        """Say whether a file's name is one that this job writes, or an older version of it."""
+        return made_by_a_build(path)
 
     def _budget_text(self, branch: str) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.budgets.get(branch, {}).items())
@@ -277,7 +308,7 @@ class PublishJob:
     def read_branches(self) -> dict[str, RemoteBranch] | None:
         """Return the branches this job writes to as they are on the Hub; None where there is no such repo."""
         try:
-            refs = self.hub.ask(self.hub.api.list_repo_refs, self.repo.repo_id)
+            refs = self.hub.ask(self.hub.api.list_repo_refs, self.repo.repo_id, repo_type=self.kind)
         except RepositoryNotFoundError:
             return None
         heads = {ref.name: ref.target_commit for ref in refs.branches}
@@ -297,7 +328,7 @@ class PublishJob:
         }
 
     def _list_tree(self, commit: str) -> list[Any]:
-        listing = self.hub.api.list_repo_tree(self.repo.repo_id, recursive=True, revision=commit)
+        listing = self.hub.api.list_repo_tree(self.repo.repo_id, recursive=True, revision=commit, repo_type=self.kind)
         entries = list(itertools.islice(listing, MOST_LISTED + 1))
         if len(entries) > MOST_LISTED:
             raise PublishError(
@@ -306,7 +337,7 @@ class PublishJob:
         return entries
 
     def _refuse_public(self) -> None:
-        if self.private and not self.hub.ask(self.hub.api.repo_info, self.repo.repo_id).private:
+        if self.private and not self.hub.ask(self.hub.api.repo_info, self.repo.repo_id, repo_type=self.kind).private:
             raise PublishError(
                 ExitCode.BAD_INPUT,
                 f"{self.repo.repo_id} is public, and --private only counts when a repo is made: make it private in "
@@ -319,7 +350,7 @@ class PublishJob:
             return
         ours = self._is_ours(remote)
         foreign = [
-            path for path in sorted(remote.files) if path not in NEUTRAL_FILES and not (ours and made_by_a_build(path))
+            path for path in sorted(remote.files) if path not in NEUTRAL_FILES and not (ours and self.makes(path))
         ]
         if not ours and foreign == [CARD] and not self._has_text(remote):
             return
@@ -334,8 +365,8 @@ class PublishJob:
             )
             raise PublishError(
                 ExitCode.FOREIGN_CONTENT,
-                f"{self.repo.repo_id} at {branch} holds {listed}: {why}. Give another repo_id, or --force to write "
-                "over it (code, config, processor and weights are replaced, other files stay)",
+                f"{self.repo.repo_id} at {branch} holds {listed}: {why}. Give another {self.named_by}, or --force to "
+                "write over it (code, config, processor and weights are replaced, other files stay)",
             )
 
     def _is_ours(self, remote: RemoteBranch) -> bool:
@@ -353,11 +384,20 @@ class PublishJob:
         return bool(text.rpartition("\n---")[2].strip()) if text.startswith("---") else bool(text)
 
     def _read_text(self, remote: RemoteBranch, path: str) -> str:
-        found = self.hub.ask(self.hub.api.hf_hub_download, self.repo.repo_id, path, revision=remote.commit)
+        found = self.hub.ask(
+            self.hub.api.hf_hub_download, self.repo.repo_id, path, revision=remote.commit, repo_type=self.kind
+        )
         return read_regular(found).decode("utf-8", errors="replace")
 
     def _create_repo(self) -> None:
-        self.hub.ask(self.hub.api.create_repo, self.repo.repo_id, private=self.private or None, exist_ok=True)
+        self.hub.ask(
+            self.hub.api.create_repo,
+            self.repo.repo_id,
+            private=self.private or None,
+            exist_ok=True,
+            repo_type=self.kind,
+            space_sdk="gradio" if self.kind == "space" else None,
+        )
 
     def _bring_up_to_date(self, branch: str, files: list[LocalFile]) -> str:
         """Commit whatever a branch lacks; return its commit. After any trouble the branch is looked at anew."""
@@ -365,7 +405,7 @@ class PublishJob:
         while True:
             remote = self._branch_to_write(branch)
             self._refuse_foreign(branch, remote)
-            plan = plan_branch(branch, files, remote)
+            plan = self._plan(branch, files, remote)
             if plan.is_empty:
                 return remote.commit
             if self.create_pr and (proposed := self._open_proposal(files)) is not None:
@@ -381,6 +421,7 @@ class PublishJob:
     def _commit(self, plan: BranchPlan, remote: RemoteBranch) -> str:
         """Make one commit on top of the one that was looked at, or a pull request of it; weights go up before it."""
         target: dict[str, Any] = {"create_pr": True} if self.create_pr else {"revision": plan.branch}
+        target["repo_type"] = self.kind
         operations = plan.operations()
         additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
         if additions:
@@ -405,15 +446,22 @@ class PublishJob:
     def _branch_to_write(self, branch: str) -> RemoteBranch:
         """Return the branch; a missing one is made from the repo's first commit, which holds nothing to load."""
         while True:
-            refs = self.hub.ask(self.hub.api.list_repo_refs, self.repo.repo_id)
+            refs = self.hub.ask(self.hub.api.list_repo_refs, self.repo.repo_id, repo_type=self.kind)
             for ref in refs.branches:
                 if ref.name == branch:
                     return RemoteBranch(ref.target_commit, self._read_files(ref.target_commit))
             first = self.hub.ask(self._first_commit)
-            self.hub.ask(self.hub.api.create_branch, self.repo.repo_id, branch=branch, revision=first, exist_ok=True)
+            self.hub.ask(
+                self.hub.api.create_branch,
+                self.repo.repo_id,
+                branch=branch,
+                revision=first,
+                exist_ok=True,
+                repo_type=self.kind,
+            )
 
     def _first_commit(self) -> str:
-        return self.hub.api.list_repo_commits(self.repo.repo_id)[-1].commit_id
+        return self.hub.api.list_repo_commits(self.repo.repo_id, repo_type=self.kind)[-1].commit_id
 
     def _title(self, branch: str) -> str:
         budget = f", {self._budget_text(branch)}" if branch in self.budgets else ""
@@ -439,7 +487,7 @@ class PublishJob:
         """Compare every file of every commit on the Hub with what was built."""
         for branch, files in wanted.items():
             commit = self.commits[branch]
-            plan = plan_branch(branch, files, RemoteBranch(commit, self._read_files(commit)))
+            plan = self._plan(branch, files, RemoteBranch(commit, self._read_files(commit)))
             if not plan.is_empty:
                 raise PublishError(
                     ExitCode.READ_BACK_DIFFERS,
@@ -504,6 +552,44 @@ class PublishJob:
                     f"{self.repo.repo_id} at {commit}: {file.path} as the Hub serves it is not what was built, though "
                     "its listing says so; nothing of it was run. Look at the repo before anybody loads it",
                 )
+
+
+class SpaceJob(PublishJob):
+    """The Space that a YAML names, which shows the model of that YAML."""
+
+    kind = "space"
+    named_by = "space"
+
+    def __init__(self, hub: HubAccess, repo: RepoConfig, private: bool = False, force: bool = False) -> None:
+        if repo.space is None:
+            raise PublishError(
+                ExitCode.BAD_INPUT, f"{repo.path}: space is missing, which --space publishes: set it to owner/name"
+            )
+        super().__init__(hub, replace(repo, repo_id=repo.space, budgets={}), private=private, force=force)
+        self.model = repo
+
+    def check_access(self, push: bool, pin_base: bool = True) -> None:
+        """Refuse what could not be pushed; the base is the model's affair."""
+        super().check_access(push, pin_base=False)
+
+    def publish(self, push: bool) -> None:
+        """Show what would change, and with `push` make it so."""
+        files = [local_file(name, text.encode()) for name, text in sorted(space_files(self.model).items())]
+        wanted = {self.branch: files}
+        self.show_summary(wanted, push)
+        if push:
+            self.push_branches(wanted)
+            _say(f"done: {self.url}")
+
+    @staticmethod
+    def makes(path: str) -> bool:
+        return path in SPACE_FILES
+
+    def _is_ours(self, remote: RemoteBranch) -> bool:
+        return CARD in remote.files and self.model.repo_id in shown_models(self._read_text(remote, CARD))
+
+    def _title(self, branch: str) -> str:
+        return f"Page of {self.model.repo_id} by vispruner {__version__}"
 
 
 def _is_moved(error: Exception) -> bool:

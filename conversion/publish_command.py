@@ -27,6 +27,7 @@ examples:
   COMMAND my-model.yaml --push --private     a YAML of your own, into a repo that only you see
   COMMAND my-model.yaml --push --revision next    to try it on another branch
   COMMAND my-model.yaml --push --create-pr   propose it, for somebody else to merge
+  COMMAND my-model.yaml --space --push       and the page that shows it, which the YAML names as space
   COMMAND a.yaml b.yaml --push --collection Pruned    and put the repos into a collection of that name
 
 The repo goes where repo_id in the YAML says: put your own name there. Interrupted, or the line dropped? Run the same
@@ -132,4 +133,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="put the repos into this collection of their owner; made where there is none",
     )
+    add("--space", action="store_true", help="then publish the demo page that the YAML names as `space`, too")
     add("--json", action="store_true", help="print the result as JSON on stdout, and all else on stderr")

@@ -38,6 +38,7 @@ FIELDS = (
     "drop_unused_vision_layers",
     "engine_processor",
     "handler",
+    "space",
     "card",
 )
 REQUIRED = ("repo_id", "base_model", "architecture", "vispruner_config")
@@ -84,6 +85,7 @@ class RepoConfig:
     drop_unused_vision_layers  leave out the vision layers that nothing is read from
     engine_processor  the repo's processor counts kept tokens for engines that run the repo's own code
     handler           the repo carries what an Inference Endpoint runs
+    space  the Hub id of the Space that shows the model; the card links to it
     codebook_file  what vispruner_config.codebook, the name it has in the repo, is copied from
     budgets  name of a further branch -> the one budget field that its config.json has in place of the main one's
     """
@@ -100,6 +102,7 @@ class RepoConfig:
     drop_unused_vision_layers: bool = False
     engine_processor: bool = False
     handler: bool = False
+    space: str | None = None
     codebook_file: Path | None = None
 
     @property
@@ -146,7 +149,10 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
             raise RepoConfigError(f"{path}: {name} is missing: add it (hub_configs/README.md shows every field)")
     for name in ("repo_id", "base_model", "architecture"):
         _require_text(path, name, content[name])
-    _check_repo_id(path, content["repo_id"])
+    _check_repo_id(path, "repo_id", content["repo_id"])
+    if (space := content.get("space")) is not None:
+        _require_text(path, "space", space)
+        _check_repo_id(path, "space", space)
     _check_base_model(path, content["base_model"])
     architecture = content["architecture"]
     if architecture not in ARCHITECTURES:
@@ -169,6 +175,7 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
         drop_unused_vision_layers=_flag(path, content, "drop_unused_vision_layers"),
         engine_processor=_flag(path, content, "engine_processor"),
         handler=_flag(path, content, "handler"),
+        space=space,
         codebook_file=codebook_file,
     )
 
@@ -234,13 +241,13 @@ def _require_plain(path: Path, text: str) -> None:
             raise RepoConfigError(f"{path}: is nested more than {MOST_NESTED} levels deep, which no field needs")
 
 
-def _check_repo_id(path: Path, repo_id: str) -> None:
+def _check_repo_id(path: Path, name: str, repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise RepoConfigError(f"{path}: repo_id is not a valid Hub id: {error}") from error
+        raise RepoConfigError(f"{path}: {name} is not a valid Hub id: {error}") from error
     if repo_id.count("/") != 1:
-        raise RepoConfigError(f"{path}: repo_id must be owner/name, got {repo_id!r}")
+        raise RepoConfigError(f"{path}: {name} must be owner/name, got {repo_id!r}")
 
 
 def _check_base_model(path: Path, base_model: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,17 @@ class BranchPlan:
         return found + [CommitOperationDelete(file.path) for file in self.removed]
 
 
-def plan_branch(branch: str, files: Iterable[LocalFile], remote: RemoteBranch | None) -> BranchPlan:
-    """Compare what a branch shall hold with what it holds."""
-    files = list(files)
+def plan_branch(
+    branch: str,
+    files: Iterable[LocalFile],
+    remote: RemoteBranch | None,
+    is_ours: Callable[[str], bool] | None = None,
+) -> BranchPlan:
+    """Compare what a branch shall hold with what it holds; what is there besides goes where `is_ours` says so.
+
+    is_ours  by its path, default: a file that builds write
+    """
+    files, is_ours = list(files), is_ours or made_by_a_build
     there = remote.files if remote is not None else {}
     names = {file.path for file in files}
     gone = [file for path, file in sorted(there.items()) if path not in names]
@@ -126,9 +134,9 @@ def plan_branch(branch: str, files: Iterable[LocalFile], remote: RemoteBranch | 
         exists=remote is not None,
         added=added,
         changed=changed,
-        removed=tuple(file for file in gone if made_by_a_build(file.path)),
+        removed=tuple(file for file in gone if is_ours(file.path)),
         unchanged=len(files) - len(added) - len(changed),
-        kept=tuple(file.path for file in gone if not made_by_a_build(file.path)),
+        kept=tuple(file.path for file in gone if not is_ours(file.path)),
     )
 
 

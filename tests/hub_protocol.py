@@ -1,7 +1,8 @@
-"""The Hub's model repos and the HTTP endpoints by which `huggingface_hub` reaches them; local_hub.py serves them.
+"""The Hub's models and Spaces, and the HTTP endpoints by which `huggingface_hub` reaches them, for local_hub.py.
 
-Repos live in memory, file contents in a content-addressed folder. The standard library does it all, except that the
-YAML of model cards is read by PyYAML and Xet's chunks by hf_xet, both of which the client brings along.
+Repos live in memory, file contents in a content-addressed folder. A Space is kept under its id with `spaces/` before
+it, as its addresses have it. The standard library does it all, except that the YAML of cards is read by PyYAML and
+Xet's chunks by hf_xet, both of which the client brings along.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ LFS_PATTERNS += " *.safetensors *.tar *.tflite *.tgz *.xz *.zip *.zst *tfevents*
 GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS.split())
 LICENSES = "apache-2.0 mit openrail bigscience-openrail-m cc-by-4.0 cc-by-nc-4.0 cc-by-sa-4.0 cc0-1.0 bsd-3-clause"
 LICENSES += " gpl-3.0 llama2 llama3 llama3.1 llama3.2 gemma unknown other"
+SDKS = ("gradio", "docker", "static")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -156,7 +158,7 @@ ROUTES: list[tuple[str, str, re.Pattern[str], str]] = []
 
 def route(methods: str, template: str, host: str = "hub") -> Callable[[Callable], Callable]:
     """Register a handler; {repo} takes `owner/name`, {path} the rest, any other field one (quoted) segment."""
-    patterns = {"repo": "[^/]+/[^/]+?", "path": ".+"}
+    patterns = {"repo": "(?:spaces/)?[^/]+/[^/]+?", "path": ".+"}
     expression = re.sub(r"\{(\w+)\}", lambda m: f"(?P<{m[1]}>{patterns.get(m[1], '[^/]+')})", template)
 
     def register(function: Callable) -> Callable:
@@ -174,8 +176,12 @@ def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def metadata_problems(content: str) -> tuple[list[str], list[str]]:
-    """Errors and warnings on the YAML header of a model card."""
+def owner_of(repo_id: str) -> str:
+    return repo_id.removeprefix("spaces/").split("/")[0]
+
+
+def metadata_problems(content: str, kind: str = "model") -> tuple[list[str], list[str]]:
+    """Errors and warnings on the YAML header of the README.md of a model or a Space."""
     import yaml
 
     header = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", content, re.DOTALL | re.MULTILINE)
@@ -187,7 +193,7 @@ def metadata_problems(content: str) -> tuple[list[str], list[str]]:
         return [f"YAML metadata cannot be parsed: {error}"], []
     if not isinstance(card, dict):
         return ["YAML metadata must be a mapping"], []
-    errors: list[str] = []
+    errors: list[str] = space_problems(card) if kind == "space" else []
     warnings: list[str] = []
     licenses = card.get("license", "unknown")
     for name in licenses if isinstance(licenses, list) else [licenses]:
@@ -211,6 +217,20 @@ def metadata_problems(content: str) -> tuple[list[str], list[str]]:
     if "pipeline_tag" in card and not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", str(card["pipeline_tag"])):
         warnings.append(f'"{card["pipeline_tag"]}" is not a known pipeline_tag')
     return errors, warnings
+
+
+def space_problems(card: dict[str, Any]) -> list[str]:
+    """Errors on what only a Space has."""
+    colours = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
+    allowed = {"sdk": SDKS, "colorFrom": colours, "colorTo": colours}
+    errors = [f'"{key}" must be one of [{", ".join(of)}]' for key, of in allowed.items() if card.get(key) not in of]
+    if card.get("sdk") == "gradio" and not re.fullmatch(r"\d+\.\d+\.\d+", str(card.get("sdk_version"))):
+        errors.append('"sdk_version" must be a version')
+    if len(card.get("short_description", "")) > 60:
+        errors.append('"short_description" length must be less than or equal to 60 characters long')
+    if not all(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) for name in card.get("models", [])):
+        errors.append('"models" must be model ids')
+    return errors
 
 
 def xet_file(shard: Path, sha256: str) -> tuple[str, int] | None:
@@ -261,6 +281,8 @@ class HubProtocol:
 
     def _answer(self, request: Request) -> Answer:
         path = urlsplit(request.path).path
+        if path.startswith("/api/spaces/"):
+            path = f"/api/models/{path.removeprefix('/api/')}"
         for host, method, pattern, name in ROUTES:
             if host == request.host and method == request.method and (match := pattern.fullmatch(path)):
                 arguments = {key: unquote(value) for key, value in match.groupdict().items()}
@@ -286,7 +308,7 @@ class HubProtocol:
         """The repo, if this request may see it; with `content`, if it may read files too (gated repos)."""
         user = self._user(request)
         repo = self.repos.get(repo_id)
-        namespace = repo_id.split("/")[0]
+        namespace = owner_of(repo_id)
         member = user is not None and user.may("repo.content.read", namespace, repo_id)
         if repo is None or (repo.private and not member):
             raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
@@ -304,7 +326,7 @@ class HubProtocol:
             raise Refusal(401, "Invalid username or password.")
         if user.role == "read":
             raise Refusal(403, "Forbidden: you must use a write token to upload to a repository.")
-        if not pull_request and not user.may("repo.write", repo_id.split("/")[0], repo_id):
+        if not pull_request and not user.may("repo.write", owner_of(repo_id), repo_id):
             raise Refusal(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
         return repo
 
@@ -418,15 +440,18 @@ class HubProtocol:
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         namespace = wanted.get("organization") or user.name
-        repo_id = f"{namespace}/{wanted['name']}"
+        kind = wanted.get("type") or "model"
+        if kind == "space" and wanted.get("sdk") not in SDKS:
+            raise Refusal(400, f'"sdk" must be one of [{", ".join(SDKS)}]')
+        repo_id = f"{'spaces/' if kind == 'space' else ''}{namespace}/{wanted['name']}"
         known = {name for user in self.users.values() for name in (user.name, *user.organizations)}
         if namespace not in known:
             raise Refusal(404, f'Namespace "{namespace}" not found')
         if not user.may("repo.write", namespace, repo_id):
-            raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
-        url = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id}
+            raise Refusal(403, f'You don\'t have the rights to create a {kind} under the namespace "{namespace}"')
+        url = {"url": f"{self.endpoint}/{repo_id}", "name": repo_id.removeprefix("spaces/")}
         if repo_id in self.repos:
-            message = "You already created this model repo"
+            message = f"You already created this {kind} repo"
             raise Refusal(409, message, body={"error": message, **url})
         private = wanted.get("visibility") == "private" or wanted.get("private") is True
         self.add_repo(repo_id, private=private)
@@ -460,7 +485,8 @@ class HubProtocol:
 
     @route("POST", "/api/validate-yaml")
     def _validate_yaml(self, request: Request) -> Answer:
-        errors, warnings = metadata_problems(request.json()["content"])
+        asked = request.json()
+        errors, warnings = metadata_problems(asked["content"], asked["repoType"])
         body = {"errors": [{"message": text} for text in errors], "warnings": [{"message": text} for text in warnings]}
         return Answer(400 if errors else 200, body)
 
@@ -492,9 +518,9 @@ class HubProtocol:
             siblings.append(about)
         info: dict[str, Any] = {
             "_id": git_blob_id(repo.encode())[:24],
-            "id": repo,
-            "modelId": repo,
-            "author": repo.split("/")[0],
+            "id": repo.removeprefix("spaces/"),
+            "modelId": repo.removeprefix("spaces/"),
+            "author": owner_of(repo),
         }
         info |= {"sha": commit.id, "lastModified": commit.date, "createdAt": commit.date, "siblings": siblings}
         info |= {"private": found.private, "gated": found.gated, "disabled": False, "downloads": 0, "likes": 0}
@@ -724,7 +750,8 @@ class HubProtocol:
             content = base64.b64decode(value["content"])
             if self._is_large(path, len(content), content[:512]):
                 raise Refusal(400, f"{path} is binary or too large: upload it to the large file storage first")
-            if path == "README.md" and (errors := metadata_problems(content.decode())[0]):
+            kind = "space" if repo.id.startswith("spaces/") else "model"
+            if path == "README.md" and (errors := metadata_problems(content.decode(), kind)[0]):
                 raise Refusal(400, "Invalid metadata in README.md: " + "; ".join(errors))
             return {path: self._regular(content)}
         if key == "lfsFile":

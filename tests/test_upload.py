@@ -25,11 +25,13 @@ import yaml
 from huggingface_hub import constants
 from local_hub import LocalHub, Refusal, Request
 
+from vispruner import __version__
 from vispruner.conversion import cli, hub_access, publish, upload_plan
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.hub_access import ExitCode, HubAccess, PublishError
 from vispruner.conversion.publish import PublishJob
 from vispruner.conversion.repo_config import RepoConfig, load_repo_config
+from vispruner.conversion.space import space_files
 from vispruner.conversion.verify import Check, Report
 
 ROOT = Path(__file__).parent.parent
@@ -356,6 +358,72 @@ def test_a_dry_run_shows_files_sizes_and_hashes_and_changes_nothing(
     assert "dry run" in text
     assert not hub.repos
     assert {method for method, path in hub.requests if path != "/api/validate-yaml"} <= {"GET", "HEAD"}
+
+
+def test_a_space_follows_its_model(
+    hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], config: Path, tmp_path: Path
+) -> None:
+    yaml_file = write_yaml(tmp_path / "shown.yaml", **changed(config, "tiny", space="user/tiny-page"))
+    status, text = run("--space", config=yaml_file)
+    assert status == 0 and f"{hub.endpoint}/spaces/user/tiny-page (a new repo)" in text
+    assert "requirements.txt" in text and not hub.repos
+    status, text = run("--space", "--push", config=yaml_file)
+    assert status == 0 and f"done: {hub.endpoint}/spaces/user/tiny-page" in text
+    assert set(hub.repos) == {"user/tiny", "spaces/user/tiny-page"}
+    files = {name: data.decode() for name, data in on_hub(hub, "spaces/user/tiny-page").items()}
+    assert files == space_files(load_repo_config(yaml_file))
+    assert hub.history("spaces/user/tiny-page") == [f"Page of user/tiny by vispruner {__version__}", "initial commit"]
+    before = commits(hub)
+    status, text = run("--space", "--push", config=yaml_file)
+    assert status == 0 and "main: nothing to do, 3 files are the same" in text and commits(hub) == before
+
+
+def test_a_space_keeps_what_its_owner_added_and_gets_what_is_new(
+    hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], config: Path, tmp_path: Path
+) -> None:
+    yaml_file = write_yaml(tmp_path / "shown.yaml", **changed(config, "tiny", space="user/tiny-page"))
+    assert run("--space", "--push", config=yaml_file)[0] == 0
+    hub.commit("spaces/user/tiny-page", {"app.py": b"old", "logo.png": b"mine", "extra.py": b"mine"})
+    status, text = run("--space", "--push", config=yaml_file)
+    assert status == ExitCode.FOREIGN_CONTENT and "Give another space" in text
+    assert run("--space", "--push", "--force", config=yaml_file)[0] == 0
+    files = on_hub(hub, "spaces/user/tiny-page")
+    assert files["app.py"].decode() == space_files(load_repo_config(yaml_file))["app.py"]
+    assert (files["logo.png"], files["extra.py"]) == (b"mine", b"mine")
+
+
+def test_another_s_space_is_left_alone(
+    hub: LocalHub, never_built: None, run: Callable[..., tuple[int, str]], config: Path, tmp_path: Path
+) -> None:
+    hub.add_repo("spaces/user/tiny-page")
+    front = b"---\nsdk: gradio\nmodels: [somebody/else]\n---\nMy page\n"
+    hub.commit("spaces/user/tiny-page", {"README.md": front, "app.py": b"print(1)"})
+    yaml_file = write_yaml(tmp_path / "shown.yaml", **changed(config, "tiny", space="user/tiny-page"))
+    text = refused(run, ExitCode.FOREIGN_CONTENT, "--space", "--push", config=yaml_file)
+    assert "user/tiny-page at main holds README.md, app.py" in text
+
+
+def test_a_new_space_of_the_hub_s_own_form_is_taken(
+    hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], config: Path, tmp_path: Path
+) -> None:
+    hub.add_repo("spaces/user/tiny-page")
+    hub.commit("spaces/user/tiny-page", {"README.md": b"---\ntitle: x\nsdk: gradio\n---\n"})
+    yaml_file = write_yaml(tmp_path / "shown.yaml", **changed(config, "tiny", space="user/tiny-page"))
+    assert run("--space", "--push", config=yaml_file)[0] == 0
+    assert set(on_hub(hub, "spaces/user/tiny-page")) == {"README.md", "app.py", "requirements.txt"}
+
+
+def test_a_space_in_another_s_namespace_is_refused_before_anything_is_built(
+    hub: LocalHub, never_built: None, run: Callable[..., tuple[int, str]], config: Path, tmp_path: Path
+) -> None:
+    yaml_file = write_yaml(tmp_path / "shown.yaml", **changed(config, "tiny", space="stranger/tiny-page"))
+    text = refused(run, ExitCode.NO_NAMESPACE, "--space", "--push", config=yaml_file)
+    assert "set space in the YAML" in text
+
+
+def test_a_space_needs_a_name_and_main(hub: LocalHub, never_built: None, run: Callable[..., tuple[int, str]]) -> None:
+    assert "space is missing" in refused(run, ExitCode.BAD_INPUT, "--space")
+    assert "without --revision and --create-pr" in refused(run, ExitCode.BAD_INPUT, "--space", "--revision", "next")
 
 
 def test_a_dry_run_needs_no_account(
@@ -1142,7 +1210,8 @@ def test_a_trusted_publisher_pushes_without_a_token_and_asks_for_no_account(
         ({"HF_OIDC_RESOURCE": "user/other"}, (), ExitCode.NOT_LOGGED_IN, "let this workflow publish in the settings"),
         ({"HF_OIDC_ID_TOKEN": "another"}, (), ExitCode.NOT_LOGGED_IN, "let this workflow publish in the settings"),
         ({"HF_OIDC_ID_TOKEN": ""}, (), ExitCode.NOT_LOGGED_IN, "permissions: id-token: write"),
-        ({}, ("--collection", "pruned"), ExitCode.READ_ONLY_TOKEN, "add the repo to the collection by hand"),
+        ({}, ("--collection", "pruned"), ExitCode.READ_ONLY_TOKEN, "--collection: a Trusted Publisher may write to"),
+        ({}, ("--space",), ExitCode.READ_ONLY_TOKEN, "--space: a Trusted Publisher may write to"),
     ],
 )
 def test_what_a_trusted_publisher_lacks_is_named(
