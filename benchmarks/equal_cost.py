@@ -15,11 +15,14 @@ equal time    the budget with which the first token comes as soon: time as a sha
 
 The accuracy at a budget between recorded ones is interpolated, too, linearly in tokens. Nothing is extrapolated, and
 no method's options were chosen by these test sets. Accuracies are means of both; a difference stands in bold where it
-is larger than its 95 % interval, taken as of independent questions.
+is larger than its 95 % interval, taken as of independent questions. `--json results/equal-cost.json` writes what the
+documentation's comparison page shows.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import math
 import sys
@@ -31,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from flops import OURS, first_token_flops, stage_flops
 from geometry import load_geometry, patches_of
+from outputs import output_file
 
 from vispruner.conversion.repo_config import ASSETS
 from vispruner.selectors import DECODER_METHODS, SELECTORS
@@ -40,6 +44,8 @@ MODEL = ASSETS / "tiny-llava"
 TEXT_TOKENS = 14
 STEADY = 1.15
 AGAINST = ("vispruner", "divprune")
+BUDGETS = (50.0, 37.5)
+EQUAL = ("KV cache", "FLOPs", "time")
 
 Points = Sequence[tuple[float, float]]
 
@@ -127,6 +133,36 @@ def budget_of_equal_time(method: str, percent: float, other: str, by_method: Map
     return interpolated([(share, budget) for budget, share in by_method.get(other, {}).items()], taken)
 
 
+def comparisons(against: Sequence[str] = AGAINST) -> list[dict[str, Any]]:
+    """Return every comparison, for the page of the documentation that is sorted and filtered in the browser.
+
+    percent, right               the share of the tokens that `method` keeps, and of its answers that are right
+    equal                        what costs as much: "KV cache", "FLOPs" or "time"
+    other_percent, other_right   the same of the method `against`; None where that was not recorded
+    interval                     half of the 95 % interval of the difference
+    """
+    right, count, by_time = accuracies(), questions(), times(speed_record())
+    found = []
+    for percent, method, other in itertools.product(BUDGETS, _compared(right), against):
+        own = right[method][percent]
+        for equal, budget in zip(EQUAL, _budgets(method, percent, other, by_time), strict=True):
+            reached = None if budget is None else interpolated(list(right[other].items()), budget)
+            row = {"method": method, "percent": percent, "right": own, "against": other, "equal": equal}
+            row |= {"other_percent": None if reached is None else budget, "other_right": reached}
+            found.append(row | {"interval": None if reached is None else _interval(own, reached, count)})
+    return found
+
+
+def _compared(right: Mapping[str, Any]) -> list[str]:
+    return [name for name in DECODER_METHODS if name in right]
+
+
+def _budgets(method: str, percent: float, other: str, by_time: Mapping[str, dict]) -> list[float | None]:
+    """Return the budgets of `other` that cost as much, in the order of `EQUAL`."""
+    operations = budget_of_equal_operations(method, percent, other)
+    return [percent, operations, budget_of_equal_time(method, percent, other, by_time)]
+
+
 def table(against: Sequence[str] = AGAINST) -> str:
     """Return the comparison as Markdown: what the other method gains, in points, and its budget in percent."""
     right, count, by_time = accuracies(), questions(), times(speed_record())
@@ -136,17 +172,12 @@ def table(against: Sequence[str] = AGAINST) -> str:
         + " |",
         "|---" * (3 + 3 * len(against)) + "|",
     ]
-    for percent in (50.0, 37.5):
-        for method in (name for name in DECODER_METHODS if name in right):
-            own, cells = right[method][percent], []
-            for other in against:
-                budgets = [
-                    percent,
-                    budget_of_equal_operations(method, percent, other),
-                    budget_of_equal_time(method, percent, other, by_time),
-                ]
-                cells += [_gain(own, list(right[other].items()), budget, count) for budget in budgets]
-            lines.append(f"| `{method}` | {percent:g} % | {100 * own:.1f} | {' | '.join(cells)} |")
+    for percent, method in itertools.product(BUDGETS, _compared(right)):
+        own, cells = right[method][percent], []
+        for other in against:
+            budgets = _budgets(method, percent, other, by_time)
+            cells += [_gain(own, list(right[other].items()), budget, count) for budget in budgets]
+        lines.append(f"| `{method}` | {percent:g} % | {100 * own:.1f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -155,9 +186,13 @@ def _gain(own: float, points: Points, budget: float | None, questions: int) -> s
     other = None if budget is None else interpolated(points, budget)
     if other is None or budget is None:
         return "not recorded"
-    interval = 1.96 * math.sqrt((own * (1 - own) + other * (1 - other)) / questions)
     text = f"{100 * (other - own):+.1f}"
-    return f"{f'**{text}**' if abs(other - own) > interval else text} ({budget:.0f} %)"
+    return f"{f'**{text}**' if abs(other - own) > _interval(own, other, questions) else text} ({budget:.0f} %)"
+
+
+def _interval(own: float, other: float, questions: int) -> float:
+    """Return half of the 95 % interval of a difference."""
+    return 1.96 * math.sqrt((own * (1 - own) + other * (1 - other)) / questions)
 
 
 def time_table(record: Mapping[str, Any]) -> str:
@@ -199,7 +234,12 @@ def _names(methods: Sequence[str]) -> str:
     return ", ".join(f"`{method}`" for method in methods)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compare methods at equal cost, from the records.")
+    parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write all comparisons here, too")
+    options = parser.parse_args(arguments)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"rows": comparisons()}, indent=1) + "\n", encoding="utf-8")
     record = speed_record()
     print(table(), *([] if record is None else [time_table(record)]), loss_table(), sep="\n\n")
     return 0

@@ -1,6 +1,7 @@
-"""For mkdocs: what lies beside docs/, as the site needs it: the package, recorded pictures, links to other files."""
+"""For mkdocs: what the site needs from beside docs/: the package, pictures, recorded figures, links to other files."""
 
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from comparison import TABLES  # noqa: E402
+
 PACKAGE = tempfile.TemporaryDirectory()
 
 
@@ -33,5 +37,6 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, **arguments: Any) -> str:
     """Point to those pictures, and name files of the repository that are no pages."""
+    markdown = re.sub(r"<!-- comparison: ([\w ]+) -->", lambda found: TABLES[found[1]](), markdown)
     markdown = markdown.replace("(../benchmarks/results/", "(results/")
     return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", markdown)

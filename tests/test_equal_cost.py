@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ import pytest
 from documents import DOCUMENTS
 
 ROOT = Path(__file__).parent.parent
+NUMBERS = ("right", "other_percent", "other_right", "interval")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,15 @@ def test_a_gain_is_bold_where_it_is_larger_than_its_interval(equal_cost: ModuleT
     assert equal_cost._gain(0.94, points, 50.0, 1500) == "+1.0 (50 %)"
     assert equal_cost._gain(0.98, points, 75.0, 1500) == "-1.0 (75 %)"
     assert equal_cost._gain(0.98, points, None, 1500) == "not recorded"
+
+
+def test_the_record_of_the_comparison_page_is_what_the_other_records_give(equal_cost: ModuleType) -> None:
+    stored = json.loads((equal_cost.RESULTS / "equal-cost.json").read_text())["rows"]
+    found = equal_cost.comparisons()
+    unmeasured = dict.fromkeys(NUMBERS)
+    assert [row | unmeasured for row in stored] == [row | unmeasured for row in found]
+    for name in NUMBERS:
+        assert [row[name] for row in stored] == pytest.approx([row[name] for row in found])
 
 
 def test_the_recorded_run_timed_equal_caches(equal_cost: ModuleType) -> None:

@@ -1,0 +1,123 @@
+"""The tables of the documentation's comparison page, as HTML made from the records in results/.
+
+docs/hooks.py puts them into docs/compare.md where it says `<!-- comparison: NAME -->`, and docs/comparison.js makes
+them sortable and filterable. Nothing but the standard library, since the documentation is built without the package.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+# By the name of a test set, the records about it: each method is in at least one of them.
+TEST_SETS = {
+    "scenes 0": ("accuracy-scenes-seed0", "accuracy-methods-seed0", "accuracy-decoder-seed0"),
+    "scenes 1": ("accuracy-scenes-seed1", "accuracy-methods-seed1", "accuracy-decoder-seed1"),
+    "easy-VQA": ("accuracy-easy-vqa-seed0", "accuracy-methods-easy-vqa-seed0"),
+}
+TYPES = ("color", "shape", "digit", "exist", "count", "where", "relation")
+NAMES = {"none": "all tokens", "downsample": "smaller picture, no selection"}
+# What the script is to do with a column: choose rows by it, or show one column of a group.
+FILTER, GROUP = "filter", "group"
+
+
+def accuracy_rows() -> list[list[str]]:
+    """Return the cells of every recorded accuracy; with all tokens only those of the unpruned model."""
+    rows = []
+    for test_set, stems in TEST_SETS.items():
+        for stem in stems:
+            for row in json.loads((RESULTS / f"{stem}.json").read_text(encoding="utf-8"))["rows"]:
+                if row["budget_percent"] < 100 or row["selector"] == "none":
+                    rows.append(_accuracy_row(test_set, row))
+    return rows
+
+
+def _accuracy_row(test_set: str, row: Mapping[str, Any]) -> list[str]:
+    by_type = row["accuracy_by_type"]
+    low, high = row["ci95"]
+    return [
+        _method(row),
+        _place(row),
+        test_set,
+        f"{row['n']:,}",
+        f"{row['budget_percent']:g} %",
+        f"{row['kv_visual_tokens']:g}",
+        f"{100 * row['accuracy']:.1f}",
+        *(f"{100 * by_type[name]:.1f}" if name in by_type else "" for name in TYPES),
+        f"{50 * (high - low):.1f}",
+    ]
+
+
+def _method(row: Mapping[str, Any]) -> str:
+    name = NAMES.get(row["selector"], row["selector"])
+    share = "" if row["important_ratio"] is None else f", ratio {row['important_ratio']}"
+    return name + share + (", positions kept" if row["position_policy"] == "original" else "")
+
+
+def _place(row: Mapping[str, Any]) -> str:
+    """A record gives no policy of positions where tokens leave in the language model, or none leave."""
+    if row["selector"] in NAMES:
+        return "nowhere"
+    return "behind the encoder" if row["position_policy"] is not None else "in the language model"
+
+
+def accuracy_table() -> str:
+    columns = {
+        "method": FILTER,
+        "prunes": FILTER,
+        "test set": FILTER,
+        "questions": "",
+        "kept": FILTER,
+        "tokens": "",
+        "right, %": "",
+        **dict.fromkeys(TYPES, GROUP),
+        "±": "",
+    }
+    return _table("accuracy", columns, accuracy_rows(), "question type")
+
+
+def equal_cost_rows() -> list[list[str]]:
+    """Return the cells of every comparison at equal cost; a gain beyond its interval ends in a star."""
+    rows = []
+    for row in json.loads((RESULTS / "equal-cost.json").read_text(encoding="utf-8"))["rows"]:
+        cells = [row["method"], f"{row['percent']:g} %", f"{100 * row['right']:.1f}", row["against"], row["equal"]]
+        if row["other_right"] is None:
+            rows.append([*cells, "not recorded", "", "", ""])
+            continue
+        gain = row["other_right"] - row["right"]
+        star = " *" if abs(gain) > row["interval"] else ""
+        other = [f"{row['other_percent']:.0f} %", f"{100 * row['other_right']:.1f}", f"{100 * gain:+.1f}{star}"]
+        rows.append([*cells, *other, f"{100 * row['interval']:.1f}"])
+    return rows
+
+
+def equal_cost_table() -> str:
+    columns = {
+        "method": FILTER,
+        "kept": FILTER,
+        "right, %": "",
+        "against": FILTER,
+        "at equal": FILTER,
+        "it keeps": "",
+        "it has right, %": "",
+        "its gain, points": "",
+        "±": "",
+    }
+    return _table("equal cost", columns, equal_cost_rows())
+
+
+TABLES = {"accuracy": accuracy_table, "equal cost": equal_cost_table}
+
+
+def _table(name: str, columns: Mapping[str, str], rows: Sequence[Sequence[str]], group: str = "") -> str:
+    """Return one line of HTML, which Markdown leaves alone."""
+    heads = "".join(
+        f"<th{f' data-{use}' if use else ''}>{html.escape(column)}</th>" for column, use in columns.items()
+    )
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    called = f' data-comparison="{html.escape(name)}"' + (f' data-group-name="{html.escape(group)}"' if group else "")
+    return f"<table{called}><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"

@@ -1,0 +1,73 @@
+// Makes the tables of compare.md sortable and filterable: a menu for each column marked data-filter, one for those marked
+// data-group, of which it shows all or one, and a click on a heading sorts. Without it the tables stand as they are.
+
+for (const table of document.querySelectorAll("table[data-comparison]")) {
+  const heads = [...table.tHead.rows[0].cells];
+  const rows = [...table.tBodies[0].rows];
+  const chosen = new Map(); // by column, the value that a row must have
+  const menus = document.createElement("p");
+  const count = document.createElement("span");
+
+  const number = (text) => parseFloat(text.replace(/,/g, "").replace("\u2212", "-"));
+  const compare = (a, b) => {
+    const [x, y] = [number(a), number(b)];
+    if (!isNaN(x) && !isNaN(y)) return x - y;
+    return a.localeCompare(b);
+  };
+  const text = (row, column) => row.cells[column].textContent;
+
+  const filter = () => {
+    for (const row of rows) row.hidden = ![...chosen].every(([column, value]) => text(row, column) === value);
+    count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
+  };
+
+  const sort = (column, rising) => {
+    const empty = (row) => text(row, column) === ""; // always last
+    rows.sort((a, b) => empty(a) - empty(b) || (rising ? 1 : -1) * compare(text(a, column), text(b, column)));
+    for (const head of heads) head.removeAttribute("aria-sort");
+    heads[column].setAttribute("aria-sort", rising ? "ascending" : "descending");
+    table.tBodies[0].append(...rows);
+  };
+
+  const menu = (name, values, change) => {
+    const label = document.createElement("label");
+    const select = document.createElement("select");
+    select.append(new Option("all", ""), ...values.map((value) => new Option(value, value)));
+    select.onchange = () => change(select.value);
+    select.setAttribute("aria-label", name);
+    label.append(`${name} `, select, " ");
+    menus.append(label);
+  };
+
+  heads.forEach((head, column) => {
+    const words = ["method", "prunes", "test set", "against", "at equal"].includes(head.textContent);
+    head.style.cursor = "pointer";
+    head.title = "sort";
+    head.onclick = () => {
+      const before = head.getAttribute("aria-sort");
+      sort(column, before === null ? words : before === "descending"); // figures begin with the highest
+    };
+    if ("filter" in head.dataset) {
+      const values = [...new Set(rows.map((row) => text(row, column)))].sort(compare);
+      menu(head.textContent, values, (value) => {
+        value ? chosen.set(column, value) : chosen.delete(column);
+        filter();
+      });
+    }
+  });
+
+  const group = heads.flatMap((head, column) => ("group" in head.dataset ? [column] : []));
+  if (group.length) {
+    menu(table.dataset.groupName, group.map((column) => heads[column].textContent), (value) => {
+      for (const column of group) {
+        const hidden = value !== "" && heads[column].textContent !== value;
+        for (const row of [table.tHead.rows[0], ...rows]) row.cells[column].hidden = hidden;
+        if (value !== "" && !hidden) sort(column, false);
+      }
+    });
+  }
+
+  menus.append(count);
+  (table.closest(".md-typeset__scrollwrap") ?? table).before(menus);
+  filter();
+}
