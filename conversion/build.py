@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from vispruner import ARCHITECTURES, __version__, auto_map, code_files
 from vispruner import configuration_vispruner as configuration
+from vispruner.clip_text import TextTowerError, read_text_tower
 from vispruner.codebook_file import CodebookError, read_codebook
 from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
 from vispruner.engine_interface import ENGINE_PROCESSORS
@@ -41,6 +43,7 @@ from .checkpoint_io import (
     TensorHeader,
     atomic_directory,
     checkpoint_shards,
+    has_weights,
     iter_checkpoint_tensors,
     read_json,
     read_tensor_headers,
@@ -57,6 +60,7 @@ from .verify_worker import VIDEO_EXTRA, held_by_layer, keeps_everything, needs_v
 
 OWN_FIELDS = ("architectures", "auto_map", "vispruner_config")  # what config.json gains or gets anew
 COPY_BLOCK = 16 * 2**20
+LAST_NORM = "post_layernorm.weight"
 THIN_ABOVE = 2 * 10**9  # bytes of weights
 
 
@@ -98,7 +102,7 @@ def build_repo(
         names, expected = _check_weights(source.tensor_headers(), folder, repo, config_json)
         _try_method_options(repo)
         held = _refuse_ineffective(repo, expected.model, folder)
-        codebooks = _checked_codebooks(repo, config_json)
+        _check_files(repo, config_json, folder)
         if drop_unused_vision_layers or repo.drop_unused_vision_layers:
             config_json = _without_unused_layers(config_json)
             names, expected = without_dropped_layers(names, config_json), model_layout(repo.architecture, config_json)
@@ -106,13 +110,13 @@ def build_repo(
         _write_json(staging / "config.json", config_json)
         _write_json(staging / "generation_config.json", _generation_config(folder, base_config, tokenizer))
         (staging / "README.md").write_text(model_card(repo, revision, thin, held, limit), encoding="utf-8")
-        for path in (*code_files(repo.architecture), *card_files(repo), *codebooks):
+        for path in (*code_files(repo.architecture), *card_files(repo), *repo.files.values()):
             shutil.copyfile(path, staging / path.name)
         for name, content in (endpoint_files(repo.architecture) if repo.handler else {}).items():
             (staging / name).write_bytes(content)
         _write_processor(folder, staging)
-        if engine_processor or repo.engine_processor:
-            _name_engine_processor(staging / "processor_config.json", repo.architecture)
+        if engine_processor or repo.engine_processor or "text_tower" in repo.files:
+            _name_own_processor(staging / "processor_config.json", repo.architecture)
         if not thin:
             write_published_weights(folder, staging, names, show_progress=show_progress)
             written = {name: header.shape for name, header in read_tensor_headers(staging).items()}
@@ -298,16 +302,31 @@ def _refuse_ineffective(repo: RepoConfig, model: Any, folder: Path) -> list[int]
     return held_by_layer(model, image_processor)
 
 
-def _checked_codebooks(repo: RepoConfig, config_json: Mapping[str, Any]) -> list[Path]:
-    """Return the codebook that the repo gets, if it gets one."""
-    if repo.codebook_file is None:
-        return []
+def _check_files(repo: RepoConfig, config_json: Mapping[str, Any], base: Path) -> None:
+    """Refuse a file that vispruner_config names and that is not one for this model."""
     config = ARCHITECTURES[repo.architecture].config_class.from_dict(copy.deepcopy(dict(config_json)))
     try:
-        read_codebook(repo.codebook_file, config.get_text_config().hidden_size)
-    except CodebookError as error:
-        raise BuildError(f"{repo.path}: vispruner_config.codebook: {error}") from error
-    return [repo.codebook_file]
+        if (codebook := repo.files.get("codebook")) is not None:
+            read_codebook(codebook, config.get_text_config().hidden_size)
+        if (tower := repo.files.get("text_tower")) is not None:
+            if repo.architecture not in ENGINE_PROCESSORS:
+                raise TextTowerError(f"only {' and '.join(ENGINE_PROCESSORS)} can have one, not {repo.architecture}")
+            read_text_tower(tower, config.vision_config.hidden_size, _last_norm(base))
+    except (CodebookError, TextTowerError) as error:
+        field = "codebook" if isinstance(error, CodebookError) else "text_tower"
+        raise BuildError(f"{repo.path}: vispruner_config.{field}: {error}") from error
+
+
+def _last_norm(base: Path) -> torch.Tensor | None:
+    """Return the weight of the last layer norm of a base's vision tower; None where no safetensors here have it."""
+    shards = checkpoint_shards(base) if has_weights(base) else {}
+    for shard in shards:
+        if shard.suffix == ".safetensors":
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    if name.endswith(LAST_NORM):
+                        return file.get_tensor(name)
+    return None
 
 
 def _repo_config_json(
@@ -352,8 +371,8 @@ def engine_auto_map(architecture: str) -> dict[str, str] | None:
     return {"AutoProcessor": f"{processor.__module__.rsplit('.', 1)[-1]}.{processor.__name__}"}
 
 
-def _name_engine_processor(path: Path, architecture: str) -> None:
-    """Say in processor_config.json which class of the repo's code counts kept tokens; the rest stays the base's."""
+def _name_own_processor(path: Path, architecture: str) -> None:
+    """Say in processor_config.json which class of the repo's code is its processor; the rest stays the base's."""
     own = engine_auto_map(architecture)
     if own is None:
         raise BuildError(

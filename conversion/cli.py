@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_show,
         _add_methods,
         _add_codebook,
+        _add_text_tower,
         _add_calibrate,
         _add_serve_check,
     ):
@@ -300,6 +301,16 @@ def _add_codebook(commands: Any) -> None:
     )
 
 
+def _add_text_tower(commands: Any) -> None:
+    examples = "  vispruner text-tower path/to/clip-vit-large-patch14-336 --out clip-text.safetensors"
+    summary = "write what of a CLIP checkpoint compares a question with patches, for `vispruner_config.text_tower`"
+    parser = _add_command(commands, "text-tower", summary, examples, _text_tower)
+    parser.add_argument(
+        "clip", metavar="CLIP", help="the checkpoint that the vision tower of a LLaVA came from: a folder or a Hub id"
+    )
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .safetensors file to write")
+
+
 def _add_calibrate(commands: Any) -> None:
     examples = (
         "  vispruner calibrate                                     the embedded model, on drawn scenes\n"
@@ -433,6 +444,12 @@ def _codebook(**options: Any) -> Done:
     from .codebook import write_codebook
 
     return Done(f"wrote {write_codebook(**options)}")
+
+
+def _text_tower(**options: Any) -> Done:
+    from .text_tower import write_text_tower
+
+    return Done(f"wrote {write_text_tower(**options)}")
 
 
 def _calibrate(out: str | None, **options: Any) -> Done:

@@ -105,6 +105,7 @@ def model_card(
         where=_where(options),
         in_decoder=_methods(options)[1] is not None,
         is_guided=_is_guided(options),
+        own_processor="text_tower" in repo.files,  # which others need not load by its own code
         is_vispruner=own_method,
         pruning=PAPER if own_method else f"visual token pruning by the method `{options['method']}` (see below)",
         budget=_budget_text(repo, options),
@@ -297,10 +298,13 @@ def _option_rows(repo: RepoConfig, held: Sequence[int] | None) -> list[tuple[str
         "dedup_step": "tokens dropped per round of duplicate removal, at most",
         "seed": "of the draw",
         "codebook": "the prototypes of redundant tokens, a file of this repository",
+        "text_tower": "CLIP's text tower, a file of this repository, by which it compares the question with patches",
     }
     if options["important_ratio"] == "auto":
         meanings["important_ratio"] = "the most attended tokens get less of the budget where features are more varied"
     taken = {*selector.options, *selector.needs}
+    if options["text_tower"] is not None and selector.is_guided:
+        taken.add("text_tower")
     where = "the layer that gives the features" if layer is None else f"layer {layer}"
     if selector.saliency_layers is not None:
         whose = whose if selector.saliency_kind == "cls" else "from all tokens of the image, on average"

@@ -111,6 +111,8 @@ def model_inputs(model: PreTrainedModel, processor: Any, picture: Picture, quest
     for name, renamed in model.renamed_inputs.items():
         if name in inputs:
             inputs[renamed] = inputs.pop(name)
+    if model.model.compares_in_clip:
+        inputs.update(model.question_inputs([question]))
     return inputs.to(model.device, model.dtype)
 
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from vispruner import ARCHITECTURES
-from vispruner.configuration_vispruner import FIELD_NAMES, merge_vispruner_config
+from vispruner.configuration_vispruner import FIELD_NAMES, FILES, merge_vispruner_config
 from vispruner.selectors import require_published
 
 from .checkpoint_io import read_regular
@@ -86,7 +86,7 @@ class RepoConfig:
     engine_processor  the repo's processor counts kept tokens for engines that run the repo's own code
     handler           the repo carries what an Inference Endpoint runs
     space  the Hub id of the Space that shows the model; the card links to it
-    codebook_file  what vispruner_config.codebook, the name it has in the repo, is copied from
+    files  by field of vispruner_config that names a file, by the name it has in the repo, what that is copied from
     budgets  name of a further branch -> the one budget field that its config.json has in place of the main one's
     """
 
@@ -103,7 +103,7 @@ class RepoConfig:
     engine_processor: bool = False
     handler: bool = False
     space: str | None = None
-    codebook_file: Path | None = None
+    files: dict[str, Path] = field(default_factory=dict)
 
     @property
     def base_on_hub(self) -> bool:
@@ -161,7 +161,9 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
             + did_you_mean(architecture, list(ARCHITECTURES))
         )
     options = _vispruner_config(path, content["vispruner_config"])
-    codebook_file = _codebook_file(path, options)
+    files = {name: file for name in FILES if (file := _file_of(path, name, options)) is not None}
+    if len({file.name for file in files.values()}) < len(files):
+        raise RepoConfigError(f"{path}: vispruner_config: {' and '.join(files)} must be files of different names")
     return RepoConfig(
         path=path,
         repo_id=content["repo_id"],
@@ -176,7 +178,7 @@ def load_repo_config(config: str | os.PathLike[str]) -> RepoConfig:
         engine_processor=_flag(path, content, "engine_processor"),
         handler=_flag(path, content, "handler"),
         space=space,
-        codebook_file=codebook_file,
+        files=files,
     )
 
 
@@ -358,18 +360,19 @@ def _vispruner_config(path: Path, options: Any) -> dict[str, Any]:
     return complete
 
 
-def _codebook_file(path: Path, options: dict[str, Any]) -> Path | None:
-    """Find the codebook, beside the YAML or in this package, and leave in `options` the name it has in the repo."""
-    named = options["codebook"]
+def _file_of(path: Path, name: str, options: dict[str, Any]) -> Path | None:
+    """Find a file that an option names, beside the YAML or in this package, and leave there its name in the repo."""
+    named = options[name]
     if named is None:
         return None
     places = [path.parent / Path(named).expanduser(), ASSETS / named]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise RepoConfigError(
-            f"{path}: vispruner_config.codebook: there is no {named} beside this file: `vispruner codebook` makes one"
+            f"{path}: vispruner_config.{name}: there is no {named} beside this file: "
+            f"`vispruner {name.replace('_', '-')}` makes one"
         )
-    options["codebook"] = found.name
+    options[name] = found.name
     return found
 
 

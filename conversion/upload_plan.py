@@ -143,8 +143,8 @@ def plan_branch(
 def built_files(folder: Path, repo: RepoConfig) -> list[LocalFile]:
     """List and hash the files of a built repo: exactly those that a build of this YAML writes."""
     names = {path.name for path in code_files(repo.architecture)} | {CARD, *CONFIG_FILES}
-    names |= {path.name for path in (*card_files(repo), repo.codebook_file) if path is not None}
     names |= {HANDLER, REQUIREMENTS} if repo.handler else set()
+    names |= {path.name for path in (*card_files(repo), *repo.files.values())}
     if has_weights(folder):
         names |= {path.name for path in checkpoint_shards(folder)} | {INDEX}
     present = {path.name: path for path in sorted(folder.iterdir())}

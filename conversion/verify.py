@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vispruner import ARCHITECTURES, SELECTORS, __version__, architecture_of, auto_map, code_files
+from vispruner.clip_text import check_tensors
 from vispruner.codebook_file import KEY, read_codebook
-from vispruner.configuration_vispruner import merge_vispruner_config
+from vispruner.configuration_vispruner import FILES, merge_vispruner_config
 
 from . import layout_worker, verify_worker
 from .base_checkpoint import (
@@ -314,7 +315,7 @@ class _Verification:
         whose = f"{self.weights.repo_id} at {self.weights.commit}" if is_thin else ""
         if self.layout.problems:
             raise VerifyError((f"the base {whose} does not fit: " if whose else "") + "; ".join(self.layout.problems))
-        if (codebook := _codebook_name(self.config)) is not None:
+        if (codebook := _named_files(self.config).get("codebook")) is not None:
             read_codebook(folder / codebook, self.layout.width)
         self.copy.hash_weights()
         if whose:
@@ -403,19 +404,39 @@ def _check_options(folder: Path, config: Mapping[str, Any]) -> str:
         raise VerifyError(f"vispruner_config lacks {', '.join(absent)}: build the repo again")
     if unknown := [name for name in options["method"].split("+") if name not in ("none", *SELECTORS)]:
         raise VerifyError(f"vispruner_config.method {unknown[0]!r} is not a registered selector")
-    codebook = "" if options["codebook"] is None else f", {_check_codebook(folder, options['codebook'])}"
+    files = "" if options["codebook"] is None else f", {_check_codebook(folder, options['codebook'])}"
+    files += "" if options["text_tower"] is None else f", {_check_text_tower(folder, config, options['text_tower'])}"
     if options["method"] == "none":
-        return "method none" + codebook
+        return "method none" + files
     count, stages = options["visual_token_num"], options["stage_token_nums"]
     budget = f"{count} tokens" if count is not None else f"stages of {stages} tokens"
     if options["keep_ratio"] is not None:
         budget = f"{options['keep_ratio']:.1%}"
-    return f"method {options['method']}, {budget}{codebook}"
+    return f"method {options['method']}, {budget}{files}"
+
+
+def _require_file(folder: Path, field: str, name: str) -> None:
+    if not (folder / name).is_file() or Path(name).name != name:
+        raise VerifyError(f"vispruner_config.{field} {name} is no file of the repo: build the repo again")
+
+
+def _check_text_tower(folder: Path, config: Mapping[str, Any], name: str) -> str:
+    """Compare names and shapes; the fresh process loads it, and holds it against the vision tower."""
+    _require_file(folder, "text_tower", name)
+    shapes = {tensor: header.shape for tensor, header in safetensors_headers(folder / name).items()}
+    check_tensors(name, shapes, (config.get("vision_config") or {}).get("hidden_size"))
+    processor = read_json(folder / "processor_config.json", MOST_SETTINGS)
+    own = engine_auto_map(config["model_type"])
+    if own is None or processor.get("auto_map") != own:
+        raise VerifyError(
+            f"vispruner_config.text_tower {name}: processor_config.json does not name the processor that reads the "
+            "question for it: build the repo again"
+        )
+    return f"a text tower of {len(shapes)} tensors"
 
 
 def _check_codebook(folder: Path, name: str) -> str:
-    if not (folder / name).is_file() or Path(name).name != name:
-        raise VerifyError(f"vispruner_config.codebook {name} is no file of the repo: build the repo again")
+    _require_file(folder, "codebook", name)
     if (folder / name).stat().st_size > MOST_BYTES:
         raise VerifyError(f"vispruner_config.codebook {name} is larger than {MOST_BYTES / 2**20:g} MiB, which none is")
     found = safetensors_headers(folder / name).get(KEY)
@@ -423,8 +444,10 @@ def _check_codebook(folder: Path, name: str) -> str:
     return f"a codebook of {len(read_codebook(folder / name, width))} prototypes"
 
 
-def _codebook_name(config: Mapping[str, Any]) -> str | None:
-    return (config.get("vispruner_config") or {}).get("codebook")
+def _named_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return by field the files that vispruner_config names."""
+    stored = config.get("vispruner_config") or {}
+    return {field: stored[field] for field in FILES if stored.get(field) is not None}
 
 
 def _check_architectures(config: Mapping[str, Any]) -> str:
@@ -512,7 +535,7 @@ def _refuse_stray_weights(copy: FolderCopy, config: Mapping[str, Any], weights: 
     unsafe = sorted(name for name in copy.files if name.endswith(UNSAFE_SUFFIXES))
     if unsafe:
         raise VerifyError(f"{', '.join(unsafe)} can run code when loaded: only safetensors are published")
-    found = {name for name in copy.files if name.endswith(".safetensors")} - {_codebook_name(config)}
+    found = {name for name in copy.files if name.endswith(".safetensors")} - {*_named_files(config).values()}
     if weights.repo_id is not None:
         if stray := sorted(found | {*WEIGHT_FILES} & copy.files.keys()):
             raise VerifyError(f"the repo is thin, so {', '.join(stray)} would be ignored: build it anew, thin or full")

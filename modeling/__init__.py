@@ -189,8 +189,7 @@ def load(
     if (name.startswith((".", "~", "/")) or name.count("/") > 1) and not Path(name).exists():
         raise FileNotFoundError(f"{name} does not exist: give a checkpoint folder or a Hub id (owner/name)")
     _require_checkpoint(Path(name), options.get("subfolder") or "")
-    if isinstance(fields.get("codebook"), PathLike):
-        fields["codebook"] = fspath(fields["codebook"])
+    fields |= {name: fspath(fields[name]) for name in configuration.FILES if isinstance(fields.get(name), PathLike)}
     for option in options:
         if close := difflib.get_close_matches(option, configuration.FIELD_NAMES, n=1, cutoff=0.8):
             raise ValueError(f"load has no keyword {option!r}: did you mean {close[0]}?")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
+from .configuration_vispruner import FILES, VisPrunerOptions, merge_vispruner_config
 from .prompt_reading import Questions
 
 
@@ -48,6 +48,7 @@ class Call:
     places         (B, S, 3) where the visual tokens of its prompt lie in their images; None where no method asks
     importance     (B, N) what its caller said of these tokens, in their order
     told           (B, S) the same in their columns; None where no method asks
+    clip_inputs    what the call said of the questions of its rows for CLIP's text tower, by name
     questions      by modality what is asked about its images, where a method chooses by that
     question       that of the modality whose images are encoded now
     """
@@ -60,6 +61,7 @@ class Call:
     places: torch.Tensor | None = None
     importance: torch.Tensor | None = None
     told: torch.Tensor | None = None
+    clip_inputs: Mapping[str, Any] = field(default_factory=dict)
     questions: Mapping[str, Questions] = field(default_factory=dict)
     question: Questions | None = None
 
@@ -134,11 +136,12 @@ class CallOptionsMixin:
     @staticmethod
     def _merged_for_one_call(stored: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         merged = merge_vispruner_config(stored, dict(changes))
-        if merged["codebook"] != stored.get("codebook"):
-            raise ValueError(
-                "vispruner_config.codebook cannot be changed for one call, since it is read from a file: use "
-                "model.set_vispruner_config(codebook=...)"
-            )
+        for name in FILES:
+            if merged[name] != stored.get(name):
+                raise ValueError(
+                    f"vispruner_config.{name} cannot be changed for one call, since it is read from a file: use "
+                    f"model.set_vispruner_config({name}=...)"
+                )
         return merged
 
     def require_usable(self, vispruner_config: dict[str, Any]) -> None:

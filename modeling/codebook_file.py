@@ -1,4 +1,7 @@
-"""Find and read the file of the codebook of redundant visual tokens, for selectors that compare tokens with one."""
+"""Find and read the file of the codebook of redundant visual tokens, for selectors that compare tokens with one.
+
+Other files that a repo carries beside its weights are found the same way.
+"""
 
 import os
 from typing import Any
@@ -16,20 +19,25 @@ class CodebookError(ValueError):
 
 def find_codebook(codebook: str, repo: str | None, hub_options: dict[str, Any]) -> str:
     """Return the path of the file that `vispruner_config.codebook` means: a bare name lies in the model's repo."""
-    if os.path.basename(codebook) != codebook:
-        path = os.path.expanduser(codebook)
+    return find_file("codebook", codebook, repo, hub_options, "vispruner codebook")
+
+
+def find_file(field: str, named: str, repo: str | None, hub_options: dict[str, Any], maker: str) -> str:
+    """Return the path of the file that a field of `vispruner_config` names; `maker` is the command that makes such."""
+    if os.path.basename(named) != named:
+        path = os.path.expanduser(named)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"vispruner_config.codebook: there is no file {path}")
+            raise FileNotFoundError(f"vispruner_config.{field}: there is no file {path}")
         return path
     reason: object = "this model comes from no repo"
     if repo:
         try:
-            return str(cached_file(repo, codebook, **hub_options))
+            return str(cached_file(repo, named, **hub_options))
         except OSError as error:
             reason = error
     raise FileNotFoundError(
-        f"vispruner_config.codebook: {codebook} is not in {repo or 'a repo'}; give ./{codebook} for a file in the "
-        f"working directory, or make one with `vispruner codebook`. The reason was: {reason}"
+        f"vispruner_config.{field}: {named} is not in {repo or 'a repo'}; give ./{named} for a file in the "
+        f"working directory, or make one with `{maker}`. The reason was: {reason}"
     )
 
 

@@ -39,6 +39,8 @@ class VisPrunerOptions:
     seed              method "random" only
     codebook          method "codebook" only: a safetensors file that `vispruner codebook` made; its bare name where it
                       lies in the repo, else a path
+    text_tower        methods that read the question, LLaVA and LLaVA-NeXT: likewise a file that `vispruner text-tower`
+                      made; CLIP then compares the question with patches. null: words as the language model embeds them
     base_model_name_or_path, base_model_revision   where the weights came from
     weights           "full": the repo holds them; "thin": it holds none, and loading takes them from that base
     vispruner_version   version of this package that built the repo
@@ -57,6 +59,7 @@ class VisPrunerOptions:
     tile_mode: str = "paper"
     seed: int | None = None
     codebook: str | None = None
+    text_tower: str | None = None
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     weights: str = "full"
@@ -77,8 +80,10 @@ class VisPrunerOptions:
         _require(self.tile_mode in TILE_MODES, "tile_mode", '"paper" or "native"', self.tile_mode)
         _require(self.seed is None or _is_int(self.seed), "seed", "an integer or null", self.seed)
         _require(self.method != "random" or self.seed is not None, "seed", 'an integer when method is "random"', None)
-        _require(self.codebook is None or _is_codebook(self.codebook), "codebook",
-                 "null or a .safetensors file not named like weights (model...)", self.codebook)  # fmt: skip
+        for name in FILES:
+            named = getattr(self, name)
+            _require(named is None or _is_tensor_file(named), name,
+                     "null or a .safetensors file not named like weights (model...)", named)  # fmt: skip
         _require(self.weights in WEIGHTS, "weights", '"full" or "thin"', self.weights)
         for name in ("base_model_name_or_path", "base_model_revision", "vispruner_version"):
             value = getattr(self, name)
@@ -158,6 +163,9 @@ class VisPrunerOptions:
         return min(self.visual_token_num or visual_tokens, visual_tokens)
 
 
+FILES = ("codebook", "text_tower")  # fields that name a file of the repo
+# What a call says of the questions of its rows, for CLIP's text tower: ids, and which of them are no padding.
+CLIP_INPUTS = ("clip_input_ids", "clip_attention_mask")
 BUDGETS = ("visual_token_num", "keep_ratio", "stage_token_nums")
 FIELD_NAMES = tuple(field.name for field in fields(VisPrunerOptions))
 
@@ -179,8 +187,7 @@ def merge_vispruner_config(stored: dict[str, Any] | None, changes: dict[str, Any
         merged |= {name: None for name in ("prune_layers", "method_options") if name not in changes}
         if merged["method"] == "none":
             merged["stage_token_nums"] = None
-    if isinstance(merged.get("codebook"), os.PathLike):
-        merged["codebook"] = os.fspath(merged["codebook"])
+    merged |= {name: os.fspath(merged[name]) for name in FILES if isinstance(merged.get(name), os.PathLike)}
     return VisPrunerOptions(**merged).to_dict()
 
 
@@ -215,7 +222,7 @@ def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
 
-def _is_codebook(value: Any) -> bool:
+def _is_tensor_file(value: Any) -> bool:
     name = os.path.basename(value) if isinstance(value, str) else ""
     return name.endswith(".safetensors") and not name.startswith("model")
 

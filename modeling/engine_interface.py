@@ -11,12 +11,12 @@ from transformers import LlavaNextProcessor, LlavaProcessor, PreTrainedConfig
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from transformers.processing_utils import ProcessorMixin
 
+from .clip_text import FILE_ARGUMENTS, QuestionProcessorMixin
 from .configuration_vispruner import VisPrunerOptions, merge_vispruner_config
 from .selectors import require_choice_by_image
 
 # The attention function that vLLM's Transformers backend gives the language model.
 ENGINE_ATTENTION = "vllm"
-FILE_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder")
 
 
 class EngineModelMixin:
@@ -113,12 +113,12 @@ class EngineProcessorMixin:
         return VisPrunerOptions.from_dict(self.vispruner_config)
 
 
-class VisPrunerLlavaProcessor(EngineProcessorMixin, LlavaProcessor):
-    """`LlavaProcessor` that tells an engine how many visual tokens are kept."""
+class VisPrunerLlavaProcessor(QuestionProcessorMixin, EngineProcessorMixin, LlavaProcessor):
+    """`LlavaProcessor` that tells an engine how many visual tokens are kept, and CLIP what is asked."""
 
 
-class VisPrunerLlavaNextProcessor(EngineProcessorMixin, LlavaNextProcessor):
-    """`LlavaNextProcessor` that tells an engine how many visual tokens are kept; tile_mode "paper" only."""
+class VisPrunerLlavaNextProcessor(QuestionProcessorMixin, EngineProcessorMixin, LlavaNextProcessor):
+    """`LlavaNextProcessor` that tells an engine how many are kept (tile_mode "paper" only), and CLIP what is asked."""
 
     def kept_count(self, full: int, image_size: Any) -> int:
         options, images = self.options, self.image_processor

@@ -2,7 +2,7 @@
 
 A question is given in one of two forms. `text` are the words as the language model embeds them, which any
 architecture has; projected features are compared with them. `text_embeds` are what a CLIP text tower makes of it,
-which the authors compare with CLIP's `image_embeds`; whoever has that tower can call these functions with both.
+which the authors compare with CLIP's `image_embeds`; a repo that carries that tower gives both (`clip_text.py`).
 """
 
 import torch

@@ -119,6 +119,19 @@ class LlavaEncoderMixin(TowerEncoderMixin):
 
     tower_types = ("clip_vision_model", "dinov2", "dinov2_with_registers", "vit")
 
+    @property
+    def has_common_space(self) -> bool:  # type: ignore[override]
+        is_clip = self.config.vision_config.model_type == "clip_vision_model"
+        return is_clip and isinstance(self.config.vision_feature_layer, int)
+
+    @property
+    def last_norm_weight(self) -> torch.Tensor:
+        return transformer_of(self.vision_tower).post_layernorm.weight.detach()
+
+    def last_normed(self, features: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return transformer_of(self.vision_tower).post_layernorm(features)
+
     def make_prunable(self) -> None:
         super().make_prunable()
         if self._has_known_tower:

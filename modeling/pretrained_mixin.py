@@ -25,7 +25,7 @@ def stock_class_of(cls: type) -> type:
 class PretrainedMixin:
     """For the ForConditionalGeneration class. Modifications against stock:
 
-    * `save_pretrained` writes the code files, `auto_map` and the codebook, if there is one
+    * `save_pretrained` writes the code files, `auto_map` and the files that it names
     * `from_pretrained` refuses missing weights, and takes those of a thin repo from its base
     """
 
@@ -70,7 +70,7 @@ class PretrainedMixin:
                 f"{', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''} ({len(missing)} in all). "
                 "Check that the checkpoint is complete and of this architecture"
             )
-        model.model.load_codebook(pretrained_model_name_or_path, **where)
+        model.model.load_files(pretrained_model_name_or_path, **where)
         vars(model.generation_config).pop("vispruner_config", None)  # stock offers it every keyword of this call
         return (model, info) if wants_info else model
 
@@ -95,28 +95,32 @@ class PretrainedMixin:
                 require_published(method)
         self.config.auto_map = self.vispruner_auto_map()
         stored = {**self.config.vispruner_config, "weights": "full"}
-        self.config.vispruner_config = {**stored, "codebook": self._save_codebook(save_directory)}
+        self.config.vispruner_config = {**stored, **self._save_files(save_directory)}
         try:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.config.vispruner_config = stored
 
-    def _save_codebook(self, save_directory: Any) -> str | None:
-        """Copy the codebook, where there is one, and return the name it has in the folder."""
-        path, named = self.model.codebook_path, self.config.vispruner_config.get("codebook")
-        if path is None or named is None:
-            return named
-        name = os.path.basename(path)
-        os.makedirs(save_directory, exist_ok=True)
-        # In a folder that nobody else can foresee or enter: a link that stands in the way is replaced, not followed.
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=save_directory) as folder:
-            shutil.copyfile(path, os.path.join(folder, name))
-            os.replace(os.path.join(folder, name), os.path.join(save_directory, name))
-        return name
+    def _save_files(self, save_directory: Any) -> dict[str, str]:
+        """Copy the files that `vispruner_config` names, and return by field the names they have in the folder."""
+        paths, config = self.model.paths_of_files, self.config.vispruner_config
+        named = {field: path for field, path in paths.items() if config.get(field) is not None}
+        return {field: _copied(path, save_directory) for field, path in named.items()}
 
     def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:
-        """Stock uploads what is newer than this list; the codebook is written before stock makes it."""
+        """Stock uploads what is newer than this list; those files are written before stock makes it."""
         stamps = super()._get_files_timestamps(working_dir)  # type: ignore[misc]
-        if self.model.codebook_path is not None:
-            stamps.pop(os.path.basename(self.model.codebook_path), None)
+        for path in self.model.paths_of_files.values():
+            stamps.pop(os.path.basename(path), None)
         return stamps
+
+
+def _copied(path: str, folder: Any) -> str:
+    """Copy a file into a folder, which is made, and return its name there."""
+    name = os.path.basename(path)
+    os.makedirs(folder, exist_ok=True)
+    # In a folder that nobody else can foresee or enter: a link that stands in the way is replaced, not followed.
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as inner:
+        shutil.copyfile(path, os.path.join(inner, name))
+        os.replace(os.path.join(inner, name), os.path.join(folder, name))
+    return name

@@ -59,7 +59,7 @@ IMAGES = Modality(
 class Questions:
     """What the rows of a prompt ask about their images.
 
-    words    (B, L, D) the words of each row's question, as the language model embeds them
+    words    (B, L, D) the words of each row's question, as the language model embeds them; or in CLIP's common space
     is_word  (B, L)    False for what fills up a row with fewer words
     rows     of each image, in reading order, the row that shows it
     """
@@ -213,9 +213,13 @@ class Prompt:
         row, embeds = torch.arange(self.rows, device=self.device)[:, None], self.inputs.get("inputs_embeds")
         with torch.no_grad():
             words = embed(self.inputs["input_ids"][row, order]) if embeds is None else embeds[row, order]
-        written, is_word = self.full if self.form == "full" else self.kept, is_word.gather(1, order)
+        return self.questions_in(words.detach(), is_word.gather(1, order))
+
+    def questions_in(self, words: torch.Tensor, is_word: torch.Tensor) -> dict[str, Questions]:
+        """Return these words (B, L, D) as what each row asks about its images of each modality, by its name."""
+        written = self.full if self.form == "full" else self.kept
         rows = {token: rows_of_images(self.layout.placeholders[token], images) for token, images in written.items()}
-        return {modality.name: Questions(words.detach(), is_word, rows[token]) for modality, token in self.modalities}
+        return {modality.name: Questions(words, is_word, rows[token]) for modality, token in self.modalities}
 
     def with_inputs(self, inputs: Mapping[str, Any]) -> "Prompt":
         """Return this prompt with other inputs of the same tokens; what was read of it stays."""

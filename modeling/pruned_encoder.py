@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import logging
 
 from .choosing import choose, choose_each, watch_choices
+from .clip_text import TextTower, find_text_tower, read_text_tower
 from .codebook_file import find_codebook, read_codebook
 from .configuration_vispruner import used_vision_layers
 from .pruned_forward import PrunedForwardMixin
@@ -61,7 +62,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     packs_images = False
     budget_unit = "image"
     _keys_to_ignore_on_load_unexpected: Any
-    codebook_path: str | None = None  # of the file that the buffer `codebook` was read from
+    has_common_space = False  # whether patches of its tower have a place in CLIP's common space
+    text_tower: TextTower | None = None
     watch_choices = staticmethod(watch_choices)  # of the code that this model runs, which may be a repo's own
 
     def __init__(self, config: Any) -> None:
@@ -109,6 +111,12 @@ class VisPrunerModelMixin(PrunedForwardMixin):
                     f'vispruner_config.method "{method}" is experimental: its authors published no code, so its rule '
                     "is a reading of their paper and their figures need not come out"
                 )
+        if self.vispruner_options.text_tower is not None and not self.has_common_space:
+            raise ValueError(
+                f"vispruner_config.text_tower: patches of {type(self).__name__} have no place in CLIP's common space "
+                "with this configuration; only LLaVA and LLaVA-NeXT, with a CLIP tower and one vision_feature_layer, "
+                "have one: leave it out, and words are compared as the language model embeds them"
+            )
         self.check_method_options()
         self.check_decoder_options()
         if (method := self.methods[0]) is not None:
@@ -213,6 +221,9 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         owners = range(len(tokens.features)) if tokens.owners is None else tokens.owners
         rows = torch.tensor([question.rows[owner] for owner in owners]).to(question.words.device, non_blocking=True)
         words, is_word = (given[rows].to(tokens.features.device) for given in (question.words, question.is_word))
+        if self.compares_in_clip:
+            patches = self.require_text_tower().of_patches(self.last_normed(tokens.features))
+            return {"text_embeds": words, "image_embeds": patches}
         saliency = torch.zeros(is_word.shape, device=is_word.device).masked_fill(~is_word, float("-inf"))
         return {"text": words, "text_saliency": saliency}
 
@@ -244,15 +255,46 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         """Whether the method folds together what is projected, and not features."""
         return SELECTORS[self.encoder_options.method].merge_on == "projected"
 
-    def load_codebook(self, repo: str | None, **hub_options: Any) -> None:
-        """Hold the codebook that the configuration names, if it names one; a bare name is looked up in `repo`."""
-        named = self.vispruner_options.codebook
-        path = None if named is None else find_codebook(named, repo, hub_options)
-        codebook = None if path is None else read_codebook(path, self.config.get_text_config().hidden_size)
-        if codebook is not None and self.device.type != "meta":
-            codebook = codebook.to(self.device)
+    @property
+    def last_norm_weight(self) -> torch.Tensor:
+        """The weight (C,) of the last layer norm of a tower of CLIP."""
+        raise AttributeError(f"{type(self).__name__} must say where the last layer norm of its tower is")
+
+    def last_normed(self, features: torch.Tensor) -> torch.Tensor:
+        """Return features (B, N, C) behind the last layer norm of a tower of CLIP."""
+        raise AttributeError(f"{type(self).__name__} must say where the last layer norm of its tower is")
+
+    @property
+    def paths_of_files(self) -> dict[str, str]:
+        """By field of `vispruner_config` the file that was read for it."""
+        return dict(getattr(self, "_paths_of_files", {}))
+
+    def load_files(self, repo: str | None, **hub_options: Any) -> None:
+        """Hold what is in the files that the configuration names, or nothing; a bare name is looked up in `repo`.
+
+        Where one of them cannot be read, what was held before stays.
+        """
+        options, paths = self.vispruner_options, dict[str, str]()
+        codebook = tower = None
+        if options.codebook is not None:
+            paths["codebook"] = find_codebook(options.codebook, repo, hub_options)
+            codebook = read_codebook(paths["codebook"], self.config.get_text_config().hidden_size)
+            codebook = codebook if self.device.type == "meta" else codebook.to(self.device)
+        if options.text_tower is not None and self.has_common_space:
+            paths["text_tower"] = find_text_tower(options.text_tower, repo, hub_options)
+            width, norm = self.config.vision_config.hidden_size, self.last_norm_weight
+            tower = read_text_tower(paths["text_tower"], width, norm)
         self.register_buffer("codebook", codebook, persistent=False)
-        self.codebook_path = path
+        self.text_tower, self._paths_of_files = tower, paths
+
+    def require_text_tower(self) -> TextTower:
+        if self.text_tower is None:
+            raise ValueError(
+                f"vispruner_config.text_tower {self.vispruner_options.text_tower!r} was not read, because none is "
+                "named, or this model did not come from from_pretrained: give it by "
+                "set_vispruner_config(text_tower=...)"
+            )
+        return self.text_tower
 
     def _read_codebook(self) -> torch.Tensor:
         codebook = getattr(self, "codebook", None)

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 from .call_options import Pruning
+from .clip_text import TextTower, checked_ids
+from .configuration_vispruner import CLIP_INPUTS
 from .decoder_pruning import DecoderForward, columns_of_stage
 from .encoded_images import features_of
 from .position_policies import Original, Renumbered
 from .prompt_reading import (
     FEATURES,
     Prompt,
+    Questions,
     cached_length,
     cached_prompt,
     count_tokens,
@@ -54,7 +57,15 @@ def forward_of(stock: type, *further: str) -> Callable[..., Any]:
     keywords = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     new = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-        for name in (*further, FEATURES, "encoded_images", "vispruner_config", "prompt_lengths", "visual_importance")
+        for name in (
+            *further,
+            FEATURES,
+            "encoded_images",
+            "vispruner_config",
+            "prompt_lengths",
+            "visual_importance",
+            *CLIP_INPUTS,
+        )
         if name not in signature.parameters
     ]
     places = [parameter.name for parameter in named[1:]]  # after self
@@ -67,6 +78,7 @@ def forward_of(stock: type, *further: str) -> Callable[..., Any]:
         prompt_lengths    (B,) columns that are question; those behind are an answer, by which no method may rank.
                           Without, what comes before the first label, or all
         visual_importance (B, N) how much each visual token of a row counts, for a method that ranks by that ("sgl")
+        clip_input_ids, clip_attention_mask  (B, M, L) the question of each row for CLIP, as the repo's processor gives
         """
         if len(args) > len(places):
             raise TypeError(f"forward takes {len(places)} inputs by place, got {len(args)}: name the others")
@@ -88,6 +100,7 @@ class PrunedForwardMixin(PrunedDecoderMixin):
     """
 
     image_names: tuple[str, ...] = ()  # all that stock has called the pixels of images, where it had several names
+    dtype: torch.dtype
     default_position_policy = "renumber"
     wrong_in_stock: dict[str, str] = {}  # options of generate that it gets wrong where a prompt has images, and why
     training: bool
@@ -105,6 +118,7 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         last = inputs.pop("prompt_lengths", None)
         last = None if last is None else torch.as_tensor(last).reshape(-1) - 1
         importance = inputs.pop("visual_importance", None)
+        clip_inputs = {name: inputs.pop(name) for name in CLIP_INPUTS if name in inputs}
         compiling = torch.compiler.is_compiling()
         if compiling and not self.prunes_in_decoder and not self.is_guided:
             # How many columns fall cannot be traced: stock checks that none need to.
@@ -115,6 +129,7 @@ class PrunedForwardMixin(PrunedDecoderMixin):
             call.last = call.last if last is None else last
             with self.call_with(inputs.pop("vispruner_config", None)) as options:
                 options.importance = options.importance if importance is None else importance
+                options.clip_inputs = clip_inputs or options.clip_inputs
                 outputs = run(stock_forward, self.named_as_stock(inputs), call)
         if head is not None:  # which makes a tuple of its own output
             return outputs
@@ -245,6 +260,15 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         method = self.methods[0]
         return method is not None and selector_named(method).is_guided
 
+    @property
+    def compares_in_clip(self) -> bool:
+        """Whether the question is compared with patches in CLIP's common space, by a text tower of the repo."""
+        return self.is_guided and self.vispruner_options.text_tower is not None
+
+    def require_text_tower(self) -> TextTower:
+        """Return CLIP's text tower; ValueError where none was read."""
+        raise AttributeError(f"{type(self).__name__} must say where its text tower is")
+
     def note_questions(self, prompt: Prompt, last: torch.Tensor | None = None) -> None:
         """Note what a prompt asks about its images, before they are encoded; where a method chooses by that.
 
@@ -252,14 +276,29 @@ class PrunedForwardMixin(PrunedDecoderMixin):
         """
         call = self.open_call
         if call is not None and self.is_guided and self._has_pixels(prompt.inputs):
-            call.questions = prompt.questions(self.get_input_embeddings(), last)
+            call.questions = self._questions_of(prompt, last, call.clip_inputs)
+
+    def _questions_of(
+        self, prompt: Prompt, last: torch.Tensor | None, clip_inputs: Mapping[str, Any]
+    ) -> dict[str, Questions]:
+        """Return what is asked about the images of each modality: read by CLIP, or as words of the language model."""
+        if not self.compares_in_clip:
+            return prompt.questions(self.get_input_embeddings(), last)
+        if not prompt.drops_tokens:
+            return {}
+        ids, is_token = checked_ids(clip_inputs, prompt.rows)
+        pixels = prompt.inputs[self.modalities[0].pixels]
+        like = torch.empty(0, dtype=self.dtype, device=pixels.device)
+        asked = self.require_text_tower().of_questions(ids, is_token, like)
+        return prompt.questions_in(asked, torch.ones_like(asked[..., 0], dtype=torch.bool))
 
     def encode_prompt(self, **inputs: Any) -> dict[str, Any]:
         """Return the vision outputs of a prompt's images by modality, as `forward` has them: chosen for its question.
 
         inputs  what the processor returned
         """
-        with self.call_with():
+        with self.call_with() as call:
+            call.clip_inputs = {name: inputs.pop(name, None) for name in CLIP_INPUTS}
             given = self.named_as_stock(inputs)
             if self.is_guided:
                 self.note_questions(self.read_prompt(given))

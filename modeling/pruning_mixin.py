@@ -5,7 +5,7 @@ A pruned model is the stock model whose images have fewer tokens. The base model
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import ModelOutput, logging
 
 from .call_options import Pruning, TokenCounts
-from .configuration_vispruner import merge_vispruner_config
+from .configuration_vispruner import CLIP_INPUTS, FILES, merge_vispruner_config
 from .cpu_workarounds import give_lm_head_its_own_rows
 from .encoded_images import EncodedImages
 from .engine_interface import EngineModelMixin
@@ -33,7 +33,7 @@ from .visual_features import only_tokens, tokens_of
 # Under the logger of transformers, so that `transformers serve --log-level` counts.
 logger = logging.get_logger(f"transformers.{__name__}")
 
-OURS = ("encoded_images", "vispruner_config", "visual_importance")  # arguments that stock does not have
+OURS = ("encoded_images", "vispruner_config", "visual_importance", *CLIP_INPUTS)  # arguments that stock does not have
 
 # Arguments of generate for which None says "not given"; for any other, such as top_k, it is a value. Those of the
 # modalities come on top.
@@ -102,9 +102,9 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         merged = merge_vispruner_config(before, changes)
         self.model.require_usable(merged)
         self.config.vispruner_config = merged
-        if "codebook" in changes:
+        if changes.keys() & {*FILES}:
             try:
-                self.model.load_codebook(self.name_or_path)
+                self.model.load_files(self.name_or_path)
             except (ValueError, OSError):
                 self.config.vispruner_config = before
                 raise
@@ -118,6 +118,16 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
     def visual_token_counts(self) -> "TokenCounts":
         """Called with pixel_values and the rest of the processor's output: tokens per image, in full and kept."""
         return TokenCounts(self.model)
+
+    def question_inputs(self, questions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Return what `generate` and `forward` take of the question of each row, where CLIP reads it (`text_tower`).
+
+        The repo's own processor adds the same; this is for prompts that a stock one has written.
+        """
+        if isinstance(questions, str):
+            raise TypeError("question_inputs takes a list, one question for each row of the prompt, got a string")
+        ids = self.model.require_text_tower().tokenize(questions)
+        return {name: value.to(self.device) for name, value in ids.items()}
 
     @torch.no_grad()
     def encode_images(
@@ -183,6 +193,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         encoded_images    made by `encode_images`, in place of pixel values
         vispruner_config  fields that differ in this call, such as {"visual_token_num": 64}
         visual_importance (B, N) how much each visual token of a row counts, for a method that ranks by that ("sgl")
+        clip_input_ids, clip_attention_mask  (B, M, L) the question of each row for CLIP, as the repo's processor gives
         """
         hooks = {
             "logits_processor": logits_processor,
@@ -195,6 +206,7 @@ class VisPrunerMixin(PretrainedMixin, EngineModelMixin, GenerationMixin):
         kwargs = self._given(kwargs)
         with base.call_with(kwargs.pop("vispruner_config", None)) as call:
             call.importance = kwargs.pop("visual_importance", None)
+            call.clip_inputs = {name: kwargs.pop(name, None) for name in CLIP_INPUTS}
             arguments = base.named_as_stock(kwargs)
             prompt = self._read_prompt(inputs, arguments, generation_config)
             call.is_short = True

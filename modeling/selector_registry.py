@@ -259,7 +259,7 @@ _INPUTS = ["features", "saliency", "visual_token_num"]
 #   raw_keys        (B, 1+N, d)      the keys of that layer likewise, that of [CLS] first
 #   text            (B, L, C)        features of the prompt's columns; behind the encoder, its embedded words
 #   text_saliency   (B, L)           saliency of these; -inf where there is no word of the question
-#   image_embeds    (B, N, E)        the tokens in the common space of CLIP, which no architecture here gives
+#   image_embeds    (B, N, E)        the tokens in the common space of CLIP, where a repo carries its text tower
 #   text_embeds     (B, M, E)        the question's parts in that space
 #   layer_inputs    (B, N, C)        what the decoder layer that ranks was given; the features are what it made of it
 #   places          (B, N, 3)        the number of each token's image, and how far down and across from its centre it

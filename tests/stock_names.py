@@ -96,6 +96,10 @@ def names_in_modules(names: Names) -> dict[str, str]:
         "transformers": f"""
             AttentionInterface.register(key value /)
             AutoConfig.from_pretrained(pretrained_model_name_or_path / **)
+            CLIPTextConfig.__init__(vocab_size hidden_size intermediate_size num_hidden_layers max_position_embeddings
+                projection_dim num_attention_heads hidden_act layer_norm_eps eos_token_id bos_token_id pad_token_id)
+            CLIPTextModelWithProjection.__init__(config /)
+            CLIPTextModelWithProjection.forward(input_ids attention_mask ** >text_embeds)
             Cache.get_seq_length
             GenerationConfig.from_model_config(model_config /)
             GenerationConfig.from_pretrained(pretrained_model_name / **)
@@ -132,6 +136,7 @@ def names_in_modules(names: Names) -> dict[str, str]:
             PreTrainedModel.loss_function
             PreTrainedModel.post_init
             PreTrainedModel.save_pretrained(save_directory / **)
+            PreTrainedTokenizerFast.__init__(*tokenizer_file)
 
             Gemma3Config Gemma3Config.__init__ Gemma3Model Gemma3Model.__init__(config /)
             Gemma3ForConditionalGeneration.__init__(config /)
@@ -283,6 +288,8 @@ def names_in_modules(names: Names) -> dict[str, str]:
         "transformers.processing_utils": """
             MultiModalData.num_image_tokens
             ProcessorMixin.__call__(images text **)
+            ProcessorMixin.apply_chat_template(conversation / add_generation_prompt)
+            ProcessorMixin.chat_template?
             ProcessorMixin.from_pretrained(pretrained_model_name_or_path / **)
             ProcessorMixin.get_processor_dict(pretrained_model_name_or_path / **)
         """,
@@ -349,9 +356,14 @@ ON_MODELS = {
         model.vision_tower.encoder.layer[0].attention.config._attn_implementation
         model.multi_modal_projector.forward
     """,
-    "llava": f"{TOWER.format('vision_tower')} {PATCHES} {FEATURE_CHOICE} model.multi_modal_projector.forward",
+    "llava": f"""
+        {TOWER.format("vision_tower")} {PATCHES} {FEATURE_CHOICE}
+        model.vision_tower.vision_model?.post_layernorm.weight
+        model.multi_modal_projector.forward
+    """,
     "llava_next": f"""
         {TOWER.format("vision_tower")} {PATCHES} {FEATURE_CHOICE}
+        model.vision_tower.vision_model?.post_layernorm.weight
         config.image_grid_pinpoints
         model.image_newline
         model.multi_modal_projector.forward

@@ -19,7 +19,19 @@ import vispruner
 from vispruner.conversion import build, cli, codebook, convert, demo, picture, verify
 from vispruner.conversion.questions import Question, is_right, scene_questions
 
-COMMANDS = ("demo", "build", "verify", "publish", "convert", "show", "methods", "codebook", "calibrate", "serve-check")
+COMMANDS = (
+    "demo",
+    "build",
+    "verify",
+    "publish",
+    "convert",
+    "show",
+    "methods",
+    "codebook",
+    "text-tower",
+    "calibrate",
+    "serve-check",
+)
 
 
 @pytest.fixture(scope="module")

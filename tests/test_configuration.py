@@ -41,6 +41,7 @@ DEFAULTS = {
     "tile_mode": "paper",
     "seed": None,
     "codebook": None,
+    "text_tower": None,
     "base_model_name_or_path": None,
     "base_model_revision": None,
     "weights": "full",
@@ -105,6 +106,12 @@ INVALID = [
     (
         "codebook",
         (1, "", "codebook.bin", "made/model.safetensors"),
+        "null or a .safetensors file not named like weights (model...)",
+        "",
+    ),
+    (
+        "text_tower",
+        (1, "", "tower.bin", "made/model.safetensors"),
         "null or a .safetensors file not named like weights (model...)",
         "",
     ),

@@ -10,6 +10,7 @@ from cases import NEW, NONE, ONE, TOLERANCE, TWO, answers, generate, packed_as_s
 from transformers import DynamicCache
 
 import vispruner
+from vispruner.configuration_vispruner import CLIP_INPUTS
 from vispruner.selectors import ENCODER_METHODS
 from vispruner.stock_versions import CACHE
 
@@ -474,6 +475,7 @@ class TestSignature:
             "vispruner_config",
             "prompt_lengths",
             "visual_importance",
+            *CLIP_INPUTS,
         )  # newer stock has the first itself
         assert [name for name in ours if name not in added] == [name for name in stock if name not in added]
 

@@ -96,11 +96,13 @@ NAMES = [
     "vispruner_config.method",
     "vispruner_config.weights",
     "vispruner_config.codebook",
+    "vispruner_config.text_tower",
     "vispruner_config.visual_token_num",
     "vispruner_config.base_model_name_or_path",
 ]
 FITTING = {
     "vispruner_config.codebook": [None],
+    "vispruner_config.text_tower": [None],
     "vispruner_config.visual_token_num": [10**30],  # more than there are: all are kept
     "vispruner_config.base_model_name_or_path": [None, "x"],
 }
