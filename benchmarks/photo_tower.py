@@ -121,9 +121,10 @@ def resized(model: Dinov2Model, image_size: int) -> Dinov2Model:
 def with_tower(folder: Path, out: Path, cache: Path | None = None) -> None:
     """Write to `out` the checkpoint of `train_photo.py` in `folder`, with the tower that it lacks."""
     model, loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32", output_loading_info=True)
-    missing = {name for name in loaded["missing_keys"] if ".vision_tower." not in f".{name}"}
-    if missing or loaded["unexpected_keys"] or loaded["mismatched_keys"]:
-        raise RuntimeError(f"{folder} is no checkpoint of train_photo.py: {loaded}")
+    loaded["missing_keys"] = {name for name in loaded["missing_keys"] if ".vision_tower." not in f".{name}"}
+    wrong = {what: names for what, names in loaded.items() if names}
+    if wrong or model.config.vision_config.model_type != "dinov2":
+        raise RuntimeError(f"{folder} is no checkpoint of train_photo.py: {wrong or 'its tower is another'}")
     tower = Dinov2Model.from_pretrained(tower_folder(model.config.vision_config.image_size, cache))
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.save_pretrained(out)

