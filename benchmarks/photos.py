@@ -80,7 +80,7 @@ CARDS = {
 
 SIDES = {"train": ((52, 64), (76, 92)), "unseen": ((46, 52), (64, 76), (92, 98))}  # pixels, of a thing's longer side
 TURNS = {"train": (0, 12), "unseen": (12, 24)}  # degrees, either way
-LETTERS = {"train": ((22, 26), (30, 34)), "unseen": ((26, 30),)}  # pixels, the size of the font
+LETTERS = {"train": ((34, 40), (46, 52)), "unseen": ((40, 46),)}  # pixels, the size of the font
 SIGN_TURNS = {"train": (0, 6), "unseen": (6, 12)}
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono-Bold.ttf")
 TILTS = (20, 40)
@@ -138,12 +138,16 @@ SQUARE_NAMES = tuple(f"{column}-{row}" for row in ROW_NAMES for column in COLUMN
 
 @dataclass(frozen=True)
 class Thing:
-    """A thing (name is its class, color that of its card) or a sign (name is its word, color its own)."""
+    """A thing (name is its class, color that of its card) or a sign (name is its word, color its own).
+
+    letters  the centers of a sign's letters, from the first to the last
+    """
 
     kind: str
     name: str
     box: Box
     color: str | None = None
+    letters: tuple[tuple[float, float], ...] = ()
 
     @property
     def center(self) -> tuple[float, float]:
@@ -179,7 +183,8 @@ def generate_photo(split: str, seed: int, index: int) -> Photo:
     colors = [str(color) for color in rng.permutation(list(CARDS))]
     for word in _choose(rng, WORDS, 2 if rng.random() < SECOND_SIGN_SHARE else 1):
         color = colors.pop()
-        _paste(rng, image, things, _sign(rng, band, word, color), Thing("sign", word, (0, 0, 0, 0), color))
+        drawn, letters = _sign(rng, band, word, color)
+        _paste(rng, image, things, drawn, Thing("sign", word, (0, 0, 0, 0), color, letters))
     copies = int(rng.integers(1, 5))
     names = _choose(rng, CLASSES, int(rng.integers(2, 4)) + 2 * (copies == 1))
     for name in [names[0]] * (copies - 1) + names:
@@ -376,15 +381,22 @@ def _drawn(rng: np.random.Generator, band: str, name: str, color: str | None) ->
     return image.rotate(_either_way(rng, TURNS[band]), Image.Resampling.BICUBIC, expand=True)
 
 
-def _sign(rng: np.random.Generator, band: str, word: str, color: str) -> Image.Image:
-    """A coloured sign with a word in the ink that contrasts with it, turned a little."""
+def _sign(
+    rng: np.random.Generator, band: str, word: str, color: str
+) -> tuple[Image.Image, tuple[tuple[float, float], ...]]:
+    """A coloured sign with a word in the ink that contrasts with it, turned a little; and its letters' centers."""
     file = package_file("matplotlib", f"mpl-data/fonts/ttf/{FONTS[int(rng.integers(len(FONTS)))]}")
     font = ImageFont.truetype(str(file), _within(rng, LETTERS[band]))
     left, top, right, bottom = font.getbbox(word)
     sign = Image.new("RGBA", (int(right - left) + 16, int(bottom - top) + 14), (*CARDS[color], 255))
     ink = "black" if sum(CARDS[color]) > 400 else "white"
     ImageDraw.Draw(sign).text((8 - left, 7 - top), word, font=font, fill=ink)
-    return sign.rotate(_either_way(rng, SIGN_TURNS[band]), Image.Resampling.BICUBIC, expand=True)
+    degrees = _either_way(rng, SIGN_TURNS[band])
+    turned = sign.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+    ends = [font.getlength(word[:count]) for count in range(len(word) + 1)]
+    along = [8 - left + (ends[i] + ends[i + 1]) / 2 - sign.width / 2 for i in range(len(word))]
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return turned, tuple((turned.width / 2 + x * cos, turned.height / 2 - x * sin) for x in along)
 
 
 def _paste(rng: np.random.Generator, image: Image.Image, things: list[Thing], drawn: Image.Image, what: Thing) -> None:
@@ -395,7 +407,8 @@ def _paste(rng: np.random.Generator, image: Image.Image, things: list[Thing], dr
         box = (left, top, left + width, top + height)
         if all(_apart(box, other.box) for other in things):
             image.paste(drawn, box, drawn)
-            things.append(Thing(what.kind, what.name, box, what.color))
+            letters = tuple((left + x, top + y) for x, y in what.letters)
+            things.append(Thing(what.kind, what.name, box, what.color, letters))
             return
 
 

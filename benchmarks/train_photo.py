@@ -2,8 +2,9 @@
 
 A stock `LlavaForConditionalGeneration`. The tower is frozen; a projector of two layers and a small Llama learn. Three
 stages, each counted in steps and resumable:
-  features   what the tower says of many pictures is computed once and stored, 0.44 MB a picture.
-  projector  each patch of a thing or a sign is to resemble, projected, the embeddings of the words that name it.
+  features   what two layers of the tower say of many pictures is computed once and stored, 0.9 MB a picture.
+  projector  each patch of a thing or a sign is to resemble, projected, the embeddings of the words that name it, and
+             of the letter that it shows.
   language   projector and language model learn to answer. The questions of a picture share its tokens in one sequence,
              under a block mask. In a part of the steps the model sees a random part of the image tokens, renumbered,
              so that short images are nothing new and a step costs less; no pruning method takes part.
@@ -75,10 +76,15 @@ from vispruner.conversion.checkpoint_io import replacing
 PATCH = 14
 GRID = PHOTO_SIZE // PATCH
 PATCHES = GRID * GRID
+ROWS, COLUMNS = (np.indices((GRID, GRID)).reshape(2, -1) + 0.5) * PATCH  # the patches' centers
 CHUNK = 200  # pictures whose features are one file
 LEAST = 80  # pixels of a patch that make it one of a thing
+# Of the tower's layers, by a linear readout of training pictures: the middle ones tell most of letters and things, and
+# the one before the last, which LLaVA takes alone, least; its [CLS] attention is what tokens are ranked by.
+FEATURE_LAYERS = [6, -2]
 NAMES = (*CLASSES, *WORDS)
-TAGS = {"name": NAMES, "color": tuple(CARDS), "square": SQUARE_NAMES}
+LETTERS = tuple(f"{number}-{letter}" for number in NUMBERS[1:] for letter in "abcdefghijklmnopqrstuvwxyz")
+TAGS = {"name": NAMES, "color": tuple(CARDS), "square": SQUARE_NAMES, "letter": LETTERS}
 
 
 @dataclass(frozen=True)
@@ -140,15 +146,15 @@ def cache_features(tower: Dinov2Model, recipe: Recipe, split: str, count: int, f
 
 
 def encode(tower: Dinov2Model, recipe: Recipe, photos: Sequence[Photo]) -> np.ndarray:
-    """The patches' features (B, N, C) that LLaVA reads of a tower without its last layer, in half precision."""
+    """The patches' features (B, N, C) that LLaVA reads, in half precision."""
     pixels = to_pixels(np.stack([np.asarray(photo.image) for photo in photos]), MEAN, STD)
     with autocast(recipe.bfloat16):
-        hidden = tower(pixels, output_hidden_states=True).hidden_states[-1]
-    return hidden[:, 1:].float().numpy().astype(np.float16)
+        states = tower(pixels, output_hidden_states=True).hidden_states
+    return torch.cat([states[layer][:, 1:] for layer in FEATURE_LAYERS], dim=-1).float().numpy().astype(np.float16)
 
 
 def tag_patches(things: Sequence) -> dict[str, np.ndarray]:
-    """What each patch is part of: the name, the color and the square of the thing or sign there (N,)."""
+    """What each patch is part of: name, color, square and letter of the thing or sign there (N,)."""
     tags = {name: np.full(PATCHES, UNTAGGED) for name in TAGS}
     for o in things:
         patches = covered(o.box)
@@ -157,6 +163,9 @@ def tag_patches(things: Sequence) -> dict[str, np.ndarray]:
             tags["color"][patches] = TAGS["color"].index(o.color)
         if (square := square_of(o.center)) is not None:
             tags["square"][patches] = SQUARE_NAMES.index(square)
+        for place, (x, y) in enumerate(o.letters):
+            near = np.hypot(COLUMNS - x, ROWS - y) < PATCH
+            tags["letter"][near] = LETTERS.index(f"{NUMBERS[place + 1]}-{o.name[place]}")
     return tags
 
 
@@ -218,7 +227,7 @@ def corpus() -> list[str]:
     rng = np.random.default_rng(0)
     photos = [generate_photo("train", 0, index) for index in range(60)]
     asked = [q.text for photo in photos for q in ask(photo.things, photo.background, rng)]
-    answers = (*NAMES, *CARDS, *SQUARE_NAMES, *NUMBERS, *PHOTOGRAPH_NAMES, "yes", "no")
+    answers = (*NAMES, *LETTERS, *CARDS, *SQUARE_NAMES, *NUMBERS, *PHOTOGRAPH_NAMES, "yes", "no")
     return [prompt(text) for text in dict.fromkeys(asked)] + [f" {answer}" for answer in answers]
 
 
@@ -260,7 +269,7 @@ class Run(TrainingRun):
     def __init__(self, recipe: Recipe, work: Path, features: Path, save_every: int) -> None:
         self.tower = Dinov2Model.from_pretrained(tower_folder(PHOTO_SIZE))
         self.tokenizer = build_tokenizer(corpus())
-        self.model = llava_of(self.tower.config, recipe, self.tokenizer)
+        self.model = llava_of(self.tower.config, recipe, self.tokenizer, FEATURE_LAYERS)
         self.coder = QuestionCoder(self.tokenizer)
         self.align = Alignment(self.tokenizer, TAGS)
         self.stored_features = features
@@ -274,7 +283,6 @@ class Run(TrainingRun):
     def features(self) -> None:
         clock = time.monotonic()
         self.stored_features.mkdir(exist_ok=True)
-        del self.tower.encoder.layer[-1]  # LLaVA reads what comes before it
         for split, count in self._counts().items():
             cache_features(self.tower.eval(), self.recipe, split, count, self.stored_features)
         self.progress.seconds["features"] += time.monotonic() - clock

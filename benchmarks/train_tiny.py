@@ -181,7 +181,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlavaForC
     return llava_of(vision, recipe, tokenizer)
 
 
-def llava_of(vision: Any, recipe: Any, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+def llava_of(
+    vision: Any, recipe: Any, tokenizer: PreTrainedTokenizerFast, feature_layer: int | list[int] = -2
+) -> LlavaForConditionalGeneration:
     """A LLaVA-1.5 with fresh weights on this tower; width, text_layers, heads and seed are the recipe's."""
     torch.manual_seed(recipe.seed)
     text = LlamaConfig(
@@ -202,7 +204,7 @@ def llava_of(vision: Any, recipe: Any, tokenizer: PreTrainedTokenizerFast) -> Ll
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=-2,
+        vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default",
         pad_token_id=tokenizer.pad_token_id,
     )

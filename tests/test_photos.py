@@ -186,3 +186,17 @@ def _answers(photo: Photo, q: photos.Question) -> set[str]:
 def _square(o: Thing) -> str:
     x, y = o.center
     return f"{'abcd'[int(x // 84)]}-{('one', 'two', 'three', 'four')[int(y // 84)]}"
+
+
+def test_letters_lie_where_they_are_said_to_be(tested: list[Photo]) -> None:
+    """Along a sign, in its box and in order; ink and ground of each letter differ around its center."""
+    for photo in tested:
+        grey = np.asarray(photo.image.convert("L")).astype(int)
+        for o in (o for o in photo.things if o.kind == "sign"):
+            left, top, right, bottom = o.box
+            assert len(o.letters) == len(o.name) == 4
+            assert list(o.letters) == sorted(o.letters)
+            for x, y in o.letters:
+                assert left < x < right and top < y < bottom
+                around = grey[int(y) - 8 : int(y) + 9, int(x) - 8 : int(x) + 9]
+                assert np.ptp(around) > 80

@@ -29,10 +29,10 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def train_photo(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The script with a tower of two narrow layers and two pictures in a file of features."""
+    """The script with a narrow tower and two pictures in a file of features."""
     module = pytest.importorskip("train_photo")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "use_mask_token": False}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "use_mask_token": False}
     tower = Dinov2Model(Dinov2Config(**sizes, image_size=336, patch_size=14, mlp_ratio=2))
     folder = tmp_path_factory.mktemp("tower")
     tower.save_pretrained(folder)
@@ -101,11 +101,13 @@ def test_stored_features_are_those_that_llava_reads(trained: Path, train_photo: 
         assert torch.equal(model.model.vision_tower.state_dict()[name], tensor)
     photo = train_photo.generate_photo("train", 0, 3)
     pixels = AutoProcessor.from_pretrained(tmp_path / "whole").image_processor(photo.image, return_tensors="pt")
+    read: list[torch.Tensor] = []
+    model.model.multi_modal_projector.register_forward_pre_hook(lambda module, given: read.append(given[0]))
     with torch.no_grad():
-        read = model.model.vision_tower(pixels["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+        model.get_image_features(pixels["pixel_values"])
     pictures = train_photo.Pictures(trained.with_name("photo.work") / "features", "train", 6)
     stored = pictures.features([3], np.arange(train_photo.PATCHES))
-    torch.testing.assert_close(stored.float(), read, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(stored.float(), read[0], atol=2e-3, rtol=2e-3)
     assert pictures.shown[3] == (photo.things, photo.background)
 
 
@@ -132,13 +134,17 @@ def test_patches_are_tagged_with_what_they_show(train_photo: Any) -> None:
         patch = int(y // train_photo.PATCH) * train_photo.GRID + int(x // train_photo.PATCH)
         assert train_photo.NAMES[tags["name"][patch]] == o.name
         assert o.color is None or tuple(train_photo.CARDS)[tags["color"][patch]] == o.color
+        for place, (x, y) in enumerate(o.letters):
+            patch = int(y // train_photo.PATCH) * train_photo.GRID + int(x // train_photo.PATCH)
+            number, letter = train_photo.LETTERS[tags["letter"][patch]].split("-")
+            assert letter == o.name[place] and train_photo.NUMBERS.index(number) == place + 1
         square = train_photo.square_of(o.center)
         assert square is None or train_photo.SQUARE_NAMES[tags["square"][patch]] == square
 
 
 def test_the_first_layer_begins_with_features_of_one_scale(train_photo: Any, trained: Path) -> None:
     pictures = train_photo.Pictures(trained.with_name("photo.work") / "features", "train", 6)
-    layer = torch.nn.Linear(16, 16)
+    layer = torch.nn.Linear(32, 16)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     train_photo.standardise(layer, pictures)
     features = pictures.features(range(6), np.arange(train_photo.PATCHES)).float().flatten(0, 1)
