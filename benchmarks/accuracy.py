@@ -16,6 +16,11 @@ Object recall   the share of the objects that keep a patch, where a patch belong
             the object's box.
 100 %       nothing is dropped, so every selector is the dense model: it runs once, and each selector gets its row.
 
+With photographs (`--dataset photos --repo FOLDER`, a checkpoint of train_photo.py) come three further figures:
+no-image    the question alone, without a picture: what guessing and habit get right.
+hard        the questions that the smaller picture of the same budget gets wrong.
+yes         how often something is said to be there that is not.
+
 `accelerate launch --multi_gpu --num_processes N benchmarks/accuracy.py` shares the batches out among N processes; they
 run on the CPU, whatever accelerate calls them. The figures stay the same.
 """
@@ -52,6 +57,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from outputs import output_file
+from photo_tower import lacks_tower, with_tower
+from photos import PHOTO_QUESTION_TYPES, generate_photo
 from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate_scene
 
 from vispruner import SELECTORS, __version__
@@ -64,9 +71,12 @@ from vispruner.stock_versions import CACHE
 
 CONFIG = "tiny-llava-vispruner"
 CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpoint
-DATASETS = ("scenes", "easy-vqa")
-DENSE, DOWNSAMPLE = "none", "downsample"
+PHOTOS = "photos"
+DATASETS = ("scenes", "easy-vqa", PHOTOS)
+KINDS = tuple(dict.fromkeys((*QUESTION_TYPES, *PHOTO_QUESTION_TYPES)))
+DENSE, DOWNSAMPLE, NO_IMAGE = "none", "downsample", "no-image"
 BUDGETS = (100.0, 50.0, 25.0, 12.5, 6.0)
+PHOTO_BUDGETS = (100.0, 33.33, 22.22, 11.11, 5.56)  # 192, 128, 64 and 32 of 576
 RATIOS: tuple[float | str, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
 AUTO = "auto"  # the ratio that an image's own features decide
 POLICIES = ("renumber", "original")
@@ -111,7 +121,7 @@ class Variant:
 
     def options(self, draw: int, batch: int) -> dict[str, Any]:
         """The `vispruner_config` fields to set; every draw and batch of a random selector has its own seed."""
-        if self.selector in (DENSE, DOWNSAMPLE):
+        if self.selector in (DENSE, DOWNSAMPLE, NO_IMAGE):
             return {"method": "none"}
         options = {
             "method": self.selector,
@@ -127,6 +137,7 @@ class Seen:
     """What one batch gave under one draw of one variant; the objects of a picture count at its first question."""
 
     right: list[bool]
+    said_yes: list[bool]
     kv_visual_tokens: int
     objects: int
     objects_kept: int
@@ -134,15 +145,17 @@ class Seen:
 
 @dataclass
 class Tally:
-    """What was seen of one variant: right or wrong by draw and question, objects that kept a patch, cached tokens."""
+    """What was seen of one variant: answers by draw and question, objects that kept a patch, cached tokens."""
 
     right: dict[int, list[bool]] = field(default_factory=lambda: defaultdict(list))
+    said_yes: dict[int, list[bool]] = field(default_factory=lambda: defaultdict(list))
     objects: int = 0
     objects_kept: int = 0
     kv_visual_tokens: set[int] = field(default_factory=set)
 
     def add(self, draw: int, seen: Seen) -> None:
         self.right[draw] += seen.right
+        self.said_yes[draw] += seen.said_yes
         self.objects += seen.objects
         self.objects_kept += seen.objects_kept
         self.kv_visual_tokens.add(seen.kv_visual_tokens)
@@ -167,7 +180,7 @@ class Answers:
 
 def questions(dataset: str, seed: int, limit: int) -> list[Sample]:
     """Return the first `limit` questions of the test set that a seed stands for."""
-    source = _scene_samples(seed) if dataset == "scenes" else _easy_vqa_samples(seed)
+    source = {"scenes": _scene_samples, "easy-vqa": _easy_vqa_samples, PHOTOS: _photo_samples}[dataset](seed)
     samples = []
     for sample in source:
         samples.append(sample)
@@ -183,6 +196,16 @@ def _scene_samples(seed: int) -> Iterator[Sample]:
         boxes = tuple(o.box for o in scene.objects)
         for place, q in enumerate(scene.questions):
             yield Sample(index, place == 0, scene.image, q.text, q.answer, q.type, boxes)
+        index += 1
+
+
+def _photo_samples(seed: int) -> Iterator[Sample]:
+    index = 0
+    while True:
+        photo = generate_photo("test", seed, index)
+        boxes = tuple(o.box for o in photo.things)
+        for place, q in enumerate(photo.questions):
+            yield Sample(index, place == 0, photo.image, q.text, q.answer, q.type, boxes)
         index += 1
 
 
@@ -217,6 +240,7 @@ class PublishedModel:
             raise BenchmarkError(f"{repo} is a {config.model_type} model: only llava repos (one tile) are measured")
         self.codebook = config.vispruner_config["codebook"] if codebook is None else str(codebook.resolve())
         self.patch_size: int = config.vision_config.patch_size
+        self.interpolates = config.vision_config.model_type == "dinov2"  # whatever the size, and takes no word for it
         self.grid: int = config.vision_config.image_size // self.patch_size
         module = type(self.model).__module__.rpartition(".")[0] + ".selectors"
         self.selection: Any = importlib.import_module(module)
@@ -232,15 +256,17 @@ class PublishedModel:
         return {name: selector for name, selector in registry if self.codebook or "codebook" not in selector.needs}
 
     def inputs(self, samples: Sequence[Sample], grid: int | None = None) -> Any:
-        """Process one batch; `grid` makes the pictures smaller, to grid x grid patches."""
-        texts = [self.prompt(sample.text) for sample in samples]
+        """Process one batch; `grid` makes the pictures smaller, to grid x grid patches, and 0 leaves them out."""
+        texts = [self.prompt(sample.text, with_image=grid != 0) for sample in samples]
+        if grid == 0:
+            return self.processor(text=texts, padding=True, return_tensors="pt")
         side = (grid or self.grid) * self.patch_size
         smaller = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}} if grid else {}
         images = [sample.image for sample in samples]
         return self.processor(images=images, text=texts, padding=True, return_tensors="pt", **smaller)
 
-    def prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+    def prompt(self, question: str, *, with_image: bool = True) -> str:
+        content = [*([{"type": "image"}] if with_image else []), {"type": "text", "text": question}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def longest_answer(self, answers: Iterable[str]) -> int:
@@ -305,7 +331,7 @@ class PublishedModel:
 
         def interpolate(tower: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
             pixels = args[0] if args else kwargs["pixel_values"]
-            smaller = pixels.shape[-1] != self.grid * self.patch_size
+            smaller = pixels.shape[-1] != self.grid * self.patch_size and not self.interpolates
             return args, ({**kwargs, "interpolate_pos_encoding": True} if smaller else kwargs)
 
         hook = self.model.model.vision_tower.register_forward_pre_hook(interpolate, with_kwargs=True)
@@ -324,6 +350,9 @@ def published_repo(repo: Path | None) -> Iterator[Path]:
         yield repo
         return
     with tempfile.TemporaryDirectory(prefix="vispruner-benchmark-") as folder:
+        if repo is not None and lacks_tower(repo):
+            with_tower(repo, whole := Path(folder) / "whole")
+            repo = whole
         yield build_repo(CONFIG, Path(folder) / CONFIG, base=repo, show_progress=False)
 
 
@@ -360,6 +389,8 @@ def _variants_of(
         return [Variant(DENSE, budget, full)] if count == full else []
     if selector == DOWNSAMPLE:
         return [Variant(DOWNSAMPLE, budget, math.isqrt(count) ** 2)]
+    if selector == NO_IMAGE:
+        return [Variant(NO_IMAGE, 0.0, 0)]
     options = registry[selector].options
     if registry[selector].in_decoder:  # it says itself which positions tokens have
         policies = (None,)
@@ -452,7 +483,7 @@ def answer_batch(
     inputs = published.inputs(batch)
     results = {}
     for row in rows:
-        smaller = row.selector == DOWNSAMPLE
+        smaller = row.selector in (DOWNSAMPLE, NO_IMAGE)
         own_inputs = published.inputs(batch, math.isqrt(row.visual_token_num)) if smaller else inputs
         for draw in row.draws:
             answers = published.answer(own_inputs, row.options(draw, number), row.visual_token_num, new_tokens)
@@ -462,19 +493,20 @@ def answer_batch(
 
 def _seen(answers: Answers, batch: Sequence[Sample], grid: int) -> Seen:
     right = [is_right(text, sample.answer) for text, sample in zip(answers.texts, batch, strict=True)]
+    said_yes = [is_right(text, "yes") for text in answers.texts]
     objects = kept_objects = 0
     for place, sample in enumerate(batch):
         boxes = sample.boxes if sample.first and sample.boxes else ()
         kept = None if answers.kept is None else set(answers.kept[place].tolist())
         objects += len(boxes)
-        kept_objects += sum(kept is None or bool(kept & patches_of(box, grid)) for box in boxes)
-    return Seen(right, answers.kv_visual_tokens, objects, kept_objects)
+        kept_objects += sum(kept is None or bool(kept & patches_of(box, grid, sample.image.width)) for box in boxes)
+    return Seen(right, said_yes, answers.kv_visual_tokens, objects, kept_objects)
 
 
-def patches_of(box: Box, grid: int) -> set[int]:
-    """Return the patches, in raster order, whose centre lies in a box."""
+def patches_of(box: Box, grid: int, size: int = IMAGE_SIZE) -> set[int]:
+    """Return the patches, in raster order, whose centre lies in a box of a picture of size x size pixels."""
     left, top, right, bottom = box
-    centers = [(place + 0.5) * IMAGE_SIZE / grid for place in range(grid)]
+    centers = [(place + 0.5) * size / grid for place in range(grid)]
     columns = [place for place, center in enumerate(centers) if left <= center < right]
     return {row * grid + column for row, y in enumerate(centers) if top <= y < bottom for column in columns}
 
@@ -487,7 +519,7 @@ def row_of(row: Variant, tally: Tally, samples: Sequence[Sample]) -> dict[str, A
     right = np.mean([tally.right[draw] for draw in sorted(tally.right)], axis=0)  # (questions,) over draws
     pictures = np.array([sample.picture for sample in samples])
     types = np.array([sample.type for sample in samples])
-    by_type = {kind: types == kind for kind in QUESTION_TYPES if (types == kind).any()}
+    by_type = {kind: types == kind for kind in KINDS if (types == kind).any()}
     if len(tally.kv_visual_tokens) != 1:
         raise BenchmarkError(f"{row} was seen with {sorted(tally.kv_visual_tokens)} visual tokens in the KV cache")
     result = {
@@ -508,6 +540,23 @@ def row_of(row: Variant, tally: Tally, samples: Sequence[Sample]) -> dict[str, A
     if len(tally.right) > 1:
         result["accuracy_by_draw"] = [float(np.mean(tally.right[draw])) for draw in sorted(tally.right)]
     return result
+
+
+def photo_figures(row: Variant, tallies: dict[Variant, Tally], samples: Sequence[Sample]) -> dict[str, Any]:
+    """Return what rows about photographs have beside: the hard questions of the budget, and yes where no is right."""
+    tally = tallies[row]
+    absent = np.array([sample.type == "exist" and sample.answer == "no" for sample in samples])
+    said_yes = np.mean([tally.said_yes[draw] for draw in sorted(tally.said_yes)], axis=0)
+    figures: dict[str, Any] = {"yes_when_absent": float(said_yes[absent].mean()) if absent.any() else None}
+    smaller = [v for v in tallies if v.selector == DOWNSAMPLE and v.budget_percent == row.budget_percent < 100]
+    if smaller:
+        hard = ~np.array(tallies[smaller[0]].right[0])
+        right = np.mean([tally.right[draw] for draw in sorted(tally.right)], axis=0)[hard]
+        pictures = np.array([sample.picture for sample in samples])[hard]
+        figures["hard_questions"] = len(right)
+        if len(right):
+            figures |= {"accuracy_hard": float(right.mean()), "ci95_hard": interval(right, pictures)}
+    return figures
 
 
 def interval(right: np.ndarray, pictures: np.ndarray) -> list[float]:
@@ -543,7 +592,7 @@ def versions() -> dict[str, str]:
 def run_benchmark(
     repo: Path | None = None,
     selectors: Sequence[str] | None = None,
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] | None = None,
     dataset: str = "scenes",
     limit: int = QUESTIONS,
     seed: int = 0,
@@ -555,13 +604,17 @@ def run_benchmark(
     """Measure and return what the JSON holds; under `accelerate launch` each process returns the whole.
 
     repo       a built repo, a stock LLaVA checkpoint to build one from, or None for the embedded one
-    selectors  "none", "downsample" and names that the repo registers; by default all that prune behind the encoder,
-               since within the language model small budgets cannot be met
+    selectors  "none", "downsample", "no-image" and names that the repo registers; by default all that prune behind
+               the encoder, since within the language model small budgets cannot be met
     codebook   for the selectors that need one; by default the repo's, or that of the embedded checkpoint
     processes  two by default, or as many as accelerate launched
     """
     if dataset not in DATASETS:
         raise BenchmarkError(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
+    if dataset == PHOTOS and repo is None:
+        raise BenchmarkError("--dataset photos needs --repo, the checkpoint that benchmarks/train_photo.py wrote")
+    if budgets is None:
+        budgets = PHOTO_BUDGETS if dataset == PHOTOS else BUDGETS
     if limit < 1 or seed < 0:
         raise BenchmarkError(f"--limit must be at least 1 and --seed at least 0, got {limit} and {seed}")
     others = launched().num_processes
@@ -578,9 +631,10 @@ def run_benchmark(
         with launched().main_process_first():  # all copy the repo's code into the same cache
             published = PublishedModel(folder, CODEBOOK if repo is None and codebook is None else codebook)
         registry = published.selectors
-        known = [DENSE, *registry, DOWNSAMPLE]
+        known = [DENSE, *registry, DOWNSAMPLE, NO_IMAGE]
         behind_encoder = [name for name, selector in registry.items() if not selector.in_decoder]
-        chosen = [DENSE, *behind_encoder, DOWNSAMPLE] if selectors is None else list(selectors)
+        everything = [DENSE, *behind_encoder, DOWNSAMPLE, *([NO_IMAGE] if dataset == PHOTOS else [])]
+        chosen = everything if selectors is None else list(selectors)
         if unknown := [name for name in chosen if name not in known]:
             raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")
         rows = variants(chosen, budgets, registry, published.visual_tokens, policies, ratios)
@@ -588,6 +642,9 @@ def run_benchmark(
             raise BenchmarkError(f'"{DENSE}" drops nothing, so it is measured at 100 % only: add 100 to --budgets')
         samples = questions(dataset, seed, limit)
         tallies = measure(published, folder, samples, rows, processes)
+    found = [row_of(row, tally, samples) for row, tally in tallies.items()]
+    if dataset == PHOTOS:
+        found = [{**r, **photo_figures(row, tallies, samples)} for r, row in zip(found, tallies, strict=True)]
     return {
         "dataset": dataset,
         "seed": seed,
@@ -599,7 +656,7 @@ def run_benchmark(
         "versions": versions(),
         "processes": processes,
         "minutes": round((time.monotonic() - started) / 60, 1),
-        "rows": [row_of(row, tally, samples) for row, tally in tallies.items()],
+        "rows": found,
     }
 
 
@@ -653,6 +710,23 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(head + body)
 
 
+def photo_table(result: dict[str, Any]) -> str:
+    """Return the figures about photographs, a row for each selector and budget, as Markdown."""
+    kinds = list(result["rows"][0]["accuracy_by_type"])
+    lines = ["| selector | tokens | all | hard | yes where absent | " + " | ".join(kinds) + " |"]
+    lines.append("|---" * (5 + len(kinds)) + "|")
+    for row in result["rows"]:
+        figures = [
+            row["accuracy"],
+            row.get("accuracy_hard"),
+            row["yes_when_absent"],
+            *row["accuracy_by_type"].values(),
+        ]
+        cells = ["" if figure is None else f"{100 * figure:.1f}" for figure in figures]
+        lines.append(f"| {label(row)} | {row['kv_visual_tokens']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # The plot
 
 
@@ -669,7 +743,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = result["rows"]
-    kinds = [kind for kind in QUESTION_TYPES if kind in rows[0]["accuracy_by_type"]]
+    kinds = [kind for kind in KINDS if kind in rows[0]["accuracy_by_type"]]
     small_rows = math.ceil(len(kinds) / 4)
     figure = pyplot.figure(figsize=(13, 5 + 2.7 * small_rows), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[5, 2.7 * small_rows])
@@ -697,7 +771,11 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Group the rows with renumbered positions into one curve per selector; of the ratios, 0, 0.5 and "auto"."""
     curves: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["position_policy"] != "original" and row["important_ratio"] in (None, 0.0, 0.5, AUTO):
+        if (
+            row["position_policy"] != "original"
+            and row["kv_visual_tokens"]
+            and row["important_ratio"] in (None, 0.0, 0.5, AUTO)
+        ):
             curves[label(row)].append(row)
     return curves
 
@@ -789,22 +867,23 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--repo",
         type=Path,
         metavar="DIR",
-        help="a built repo, or a stock LLaVA checkpoint to build one from; by default the trained one in the package",
+        help="a built repo, or a stock LLaVA checkpoint to build one from, be it without the tower of photo_tower.py; "
+        "by default the trained one in the package",
     )
     parser.add_argument(
         "--selectors",
         nargs="+",
         metavar="NAME",
-        help=f"what to measure: {DENSE}, {DOWNSAMPLE} and the selectors that the repo registers "
+        help=f"what to measure: {DENSE}, {DOWNSAMPLE}, {NO_IMAGE} and the selectors that the repo registers "
         f"(here {', '.join(SELECTORS)}); by default all that prune behind the encoder",
     )
     parser.add_argument(
         "--budgets",
         nargs="+",
         type=float,
-        default=BUDGETS,
         metavar="PERCENT",
-        help=f"visual tokens kept, in percent (default: {' '.join(f'{b:g}' for b in BUDGETS)})",
+        help=f"visual tokens kept, in percent (default: {' '.join(f'{b:g}' for b in BUDGETS)}; about photographs "
+        f"{' '.join(f'{b:g}' for b in PHOTO_BUDGETS)})",
     )
     parser.add_argument(
         "--positions",
@@ -877,6 +956,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not launched().is_main_process:
         return 0
     print(table(result))
+    if parsed.dataset == PHOTOS:
+        print(f"\n{photo_table(result)}")
     if parsed.json is not None:
         text = json.dumps(result, indent=1) + "\n"
         write_whole(parsed.json, lambda file: file.write_text(text, encoding="utf-8"))

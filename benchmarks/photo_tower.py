@@ -8,6 +8,7 @@ once into a cache folder; nothing of it is stored in this repository. Needs `pip
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,9 +17,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import cached_assets_path
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, Dinov2Config, Dinov2Model, LlavaForConditionalGeneration
+from transformers.utils import logging
 
 from vispruner.conversion.checkpoint_io import replacing
 
@@ -118,9 +121,21 @@ def resized(model: Dinov2Model, image_size: int) -> Dinov2Model:
     return smaller
 
 
+def lacks_tower(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of `train_photo.py`, without the tower's weights."""
+    file = folder / "model.safetensors"
+    if not file.is_file() or json.loads((folder / "config.json").read_text())["model_type"] != "llava":
+        return False
+    with safe_open(file, framework="pt") as tensors:
+        return not any(".vision_tower." in f".{name}" for name in tensors.keys())  # noqa: SIM118
+
+
 def with_tower(folder: Path, out: Path, cache: Path | None = None) -> None:
     """Write to `out` the checkpoint of `train_photo.py` in `folder`, with the tower that it lacks."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or it would warn of the weights that are to come
     model, loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    logging.set_verbosity(verbosity)
     loaded["missing_keys"] = {name for name in loaded["missing_keys"] if ".vision_tower." not in f".{name}"}
     wrong = {what: names for what, names in loaded.items() if names}
     if wrong or model.config.vision_config.model_type != "dinov2":

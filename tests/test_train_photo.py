@@ -150,3 +150,52 @@ def test_the_first_layer_begins_with_features_of_one_scale(train_photo: Any, tra
     features = pictures.features(range(6), np.arange(train_photo.PATCHES)).float().flatten(0, 1)
     scaled = (features - features.mean(0)) / (features.std(0) + 1e-3)
     torch.testing.assert_close(layer(features), scaled @ weight.T + bias, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def measured(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    accuracy = pytest.importorskip("accuracy")
+    file = tmp_path_factory.mktemp("accuracy") / "result.json"
+    selectors = ["none", "vispruner", "random", "uniform_grid", "downsample", "no-image"]
+    options = ["--limit", "40", "--processes", "1", "--ratios", "0.5", "--budgets", "100", "33.33", "5.56"]
+    asked = ["--dataset", "photos", "--repo", str(trained), "--selectors", *selectors, *options]
+    assert accuracy.main([*asked, "--json", str(file), "--plot", str(file.with_suffix(".png"))]) == 0
+    return json.loads(file.read_text())
+
+
+def test_one_command_compares_methods_on_photographs(measured: dict[str, Any]) -> None:
+    tokens = {(row["selector"], row["budget_percent"]): row["kv_visual_tokens"] for row in measured["rows"]}
+    for name in ("vispruner", "random", "uniform_grid"):
+        assert (tokens[name, 33.33], tokens[name, 5.56]) == (192, 32)
+    assert (tokens["downsample", 33.33], tokens["downsample", 5.56]) == (169, 25)
+    assert tokens["none", 100] == 576 and tokens["no-image", 0] == 0
+    assert {row["position_policy"] for row in measured["rows"] if row["selector"] == "vispruner"} == {
+        "renumber",
+        "original",
+    }
+    assert {row["n"] for row in measured["rows"]} == {40}
+    drawn = [row for row in measured["rows"] if row["selector"] == "random" and row["budget_percent"] < 100]
+    assert len(drawn) == 4 and all(len(row["accuracy_by_draw"]) == 3 for row in drawn)
+
+
+def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(measured: dict[str, Any]) -> None:
+    for row in measured["rows"]:
+        assert 0 <= row["yes_when_absent"] <= 1
+        smaller = [
+            r
+            for r in measured["rows"]
+            if (r["selector"], r["budget_percent"]) == ("downsample", row["budget_percent"])
+        ]
+        if not smaller or row["budget_percent"] == 100:
+            assert "hard_questions" not in row
+            continue
+        assert row["hard_questions"] == round(40 * (1 - smaller[0]["accuracy"]))
+        low, high = row["ci95_hard"]
+        assert low <= row["accuracy_hard"] <= high
+        if row["selector"] == "downsample":
+            assert row["accuracy_hard"] == 0
+
+
+def test_photographs_need_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pytest.importorskip("accuracy").main(["--dataset", "photos"]) == 2
+    assert "--dataset photos needs --repo" in capsys.readouterr().err
