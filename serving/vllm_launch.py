@@ -1,7 +1,10 @@
 """What vLLM was started with, as the front end and every worker read it: the same options in all of them."""
 
+from importlib.metadata import requires
 from typing import Any
 
+import vllm
+from packaging.requirements import Requirement
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
@@ -18,12 +21,24 @@ def launch_options(model_config: ModelConfig) -> VisPrunerOptions:
 
     vLLM itself has replaced the repo's by the launch's, so the repo's is read again.
     """
+    require_known_engine()
     config, overrides = model_config.hf_config, model_config.hf_overrides
     given = overrides.get("vispruner_config") if isinstance(overrides, dict) else None
     if given is None:
         return merged_options(config, getattr(config, "vispruner_config", None), None)
     repo = get_hf_file_to_dict("config.json", model_config.model, model_config.revision) or {}
     return merged_options(config, repo.get("vispruner_config"), given)
+
+
+def require_known_engine() -> None:
+    """Raise ValueError for a vLLM that the extra `vllm` of this package would not install."""
+    for requirement in map(Requirement, requires("vispruner") or []):
+        known = requirement.specifier
+        if requirement.name == "vllm" and not known.contains(vllm.__version__, prereleases=True):
+            raise ValueError(
+                f"vLLM {vllm.__version__} is not one that this version of vispruner can serve pruned models with: "
+                f"install vllm{known}, or another version of vispruner"
+            )
 
 
 def refuse_bypasses(vllm_config: VllmConfig) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -75,6 +75,15 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     return folder
 
 
+def overrides_of(name: str) -> dict[str, Any]:
+    """Return the --hf-overrides that serve a row's checkpoint pruned."""
+    return {
+        "architectures": [vispruner.ARCHITECTURES[name].model_class.__name__],
+        "vispruner_config": ROWS[name].options,
+        "vispruner_serving": {"maximum": {"keep_ratio": 0.9}, "detail": {"low": {"visual_token_num": 2}}},
+    }
+
+
 def picture(width: int, height: int, seed: int) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
@@ -85,14 +94,48 @@ VIDEO = [picture(90, 60, seed) for seed in range(5, 9)]
 
 
 @dataclass
-class Engine:
-    """vLLM's engine in this process, its model, and the same checkpoint pruned in transformers."""
+class Pruned:
+    """A checkpoint pruned in transformers, by which what an engine makes of it is judged."""
 
     name: str
-    llm: Any
-    model: Any
     pruned: Any
     processor: Any
+
+    @contextmanager
+    def options(self, **options: Any) -> Iterator[None]:
+        before = dict(self.pruned.config.vispruner_config)
+        self.pruned.set_vispruner_config(**options)
+        try:
+            yield
+        finally:
+            self.pruned.config.vispruner_config = before
+
+    def require_same(self, prompt_tokens: int, answer: Sequence[int], visual: Any, **budget: Any) -> None:
+        """The prompt is shorter by what was dropped, and the answer that of transformers, but for near ties."""
+        inputs = model_inputs(self.pruned, self.processor, visual, QUESTION)
+        length, greedy = inputs["input_ids"].shape[1], {"do_sample": False, "eos_token_id": None}
+        with self.options(**budget):
+            full, kept = self.pruned.model.count_visual_tokens(dict(inputs))
+            found = self.pruned.generate(
+                **inputs, **greedy, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True
+            )
+        dropped = sum(map(sum, full.values())) - sum(map(sum, kept.values()))
+        assert dropped > 0 and prompt_tokens == length - dropped
+        if self.name in ONE_DIRECTION:
+            return
+        for step, (ours, theirs) in enumerate(zip(answer, found.sequences[0, length:].tolist(), strict=True)):
+            if ours != theirs:
+                logits = found.logits[step][0]
+                assert logits[theirs] - logits[ours] < CLOSE, f"the answer {answer} is another from {step} on"
+                return  # what follows is about another text
+
+
+@dataclass
+class Engine(Pruned):
+    """vLLM's engine in this process, its model, and the same checkpoint pruned in transformers."""
+
+    llm: Any
+    model: Any
 
     def request(
         self, pictures: list[Image.Image], video: list[Image.Image] | None = None, **kwargs: Any
@@ -121,38 +164,13 @@ class Engine:
         (made,) = self.answers([self.request(*given, **kwargs)])
         return made
 
-    @contextmanager
-    def options(self, **options: Any) -> Iterator[None]:
-        before = dict(self.pruned.config.vispruner_config)
-        self.pruned.set_vispruner_config(**options)
-        try:
-            yield
-        finally:
-            self.pruned.config.vispruner_config = before
-
     def require_as_transformers(self, made: Any, visual: Any, **budget: Any) -> None:
-        """The prompt is shorter by what was dropped, and the answer that of transformers, but for near ties."""
-        inputs = model_inputs(self.pruned, self.processor, visual, QUESTION)
-        length, greedy = inputs["input_ids"].shape[1], {"do_sample": False, "eos_token_id": None}
-        with self.options(**budget):
-            full, kept = self.pruned.model.count_visual_tokens(dict(inputs))
-            found = self.pruned.generate(
-                **inputs, **greedy, max_new_tokens=NEW, return_dict_in_generate=True, output_logits=True
-            )
-        dropped = sum(map(sum, full.values())) - sum(map(sum, kept.values()))
-        assert dropped > 0 and len(made.prompt_token_ids) == length - dropped
-        if self.name in ONE_DIRECTION:
-            return
-        answer, expected = made.outputs[0].token_ids, found.sequences[0, length:].tolist()
-        for step, (ours, theirs) in enumerate(zip(answer, expected, strict=True)):
-            if ours != theirs:
-                logits = found.logits[step][0]
-                assert logits[theirs] - logits[ours] < CLOSE, f"{answer} and {expected} part at {step}"
-                return  # what follows is about another text
+        self.require_same(len(made.prompt_token_ids), made.outputs[0].token_ids, visual, **budget)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@contextmanager
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have vLLM run its engine in this process, and take it down at the end."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -163,27 +181,31 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             "VLLM_CACHE_ROOT": str(tmp_path_factory.getbasetemp() / "vllm"),
         }.items():
             patch.setenv(name, value)
+        try:
+            yield
+        finally:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    with in_process(tmp_path_factory):
         from vllm import LLM
-        from vllm.distributed import cleanup_dist_env_and_memory
 
         name = request.param
         folder = write_checkpoint(name, tmp_path_factory.mktemp(name) / "base")
         pruned = vispruner.load(folder, **ROWS[name].options).eval()
-        overrides = {
-            "architectures": [type(pruned).__name__],
-            "vispruner_config": ROWS[name].options,
-            "vispruner_serving": {"maximum": {"keep_ratio": 0.9}, "detail": {"low": {"visual_token_num": 2}}},
-        }
         llm = LLM(
             model=str(folder), dtype="float32", enforce_eager=True, max_model_len=1024, block_size=32, max_num_seqs=4,
-            hf_overrides=overrides, long_prefill_token_threshold=16, limit_mm_per_prompt={"image": 4},
+            hf_overrides=overrides_of(name), long_prefill_token_threshold=16, limit_mm_per_prompt={"image": 4},
         )  # fmt: skip
         models: list[Any] = []
         llm.apply_model(models.append)
-        yield Engine(name, llm, models[0], pruned, AutoProcessor.from_pretrained(folder))
+        yield Engine(name, pruned, AutoProcessor.from_pretrained(folder), llm, models[0])
         del llm, models
-        gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 @pytest.mark.parametrize("number", range(len(PICTURES)))
