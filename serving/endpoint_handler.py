@@ -11,7 +11,7 @@ ValueError with status 400 and its text.
 
 from __future__ import annotations
 
-import binascii
+import base64
 from typing import Any
 
 from transformers import pipeline
@@ -94,7 +94,7 @@ def _image(given: Any) -> str:
         head, _, encoded = given.rpartition(",") if isinstance(given, str) else ("", "", "")
         if not encoded or (head and not head.startswith("data:image/")):
             raise ValueError
-        binascii.a2b_base64(encoded, strict_mode=True)
+        base64.b64decode(encoded, validate=True)
     except ValueError:
         raise ValueError(f"an image must be a URL that begins with http, or base64, got {given!r:.80}") from None
     return f"data:image/png;base64,{encoded}"  # without this, transformers might take it for a path
