@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,18 @@ class ServerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer; ttft and seconds count from the moment the request was sent."""
+    """One answer; ttft and seconds count from the moment the request was sent, gaps from token to token.
+
+    token_ids  those of the text, where the request has `return_token_ids`
+    """
 
     text: str
     prompt_tokens: int
     new_tokens: int
     ttft: float
     seconds: float
+    gaps: tuple[float, ...]
+    token_ids: list[int]
 
 
 class OpenAIServer:
@@ -122,22 +128,24 @@ class OpenAIServer:
     def metrics(self) -> dict[str, float]:
         """Return the server's counters and gauges by name, without the `vllm:` prefix; labels are summed over."""
         found: dict[str, float] = {}
-        for name, value in re.findall(r"^vllm:(\w+)\{[^}]*\} (\S+)$", self.get("/metrics"), re.MULTILINE):
+        for name, value in re.findall(r"^(?:vllm:)?(\w+)\{[^}]*\} (\S+)$", self.get("/metrics"), re.MULTILINE):
             found[name] = found.get(name, 0.0) + float(value)
         return found
 
     def ask(self, question: str, images: Sequence[str] = (), **options: Any) -> Answer:
         """Ask about images (data URLs) and read the streamed answer; greedy, of at most 16 tokens unless told."""
         started = time.perf_counter()
-        text, usage, ttft = "", {}, None
+        text, usage, stamps, ids = "", {}, [], []
         for event in self.stream(question, images, **options):
             if event["choices"]:
-                ttft = time.perf_counter() - started if ttft is None else ttft
+                stamps.append(time.perf_counter() - started)
                 text += event["choices"][0]["delta"].get("content") or ""
+                ids += event["choices"][0].get("token_ids") or []
             usage = event.get("usage") or usage
         seconds = time.perf_counter() - started
-        ttft = seconds if ttft is None else ttft
-        return Answer(text.strip(), usage["prompt_tokens"], usage["completion_tokens"], ttft, seconds)
+        gaps = tuple(after - before for before, after in pairwise(stamps[1:]))  # the first names the role, no token
+        ttft = stamps[0] if stamps else seconds
+        return Answer(text.strip(), usage["prompt_tokens"], usage["completion_tokens"], ttft, seconds, gaps, ids)
 
     def stream(self, question: str, images: Sequence[str] = (), **options: Any) -> Iterator[dict[str, Any]]:
         """Send one chat request and yield the events of its stream; closing the generator hangs up."""

@@ -54,7 +54,6 @@ from vispruner.conversion.questions import is_right
 
 RESULTS = Path(__file__).parent / "results"
 EMBEDDED = Path(conversion.__file__).parent / "assets" / "tiny-llava"
-STOCK, OURS = "LlavaForConditionalGeneration", "VisPrunerLlavaForConditionalGeneration"
 BLOCK, BATCHED_TOKENS, ANSWER_TOKENS = 32, 4096, 16
 COMMON = (
     *("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--block-size", str(BLOCK)),
@@ -70,7 +69,11 @@ class BenchmarkError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """What is served in some rows: a folder, its visual tokens, the width of its prompt, and the budgets to try."""
+    """What is served in some rows: a folder, its visual tokens, the width of its prompt, and the budgets to try.
+
+    side  of the pictures that are sent, in pixels; None sends them as they are drawn
+    kind  what stands in the names of classes
+    """
 
     name: str
     folder: Path
@@ -79,6 +82,8 @@ class Model:
     budgets: tuple[int, ...]
     arguments: tuple[str, ...] = ()
     trained: bool = True
+    side: int | None = None
+    kind: str = "Llava"
 
 
 @dataclass
@@ -111,48 +116,58 @@ def trained_model(work: Path) -> Model:
 
 
 def wide_model(work: Path) -> Model:
-    """Write the config and processor of a model that vLLM fills with random weights."""
-    folder = Path(shutil.copytree(EMBEDDED, work / "wide", ignore=shutil.ignore_patterns("*.safetensors")))
+    folder = write_llava(work / "wide", TEXT, VISION)
+    return Model("wide", folder, 576, TEXT["hidden_size"], (128, 64), ("--load-format", "dummy"), trained=False)
+
+
+def write_llava(folder: Path, text: dict[str, int], vision: dict[str, int]) -> Path:
+    """Write the config and processor of a model of 576 visual tokens that vLLM fills with random weights."""
+    shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    heads = {"num_key_value_heads": TEXT["num_attention_heads"], "head_dim": 64}
-    config["text_config"].update(TEXT, **heads)
-    config["vision_config"].update(VISION, image_size=336, patch_size=14)
+    config["text_config"].update(text, num_key_value_heads=text["num_attention_heads"], head_dim=64)
+    config["vision_config"].update(vision, image_size=336, patch_size=14)
     config["image_seq_length"] = 576
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     processor = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     processor["patch_size"] = 14
     processor["image_processor"].update(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     (folder / "processor_config.json").write_text(json.dumps(processor), encoding="utf-8")
-    return Model("wide", folder, 576, TEXT["hidden_size"], (128, 64), ("--load-format", "dummy"), trained=False)
+    return folder
 
 
 MODELS = {"trained": trained_model, "wide": wide_model}
 
 
+def server_of(model: Model, budget: int | None, work: Path, cores: int, *arguments: str) -> OpenAIServer:
+    """Return a server of a model, dense or with a budget, that is still to be started."""
+    chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
+    stock = f"{model.kind}ForConditionalGeneration"
+    config: dict[str, Any] = {"architectures": [stock]}
+    if budget is not None:
+        config = {"architectures": [f"VisPruner{stock}"], "vispruner_config": {"visual_token_num": budget}}
+    arguments = (*COMMON, *model.arguments, *arguments, "--hf-overrides", json.dumps(config))
+    log = work / f"{model.name}-{budget or 'stock'}.log"
+    return OpenAIServer(model.folder, log, arguments, VLLM_CPU_OMP_THREADS_BIND=chosen)
+
+
 @contextmanager
 def served(model: Model, work: Path, cores: int) -> Iterator[list[Row]]:
     """Serve a model dense and with each of its budgets, all at once; an idle server takes no time of the cores."""
-    chosen = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
     with ExitStack() as stack:
         rows = []
         for budget in tqdm((None, *model.budgets), desc=f"starting {model.name}", unit="server"):
-            config: dict[str, Any] = {"architectures": [STOCK]}
-            if budget is not None:
-                config = {"architectures": [OURS], "vispruner_config": {"visual_token_num": budget}}
-            arguments = [*COMMON, *model.arguments, "--hf-overrides", json.dumps(config)]
-            log = work / f"{model.name}-{budget or 'stock'}.log"
-            server = OpenAIServer(model.folder, log, arguments, VLLM_CPU_OMP_THREADS_BIND=chosen)
-            rows.append(Row(model, budget, stack.enter_context(server)))
+            rows.append(Row(model, budget, stack.enter_context(server_of(model, budget, work, cores))))
         yield rows
 
 
-def make_requests(count: int, seed: int) -> list[Request]:
+def make_requests(count: int, seed: int, side: int | None = None) -> list[Request]:
     """Return questions about as many pictures; those of one seed are the same, of another all new."""
     found = []
     for index in range(count):
         scene = generate_scene("test", 1000 + seed, index)
         question = scene.questions[index % len(scene.questions)]
-        found.append(Request(data_url(scene.image), question.text, question.answer))
+        image = scene.image if side is None else scene.image.resize((side, side))
+        found.append(Request(data_url(image), question.text, question.answer))
     return found
 
 
@@ -208,11 +223,12 @@ def run_rounds(rows: list[Row], rounds: int, count: int, concurrency: int, seed:
             answers = load(row, requests, concurrency)
             prompts[row.kept] = [answer.prompt_tokens for answer in answers]
             right[row.kept] += sum(is_right(a.text, r.answer) for a, r in zip(answers, requests, strict=True))
-        _require_shorter_prompts(rows, prompts)
+        require_shorter_prompts(rows, prompts)
     return {kept: count_right / (rounds * count) for kept, count_right in right.items()}
 
 
-def _require_shorter_prompts(rows: list[Row], prompts: dict[int, list[int]]) -> None:
+def require_shorter_prompts(rows: list[Row], prompts: dict[int, list[int]]) -> None:
+    """Raise BenchmarkError unless every prompt, by kept tokens, is shorter than stock's by those that were dropped."""
     full = rows[0].model.visual_tokens
     for kept, lengths in prompts.items():
         dropped = {stock - length for stock, length in zip(prompts[full], lengths, strict=True)}
@@ -279,29 +295,31 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     servers, arguments.rounds, arguments.requests, arguments.concurrency, arguments.seed
                 )
                 rows += [describe(row, servers[0], share[row.kept]) for row in servers]
+    return {
+        "benchmark": "serving",
+        **run_fields(arguments, started),
+        "requests": arguments.requests,
+        "concurrency": arguments.concurrency,
+        "rows": rows,
+    }
+
+
+def run_fields(arguments: argparse.Namespace, started: float) -> dict[str, Any]:
+    """Return what a record says of a run that started then: machine, options and versions."""
     import vllm
 
     versions = {"vispruner": __version__, "python": platform.python_version(), "vllm": vllm.__version__}
     versions |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {
-        "benchmark": "serving",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device_name": device_name(torch.device("cpu")),
         "cores": arguments.cores,
         "note": arguments.note,
         "rounds": arguments.rounds,
-        "requests": arguments.requests,
-        "concurrency": arguments.concurrency,
         "seed": arguments.seed,
         "arguments": list(COMMON),
-        "versions": {
-            "vispruner": __version__,
-            "python": platform.python_version(),
-            "vllm": vllm.__version__,
-            **versions,
-        },
+        "versions": versions,
         "minutes": round((time.monotonic() - started) / 60, 1),
-        "rows": rows,
     }
 
 

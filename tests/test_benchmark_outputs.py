@@ -28,6 +28,7 @@ MEASURING = {  # what each script calls first once its options are read
     "selection": "machine",
     "serving": "measure",
     "train_photo": "Run",
+    "serving_load": "measure",
     "train_tiny": "Run",
 }
 REQUIRED = {

@@ -446,13 +446,30 @@ def test_recorded_speed_as_users_get_it_is_near_the_ideal_and_above_the_peers() 
     assert f"As users get them, ours is {min(ahead):.2f} to {max(ahead):.2f} times as fast with one image" in documents
 
 
+def benchmark_script(name: str) -> Any:
+    """Import a script of benchmarks/ whose name a package has, too."""
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_serving_table_is_the_recorded_result() -> None:
-    spec = importlib.util.spec_from_file_location("serving_benchmark", ROOT / "benchmarks" / "serving.py")
-    serving = importlib.util.module_from_spec(spec)
-    sys.modules["serving_benchmark"] = serving  # its dataclasses look themselves up there
-    spec.loader.exec_module(serving)
     record = json.loads((ROOT / "benchmarks" / "results" / "serving-vllm-cpu.json").read_text())
-    assert serving.table(record) in DOCUMENTS
+    assert benchmark_script("serving").table(record) in DOCUMENTS
+
+
+def test_the_tables_of_load_are_the_recorded_result() -> None:
+    """With the sentences that say where pruning pays: they are made of the record, too."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "serving-load-vllm-cpu.json").read_text())
+    script = benchmark_script("serving_load")
+    for shown in (*script.tables(record), script.verdict(record)):
+        assert shown in DOCUMENTS
+    assert record["levels"] == [1, 2, 4, 8, 16, 32]
+    for name, model in record["models"].items():
+        assert [row["dense"] for row in model["rows"]] == [True, False, False, False]
+        assert f"{model['encoder_share']:.0%}".replace("%", " %") in {"llava": "9 %", "qwen": "26 %"}[name]
 
 
 NEW_METHOD = """
