@@ -51,6 +51,7 @@ from vispruner.conversion.prefill_cost import (
 )
 from vispruner.pruning_plan import layer_counts, stage_counts
 from vispruner.selectors import DECODER_METHODS, SELECTORS
+from vispruner.serving.launch_options import ENCODERS
 from vispruner.stock_versions import CACHE
 from vispruner.visual_features import VisualTokens
 
@@ -474,6 +475,36 @@ def ceilings_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def capacity_table(gpu_bytes: int = 80 * 10**9, share: float = 0.92, keep_ratio: float = 0.25) -> str:
+    """Return as Markdown what a picture takes of a serving engine's KV cache, in 16 bits, and how many fit a GPU.
+
+    The cache has what `share` of the GPU's bytes leaves beside the weights; each picture comes with `TEXT_TOKENS`.
+    """
+    lines = [
+        f"| model | KV per token | visual tokens, {keep_ratio:.0%} | KV of a picture, before and after "
+        f"| pictures in {gpu_bytes / 1e9:.0f} GB, before and after |",
+        "|---" * 5 + "|",
+    ]
+    for name, (model_type, _) in RELEASED.items():
+        if model_type not in ENCODERS:
+            continue
+        base = released_base(name)
+        config, text = base.config, base.config.get_text_config()
+        counts = tuple(map(round, ceiling_at(base, keep_ratio).visual_tokens))
+        head = text.vocab_size * text.hidden_size  # where it is the embedding, room for some more pictures is left
+        weights = 2 * (sum(weight.numel() for weight in base.parameters()) + head)
+        token = kv_cache_bytes(config, 1)
+        fit = [int((share * gpu_bytes - weights) / (token * (TEXT_TOKENS + count))) for count in counts]
+        cells = [
+            f"{token / 1000:.0f} kB",
+            " → ".join(f"{count:,}" for count in counts),
+            " → ".join(f"{token * count / 1e6:.0f} MB" for count in counts),
+            " → ".join(f"{count:,}" for count in fit),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def check(config: LlavaConfig, budgets: Sequence[int], text_tokens: int) -> list[str]:
     """Compare every stage of every row with FlopCounterMode; return the differences."""
     different = []
@@ -501,6 +532,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "  python benchmarks/flops.py --check --geometry tiny        formulas against PyTorch's counter\n"
         "  python benchmarks/flops.py --methods                      methods at equal cache, layer by layer\n"
         "  python benchmarks/flops.py --ceilings                     what pruning can give each model at most\n"
+        "  python benchmarks/flops.py --capacity                     how many pictures the KV cache of a GPU holds\n"
         "  python benchmarks/flops.py --latency benchmarks/results/latency-....json    how close a run came",
     )
     parser.add_argument(
@@ -525,6 +557,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--bytes-per-second", type=float, metavar="X", help="... and 3e10; both or neither")
     parser.add_argument("--check", action="store_true", help="compare with FlopCounterMode on meta tensors (a minute)")
     parser.add_argument("--ceilings", action="store_true", help="what pruning can give each released model at most")
+    parser.add_argument("--capacity", action="store_true", help="how many pictures the KV cache of a GPU holds")
     parser.add_argument(
         "--json", type=output_file(".json"), metavar="FILE", help="with --ceilings: write them there, too"
     )
@@ -547,6 +580,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(ceilings_table(record))
         if parsed.json is not None:
             parsed.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return 0
+    if parsed.capacity:
+        print(capacity_table())
         return 0
     if parsed.latency is not None:
         print(efficiency_table(json.loads(parsed.latency.read_text(encoding="utf-8")), rates))

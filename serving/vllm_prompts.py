@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from prometheus_client import Counter
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageProcessorItems, VideoProcessorItems
 from vllm.multimodal.processing.processor import PromptUpdateDetails
@@ -21,6 +22,10 @@ from .request_budgets import BLOCK, OWN, RequestBudgets, as_numbers, of_request
 from .vllm_launch import launch_options
 
 MODALITIES = {"image": ImageProcessorItems, "video": VideoProcessorItems}
+
+# At the server's /metrics, which shows all that is counted in its process.
+PICTURES = Counter("vispruner_pictures", "Pictures and videos in prompts that vispruner shortened.", ["modality"])
+KEPT = Counter("vispruner_visual_tokens_kept", "Visual tokens that these kept.", ["modality"])
 
 
 def field_of(modality: str) -> str:
@@ -54,7 +59,12 @@ class PrunedPrompts:
             options, others = self.budgets.asked(given), _others(given)
             own = {} if options == self.budgets.default else of_request(options)
             inputs = replace(inputs, hf_processor_mm_kwargs={**others, **own})
-        return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
+        made = super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
+        if self.budgets.default.method != "none":
+            for modality, places in made["mm_placeholders"].items():
+                PICTURES.labels(modality).inc(len(places))
+                KEPT.labels(modality).inc(sum(place.get_num_embeds() for place in places))
+        return made
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Stock, with the largest budget that a request may have: vLLM sizes its memory by that."""

@@ -270,6 +270,10 @@ def ceilings_table() -> list[str]:
     return flops.ceilings_table(json.loads(CEILINGS.read_text())).splitlines()
 
 
+def test_the_capacity_table_is_computed() -> None:
+    assert flops.capacity_table() in DOCUMENTS
+
+
 def test_the_recorded_ceilings_are_those_of_the_formulas() -> None:
     record = json.loads(CEILINGS.read_text())
     assert record["models"].keys() == RELEASED.keys()

@@ -225,6 +225,17 @@ class TestBuiltRepo:
         assert "18 of 144 visual tokens of the picture stay" in capsys.readouterr().out
         assert check_server(url, keep_ratio=0.05).kept == 7
 
+    def test_metrics_count_pictures_and_the_tokens_they_keep(self, server: OpenAIServer, asked: list[Asked]) -> None:
+        """Each time they are asked about, cached or not; a request without a picture counts nothing."""
+        names = ("vispruner_pictures_total", "vispruner_visual_tokens_kept_total")
+        before = server.metrics()
+        for _ in range(2):
+            server.ask(asked[0].text, [asked[0].url, asked[-1].url])
+            server.ask(asked[0].text, [asked[0].url], mm_processor_kwargs={"visual_token_num": 9})
+            server.ask(asked[0].text)
+        after = server.metrics()
+        assert [after[name] - before[name] for name in names] == [2 * 3, 2 * (18 + 18 + 9)]
+
     def test_a_client_that_hangs_up_stops_its_request(self, server: OpenAIServer, asked: list[Asked]) -> None:
         stream = server.stream(asked[0].text, [asked[0].url], max_tokens=900, ignore_eos=True)
         next(event for event in stream if event["choices"])
