@@ -77,7 +77,7 @@ PATCH = 14
 GRID = PHOTO_SIZE // PATCH
 PATCHES = GRID * GRID
 ROWS, COLUMNS = (np.indices((GRID, GRID)).reshape(2, -1) + 0.5) * PATCH  # the patches' centers
-CHUNK = 200  # pictures whose features are one file
+CHUNK = 50  # pictures whose features are one file
 LEAST = 80  # pixels of a patch that make it one of a thing
 # Of the tower's layers, by a linear readout of training pictures: the middle ones tell most of letters and things, and
 # the one before the last, which LLaVA takes alone, least; its [CLS] attention is what tokens are ranked by.
@@ -92,15 +92,15 @@ class Recipe:
     """Everything that decides the weights, but for the versions of the libraries and the processor."""
 
     seed: int = setting(0, "what the pictures, the weights and every batch are drawn from")
-    width: int = setting(192, "of the language model")
+    width: int = setting(256, "of the language model")
     text_layers: int = setting(4, "of the language model")
     heads: int = setting(4, "of its attention")
     pictures: int = setting(5000, "to train on")
     validation_pictures: int = setting(200, "to judge it on")
-    projector_steps: int = setting(1500, "of the projector stage")
+    projector_steps: int = setting(3000, "of the projector stage")
     projector_batch: int = setting(16, "pictures a step")
     projector_rate: float = setting(2e-3, "highest learning rate")
-    language_steps: int = setting(5000, "of the language stage")
+    language_steps: int = setting(6000, "of the language stage")
     language_batch: int = setting(8, "pictures a step")
     language_rate: float = setting(1e-3, "highest learning rate")
     questions: int = setting(14, "most questions asked about a picture in one step")
