@@ -81,25 +81,29 @@ class Session:
         self._folder = tempfile.TemporaryDirectory(prefix="vispruner-demo-")  # of the drawn scenes
 
     def methods(self) -> list[str]:
-        """Return the methods that this model can take, its own first; none that needs a file or another model."""
+        """Return the methods that this model can take by a share of its tokens, its own first.
+
+        None but its own that needs a file or another model, and no two at once, whose budget is no share.
+        """
+        own = self.stored["method"] if self.stored["method"] in SELECTORS else "vispruner"
         found = [
             method.name
             for method in all_methods(self.model.model)
             if method.refused is None and not SELECTORS[method.name].is_told and "codebook" not in method.needs
         ]
-        own = [] if self.stored["method"] == "none" else [self.stored["method"]]
-        return [*own, *(name for name in found if name not in own)]
+        return [own] * (own in found or own == self.stored["method"]) + [name for name in found if name != own]
 
     def percent(self) -> float:
         """Return the budget that the model came with, in percent of the visual tokens of the sample scene."""
         ratio, count = self.stored["keep_ratio"], self.stored["visual_token_num"]
         if ratio is None and count is not None:
-            modality = self.model.modalities[0]
+            modality = next(modality for modality in self.model.modalities if modality.name == "image")
             inputs = model_inputs(self.model, self.processor, open_photo(SCENE), SCENE_QUESTION)
             names = [name for name in modality.described_by if name in inputs and name != modality.pixels]
             described = {name: inputs[name] for name in names}
             full, kept = self.model.visual_token_counts(inputs[modality.pixels], **described)
-            ratio = count / full[0] if self.model.model.prunes_in_decoder else sum(kept) / sum(full)
+            drops = sum(kept) < sum(full) and not self.model.model.prunes_in_decoder
+            ratio = sum(kept) / sum(full) if drops else count / full[0]
         return min(100.0, max(0.1, round(100 * (ratio or DEFAULT_RATIO), 1)))
 
     def examples(self) -> list[tuple[str, str]]:
@@ -226,6 +230,7 @@ def serve(
     return _page(gradio, session, examples).launch(
         server_port=port,
         prevent_thread_lock=not block,
+        _frontend=False,  # do not give up where a busy machine takes more than three seconds for the first page
         show_error=True,
         theme=gradio.themes.Default(**FONTS),
         footer_links=[],
@@ -250,7 +255,7 @@ def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
     return spaces.GPU(function)
 
 
-def _told(gradio: Any, function: Callable[..., tuple[Any, ...]], empty: tuple[Any, ...]) -> Callable[..., Any]:
+def _told(gradio: Any, function: Callable[..., Any], empty: Any) -> Callable[..., Any]:
     """Turn what a user's input brings about into a message in the page, which is left `empty` of what came before."""
 
     def told(path: str | None, *arguments: Any) -> Any:
@@ -276,6 +281,9 @@ def _page(gradio: Any, session: Session, examples: list[tuple[str, str]]) -> Any
 
     def redrawn(*given: Any) -> tuple[Any, ...]:
         return draw(*given), *nothing  # answers to other settings would be taken for answers to these
+
+    def forgotten() -> tuple[str, str, str]:
+        return nothing
 
     millions = sum(parameter.numel() for parameter in session.model.parameters()) / 1e6
     note = TOY.format(millions=millions) if session.is_toy else ""
@@ -308,9 +316,11 @@ def _page(gradio: Any, session: Session, examples: list[tuple[str, str]]) -> Any
         one_at_a_time: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1}
         redraw = _told(gradio, redrawn, (None, *nothing))
         live: dict[str, Any] = {"show_progress": "hidden", **one_at_a_time}
-        changes = [app.load, photo.input, percent.change, method.change, question.blur]
+        changes = [app.load, photo.input, percent.change, method.change]
         gradio.on(changes, redraw, given, [drawn, *shown], trigger_mode="always_last", api_name="draw", **live)
         chosen.load_input_event.then(redraw, given, [drawn, *shown], **live)
+        question.change(forgotten, None, shown, show_progress="hidden")
+        question.blur(_told(gradio, draw, None), given, drawn, **live)  # a method may choose by it
         answer = _told(gradio, answered, nothing)
         gradio.on([button.click, question.submit], answer, given, shown, api_name="answer", **one_at_a_time)
     return app

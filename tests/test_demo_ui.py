@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from PIL import Image
 from rows import draw_weights, rows
 from tiny_processors import NEED_EXTRA, WRITERS, write_processor
 
+from vispruner.configuration_vispruner import merge_vispruner_config
 from vispruner.conversion import demo_app
+from vispruner.conversion.build import build_repo
 from vispruner.conversion.cli import main
 from vispruner.conversion.demo_app import Session, figures, serve
-from vispruner.conversion.picture import BLUE, ORANGE
-from vispruner.conversion.questions import SCENE, ask
+from vispruner.conversion.picture import BLUE, ORANGE, open_photo
+from vispruner.conversion.questions import SCENE, ask, model_inputs
+from vispruner.conversion.repo_config import DEMO_CONFIG, load_repo_config
 
 QUESTION = "What color is the square?"
 ROWS = {row.model_type: row for row in rows()}
@@ -107,6 +111,31 @@ def test_other_architectures_in_a_folder(name: str, tmp_path: Path) -> None:
     dense, pruned = session.answer(str(SCENE), "what", 50, method)
     dropped = int(dense.visual_tokens) - int(pruned.visual_tokens)
     assert 0 < dropped == dense.kv_tokens - pruned.kv_tokens
+    counted = Session(str(tmp_path), visual_token_num=2)
+    _, few = counted.answer(str(SCENE), "what", counted.percent(), method)
+    inputs = model_inputs(counted.model, counted.processor, open_photo(SCENE), "what")
+    counted.model.generate(**inputs, max_new_tokens=1)
+    assert int(few.visual_tokens) == sum(counted.model.last_pruning.kept_counts)
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "percent"),
+    [
+        ({"method": "none"}, "vispruner", 12.5),  # the budget stays, and rests
+        ({"method": "divprune", "keep_ratio": 0.1}, "divprune", 10.0),
+        ({"method": "vispruner+fastv", "stage_token_nums": [72, 18]}, "vispruner", 25.0),
+        ({"method": "fastv", "visual_token_num": 72}, "fastv", 50.0),
+    ],
+)
+def test_a_repo_with_another_method_can_be_shown(
+    options: dict[str, Any], first: str, percent: float, tmp_path: Path
+) -> None:
+    config = load_repo_config(DEMO_CONFIG)
+    whole = merge_vispruner_config(config.vispruner_config, options)
+    build_repo(replace(config, vispruner_config=whole, budgets={}, card={}), tmp_path / "repo", show_progress=False)
+    session = Session(str(tmp_path / "repo"))
+    assert (session.methods()[0], session.percent()) == (first, percent)
+    assert session.draw(str(SCENE), QUESTION, max(percent, 50), first) is not None
 
 
 def test_without_gradio_it_says_what_to_install(
