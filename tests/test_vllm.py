@@ -1,7 +1,8 @@
 """Pruned models behind vLLM's OpenAI server, asked over HTTP: shorter prompts and the answers of transformers.
 
 The embedded trained checkpoint is served dense, as a built repo, by --hf-overrides on the stock checkpoint over two
-tensor-parallel ranks, and by the code in the repo without the plugin; a random LLaVA-NeXT is served as a thin repo.
+tensor-parallel ranks, and by the code in the repo without the plugin; a random LLaVA-NeXT is served as a thin repo,
+and tiny models of five further architectures with budgets by request.
 Kept sets are never compared across engines, because float noise changes some of them; answers and accuracy are.
 """
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -31,9 +33,10 @@ from vispruner.conversion.serve_check import check_server
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from accuracy import wilson
+from matrix import ROWS
 from openai_server import Answer, OpenAIServer, ServerError, data_url
 from scenes import generate_scene
-from test_vllm_architectures import PICTURES, QUESTION, write_checkpoint
+from test_vllm_architectures import BUDGETS, NEW, PICTURES, QUESTION, Pruned, overrides_of, write_checkpoint
 
 pytestmark = [
     pytest.mark.slow,
@@ -338,56 +341,79 @@ def test_llava_next_keeps_the_budget_of_every_tile_and_a_thin_repo_finds_its_wei
             assert answer.text == questions.ask(model, processor, image, "What is this?")
 
 
-@pytest.fixture(scope="class")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("qwen") / "base")
+# The other architectures: tiny models with random weights
 
 
-@pytest.fixture(scope="class")
-def qwen_server(qwen: Path, serve: partial[OpenAIServer]) -> Iterator[OpenAIServer]:
-    options = {
-        "architectures": ["VisPrunerQwen2_5_VLForConditionalGeneration"],
-        "vispruner_config": {"keep_ratio": 0.5},
-    }
-    details = {"maximum": {"keep_ratio": 0.8}, "detail": {"low": {"visual_token_num": 2}}}
-    with serve("qwen", qwen, BUDGETS_IN_REQUESTS, *overrides(**options, vispruner_serving=details)) as running:
-        yield running
+@dataclass
+class Served(Pruned):
+    """A checkpoint behind a running server, and in transformers."""
+
+    server: OpenAIServer
+
+    def ask(self, image: Image.Image, budget: dict[str, Any]) -> Answer:
+        options = {"max_tokens": NEW, "ignore_eos": True, "return_token_ids": True, "add_special_tokens": False}
+        return self.server.ask(QUESTION, [data_url(image)], mm_processor_kwargs=budget or None, **options)
 
 
-class TestQwen:
-    """M-RoPE over HTTP; the other tests of it are in test_vllm_architectures.py."""
+@pytest.fixture(scope="class", params=("internvl", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm"))
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, serve: partial[OpenAIServer]
+) -> Iterator[Served]:
+    name = request.param
+    folder = write_checkpoint(name, tmp_path_factory.mktemp(name) / "base")
+    pruned = vispruner.load(folder, **ROWS[name].options).eval()
+    with serve(name, folder, BUDGETS_IN_REQUESTS, *overrides(**overrides_of(name))) as running:
+        yield Served(name, pruned, AutoProcessor.from_pretrained(folder), running)
 
-    def test_concurrent_requests_of_several_budgets_get_the_answers_of_transformers(
-        self, qwen: Path, qwen_server: OpenAIServer
-    ) -> None:
-        model, processor = vispruner.load(qwen, keep_ratio=0.5).eval(), AutoProcessor.from_pretrained(qwen)
-        budgets = [{}, {"visual_token_num": 2}, {"keep_ratio": 0.8}, {"detail": "low"}]
-        requests = [(image, budget) for image in PICTURES for budget in budgets] * 3
+
+class TestOtherArchitectures:
+    """Over HTTP, many requests at a time; all else about them is in test_vllm_architectures.py."""
+
+    def test_concurrent_requests_of_several_budgets_get_the_answers_of_transformers(self, served: Served) -> None:
+        """Each twice and of all budgets for one picture: caches that mixed them up would be seen."""
+        budgets = [{}, *BUDGETS, {"detail": "low"}]
+        requests = [(image, budget) for image in PICTURES for budget in budgets] * 2
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda asked: self.ask(qwen_server, *asked), requests))
-        equal = 0
+            answers = list(pool.map(lambda asked: served.ask(*asked), requests))
         for (image, budget), answer in zip(requests, answers, strict=True):
-            model.set_vispruner_config(
-                **({"visual_token_num": 2} if "detail" in budget else budget or {"keep_ratio": 0.5})
-            )
-            inputs = questions.model_inputs(model, processor, image, QUESTION)
-            full, kept = model.model.count_visual_tokens(dict(inputs))
-            dropped = sum(map(sum, full.values())) - sum(map(sum, kept.values()))
-            assert answer.prompt_tokens == inputs["input_ids"].shape[1] - dropped
-            equal += answer.text == questions.ask(model, processor, image, QUESTION)
-        assert equal >= 0.99 * len(requests)
+            meant = {"visual_token_num": 2} if "detail" in budget else budget
+            served.require_same(answer.prompt_tokens, answer.token_ids, image, **meant)
 
-    @staticmethod
-    def ask(server: OpenAIServer, image: Image.Image, budget: dict) -> Answer:
-        return server.ask(QUESTION, [data_url(image)], add_special_tokens=False, mm_processor_kwargs=budget or None)
+    def test_pictures_are_counted_one_by_one_and_text_needs_none(self, served: Served) -> None:
+        urls = [data_url(image) for image in PICTURES[:2]]
+        none, first, second, both = (
+            served.server.ask(QUESTION, given, add_special_tokens=False).prompt_tokens
+            for given in ([], urls[:1], urls[1:], urls)
+        )
+        assert both - none == (first - none) + (second - none) > 0
 
-    def test_wrong_requests_are_the_clients_error_and_the_server_lives(self, qwen_server: OpenAIServer) -> None:
-        for url, budget in (
-            ("data:image/png;base64,bm90IGFuIGltYWdl", {}),
-            (data_url(PICTURES[0]), {"keep_ratio": 1.0}),
-            (data_url(PICTURES[0]), {"detail": "huge"}),
-        ):
+    @pytest.mark.parametrize(
+        ("budget", "message"),
+        [
+            ({"keep_ratio": 1.0}, "but this server keeps at most"),
+            ({"visual_token_num": 0}, "visual_token_num must be an integer >= 1"),
+            ({"detail": "huge"}, "detail must be one of"),
+        ],
+    )
+    def test_a_wrong_budget_is_the_clients_error_and_the_server_lives(
+        self, served: Served, budget: dict, message: str
+    ) -> None:
+        with pytest.raises(ServerError, match=message) as error:
+            served.ask(PICTURES[0], budget)
+        assert error.value.status == 400
+        assert served.ask(PICTURES[0], {}).prompt_tokens > 0
+
+    def test_a_picture_of_hardly_any_pixels_is_answered_or_refused(self, served: Served) -> None:
+        for size in ((1, 1), (3, 700)):
+            try:
+                served.server.ask(QUESTION, [data_url(Image.new("RGB", size))])
+            except ServerError as error:
+                assert error.status is not None and 400 <= error.status < 500
+        assert served.ask(PICTURES[0], {}).prompt_tokens > 0
+
+    def test_a_corrupt_image_is_the_clients_error_and_the_server_lives(self, served: Served) -> None:
+        for url in (data_url(PICTURES[0])[:200], "data:image/png;base64,bm90IGFuIGltYWdl"):
             with pytest.raises(ServerError) as error:
-                qwen_server.ask(QUESTION, [url], mm_processor_kwargs=budget or None)
+                served.server.ask(QUESTION, [url])
             assert error.value.status is not None and 400 <= error.value.status < 500
-        assert check_server(f"http://127.0.0.1:{qwen_server.port}").pruned
+        assert check_server(f"http://127.0.0.1:{served.server.port}").pruned
