@@ -143,13 +143,12 @@ def encoder_share(model: Model) -> float:
     content = {**config.to_dict(), "vispruner_config": {"method": "none"}}
     with torch.device("meta"):
         base = architecture.base_class(architecture.config_class.from_dict(content))
-        pixels: dict[str, Any] = {"pixel_values": torch.empty(1, 3, model.side, model.side)}
-        if base.packs_images:
-            rows = model.side // config.vision_config.patch_size
-            pixels = {"pixel_values": torch.empty(rows * rows, 3 * 2 * config.vision_config.patch_size**2)}
+        inputs: dict[str, Any] = {"pixel_values": torch.empty(1, 3, model.side, model.side)}
     if base.packs_images:
-        pixels["image_grid_thw"] = torch.tensor([[1, rows, rows]])
-    encoder = sum(encoder_flops(base, pixels))
+        rows, width = model.side // config.vision_config.patch_size, 3 * 2 * config.vision_config.patch_size**2
+        inputs = {"pixel_values": torch.empty(rows**2, width, device="meta")}
+        inputs["image_grid_thw"] = torch.tensor([[1, rows, rows]])
+    encoder = sum(encoder_flops(base, inputs))
     return encoder / (encoder + language_model_flops(config, TEXT_TOKENS + model.visual_tokens) + logits_flops(config))
 
 
