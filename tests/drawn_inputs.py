@@ -14,7 +14,6 @@ from vispruner.selectors import select_tokens
 RECORDED = Path(__file__).parent / "data" / "selection.safetensors"
 with safe_open(RECORDED, "pt") as recorded:
     RECORDED_CASES = {name: json.loads(case) for name, case in sorted(recorded.metadata().items())}
-
 SIZES = [1, 2, 3, 4, 5, 8, 9, 16, 25, 33, 36, 49]
 FEW_SIZES = [1, 2, 3, 4, 6, 9, 12, 16, 25]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

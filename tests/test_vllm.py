@@ -36,7 +36,7 @@ from accuracy import wilson
 from matrix import ROWS
 from openai_server import Answer, OpenAIServer, ServerError, data_url
 from scenes import generate_scene
-from test_vllm_architectures import BUDGETS, NEW, PICTURES, QUESTION, Pruned, overrides_of, write_checkpoint
+from tiny_engines import BUDGETS, NEW, PICTURES, QUESTION, Pruned, overrides_of, write_checkpoint
 
 pytestmark = [
     pytest.mark.slow,

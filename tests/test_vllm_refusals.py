@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_vllm_architectures import in_process, overrides_of, write_checkpoint
+from tiny_engines import in_process, overrides_of, write_checkpoint
 
 from vispruner import ARCHITECTURES
 
