@@ -271,6 +271,13 @@ def _told(gradio: Any, function: Callable[..., Any], empty: Any) -> Callable[...
     return told
 
 
+def _uploaded(gradio: Any, path: str) -> str:
+    """Return the path of a picture that the page has a copy of: who calls its API could name any of this machine."""
+    if not Path(path).resolve().is_relative_to(Path(gradio.utils.get_upload_folder()).resolve()):
+        raise gradio.Error("the picture must be uploaded")
+    return path
+
+
 def _page(gradio: Any, session: Session, examples: list[tuple[str, str]]) -> Any:
     draw, both = _on_gpu(session.draw), _on_gpu(session.answer)
     nothing = ("", "", "")
@@ -293,7 +300,7 @@ def _page(gradio: Any, session: Session, examples: list[tuple[str, str]]) -> Any
             with gradio.Column(scale=2):
                 photo = gradio.Image(examples[0][0], label="Picture", type="filepath", sources=["upload", "webcam"])
                 # The file as it was uploaded, so that `open_photo` says what is wrong with it.
-                photo.preprocess = lambda payload: payload and payload.path
+                photo.preprocess = lambda payload: payload and _uploaded(gradio, payload.path)
                 question = gradio.Textbox(examples[0][1], label="Question")
                 percent = gradio.Slider(0.1, 100, session.percent(), step=0.1, label="Visual tokens kept, percent")
                 method = gradio.Dropdown(session.methods(), label="Method, of those that this model can take")

@@ -145,8 +145,10 @@ class HubAccess:
 
     def __init__(self, endpoint: str | None = None) -> None:
         self.endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-        self.token = _find_token()
         try:
+            # An identity is sent to the endpoint for a token, so this must be known of it before.
+            require_private_line(self.endpoint, os.environ.get(TRUSTED_PUBLISHER))
+            self.token = _find_token()
             require_private_line(self.endpoint, self.token)
         except BuildError as reason:
             raise PublishError(ExitCode.BAD_INPUT, str(reason)) from None
@@ -259,7 +261,7 @@ class HubAccess:
 
 def require_trusted(repo_id: str, exists: bool) -> None:
     """Raise unless this job is the Trusted Publisher of `repo_id`; who that is, the Hub does not say."""
-    if trusted_repo() != repo_id:
+    if str(trusted_repo()).lower() != repo_id.lower():
         raise PublishError(
             ExitCode.NO_NAMESPACE,
             f"{TRUSTED_PUBLISHER} is {trusted_repo()}, and the token that the Hub gives for that can write nowhere "

@@ -182,18 +182,18 @@ class PublishJob:
             is_trusted = trusted_repo() is not None
             account = self.hub.account if not is_trusted and (push or self.hub.token) else None
             remote = self.read_branches()
-            if is_trusted:
-                require_trusted(repo_id, exists=remote is not None)
-            if account is not None:
-                try:
+            try:
+                if is_trusted:
+                    require_trusted(repo_id, exists=remote is not None)
+                elif account is not None:
                     with understood(self.hub.endpoint):
                         require_write_access(
                             account, repo_id, creates=remote is None, pull_request=self.create_pr, kind=self.kind
                         )
-                except PublishError as reason:
-                    if push:
-                        raise
-                    _say(f"note: --push would be refused: {reason}")
+            except PublishError as reason:
+                if push:
+                    raise
+                _say(f"note: --push would be refused: {reason}")
             if remote is None and self.create_pr:
                 raise PublishError(
                     ExitCode.BAD_INPUT, f"{repo_id} is not on the Hub: there is nothing --create-pr could change"
@@ -262,10 +262,9 @@ class PublishJob:
     def _plan(self, branch: str, files: Sequence[LocalFile], remote: RemoteBranch | None) -> BranchPlan:
         return plan_branch(branch, files, remote, self.makes)
 
-    @staticmethod
-    def makes(path: str) -> bool:
+    def makes(self, path: str) -> bool:
         """Say whether a file's name is one that this job writes, or an older version of it."""
-        return made_by_a_build(path)
+        return made_by_a_build(path) or path in {file.name for file in self.repo.files.values()}
 
     def _budget_text(self, branch: str) -> str:
         return ", ".join(f"{name} {value}" for name, value in self.budgets.get(branch, {}).items())
@@ -581,8 +580,7 @@ class SpaceJob(PublishJob):
             self.push_branches(wanted)
             _say(f"done: {self.url}")
 
-    @staticmethod
-    def makes(path: str) -> bool:
+    def makes(self, path: str) -> bool:
         return path in SPACE_FILES
 
     def _is_ours(self, remote: RemoteBranch) -> bool:

@@ -412,8 +412,15 @@ def _check_links(path: Path, links: Any) -> None:
         raise RepoConfigError(f"{path}: card.links must hold names and addresses, for example {{Docs: https://...}}")
     for name, address in links.items():
         _require_text(path, "a name in card.links", name)
+        if not re.fullmatch(r"[^\[\]<>\r\n]+", name):
+            raise RepoConfigError(
+                f"{path}: a name in card.links must be one line without brackets, got {_shown(name)}"
+            )
         if not isinstance(address, str) or not re.fullmatch(r"https://[^\s()<>]+", address):
-            raise RepoConfigError(f"{path}: card.links.{name} must begin with https://, got {_shown(address)}")
+            raise RepoConfigError(
+                f"{path}: card.links.{name} must begin with https:// and have no blanks or brackets (write ( and ) as "
+                f"%28 and %29), got {_shown(address)}"
+            )
 
 
 def _check_record(path: Path, name: str, stem: str, base_model: str, needed: tuple[str, ...]) -> None:

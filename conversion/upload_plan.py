@@ -196,7 +196,7 @@ def _place_in_commit(file: LocalFile) -> tuple[int, str]:
 def made_by_a_build(path: str) -> bool:
     """Say whether a file's name is one that builds write, now or in an older version, or weights in its place."""
     return "/" not in path and (
-        path in (CARD, *CONFIG_FILES, *WEIGHT_FILES)
+        path in (CARD, REQUIREMENTS, *CONFIG_FILES, *WEIGHT_FILES)
         or path.endswith((".py", PICTURE_SUFFIX, *UNSAFE_SUFFIXES))
         or SHARD_PATTERN.fullmatch(path) is not None
     )

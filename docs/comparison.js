@@ -21,8 +21,11 @@ for (const table of document.querySelectorAll("table[data-comparison]")) {
     count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
   };
 
+  const isOfWords = (column) => ["method", "prunes", "test set", "against", "at equal"].includes(heads[column].textContent);
+
   const sort = (column, rising) => {
-    const empty = (row) => text(row, column) === ""; // always last
+    // always last: what is empty, or says in words why there is no figure
+    const empty = (row) => text(row, column) === "" || (!isOfWords(column) && isNaN(number(text(row, column))));
     rows.sort((a, b) => empty(a) - empty(b) || (rising ? 1 : -1) * compare(text(a, column), text(b, column)));
     for (const head of heads) head.removeAttribute("aria-sort");
     heads[column].setAttribute("aria-sort", rising ? "ascending" : "descending");
@@ -40,12 +43,11 @@ for (const table of document.querySelectorAll("table[data-comparison]")) {
   };
 
   heads.forEach((head, column) => {
-    const words = ["method", "prunes", "test set", "against", "at equal"].includes(head.textContent);
     head.style.cursor = "pointer";
     head.title = "sort";
     head.onclick = () => {
       const before = head.getAttribute("aria-sort");
-      sort(column, before === null ? words : before === "descending"); // figures begin with the highest
+      sort(column, before === null ? isOfWords(column) : before === "descending"); // figures begin with the highest
     };
     if ("filter" in head.dataset) {
       const values = [...new Set(rows.map((row) => text(row, column)))].sort(compare);

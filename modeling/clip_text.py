@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 from transformers.modeling_utils import load_state_dict
+from transformers.utils import logging
 
 from .codebook_file import find_file
 from .configuration_vispruner import CLIP_INPUTS
 from .similarity import norms_of
+
+logger = logging.get_logger(__name__)
 
 ABOUT, TOKENIZER = "about", "tokenizer"  # JSON, as bytes
 TEXT_PREFIXES = ("text_model.", "text_projection.")
@@ -115,9 +118,9 @@ def checked_ids(said: Mapping[str, Any], rows: int) -> tuple[torch.Tensor, torch
     names = " and ".join(CLIP_INPUTS)
     if ids is None or is_token is None:
         raise ValueError(
-            f"vispruner_config.text_tower: CLIP reads the question, so a prompt with images needs {names}: the repo's "
-            "own processor adds them (AutoProcessor with trust_remote_code=True), and model.question_inputs makes "
-            "them of questions"
+            f"vispruner_config.text_tower: CLIP reads the question, so a prompt with images needs {names}: the "
+            "processor of a repo built with a text tower adds them (AutoProcessor with trust_remote_code=True), and "
+            "model.question_inputs makes them of questions"
         )
     ids, is_token = torch.as_tensor(ids), torch.as_tensor(is_token)
     if ids.dim() != 3 or ids.shape != is_token.shape or len(ids) != rows or ids.is_floating_point():
@@ -156,8 +159,15 @@ def check_tensors(path: Any, shapes: Mapping[str, Sequence[int]], width: int | N
         raise TextTowerError(
             f"{path} is no text tower as `vispruner text-tower` makes one: {strange or 'wrong shapes'}"
         )
+    if any(len(shapes[name]) != 1 for name in (ABOUT, TOKENIZER)):
+        raise TextTowerError(f"{path} is no text tower: what it says of itself is no row of bytes")
     if max(shapes[ABOUT][0], shapes[TOKENIZER][0]) > MOST_BYTES:
         raise TextTowerError(f"{path}: its tokenizer is larger than {MOST_BYTES / 2**20:g} MiB, which none is")
+    widths = {shapes[name][1] for name in (WORDS, POSITIONS, PROJECTION, FIRST_MLP)}
+    if any(0 in shape for shape in shapes.values()) or len(widths) > 1:  # the tower is made as large as its shapes say
+        raise TextTowerError(f"{path} is no text tower: its tensors do not fit each other")
+    if shapes[POSITIONS][0] < 3:
+        raise TextTowerError(f"{path} is no text tower: it has no position for a word between its begin and its end")
     (space, wide), (projected, _) = shapes[VISUAL_PROJECTION], shapes[PROJECTION]
     if space != projected or [wide] != list(shapes[VISION_NORM]):
         raise TextTowerError(f"{path}: its projections do not lead into one space, of {space} and {projected}")
@@ -284,23 +294,32 @@ class QuestionProcessorMixin:
         return made
 
     def _question_in(self, text: str) -> str:
-        """Return what a row asks about its images."""
-        image = self.image_token  # type: ignore[attr-defined]
-        behind, answer = text.rpartition(image)[2], self._answer_prompt
+        """Return what a row asks about its images: behind the last one, or before it where nothing stands behind."""
+        before, image, behind = text.rpartition(self.image_token)  # type: ignore[attr-defined]
+        answer = self._before_answers
         asked = behind.partition(answer)[0] if answer else behind
-        return (asked if asked.strip() else text.replace(image, " ")).strip()
+        if not answer:
+            logger.warning_once(
+                "no chat template tells where an answer begins: all that stands behind the last image is read as the "
+                "question. Where answers do, as in training, give the processor question="
+            )
+        if not asked.strip():
+            asked = before.replace(image, " ") if image else before
+        return asked.strip()
 
     @property
-    def _answer_prompt(self) -> str:
-        """What the chat template writes before an answer; empty where there is no template."""
-        if not getattr(self, "chat_template", None):
-            return ""
-        message = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-        asked, answered = (
-            self.apply_chat_template(message, add_generation_prompt=more)  # type: ignore[attr-defined]
-            for more in (False, True)
-        )
-        return answered.removeprefix(asked).strip() if answered.startswith(asked) else ""
+    def _before_answers(self) -> str:
+        """What the chat template writes between a question and its answer; empty where none tells."""
+        asked, answered = "QUESTION", "ANSWER"
+        for wrap in (lambda said: [{"type": "text", "text": said}], lambda said: said):
+            turns = [{"role": "user", "content": wrap(asked)}, {"role": "assistant", "content": wrap(answered)}]
+            try:
+                text = self.apply_chat_template(turns)  # type: ignore[attr-defined]
+            except Exception:  # a template raises what its author likes, for want of one transformers does
+                continue
+            if asked in text and answered in text:
+                return text.partition(asked)[2].partition(answered)[0].strip()
+        return ""
 
 
 def _as(like: Any, ids: torch.Tensor) -> Any:

@@ -105,6 +105,11 @@ class PretrainedMixin:
         """Copy the files that `vispruner_config` names, and return by field the names they have in the folder."""
         paths, config = self.model.paths_of_files, self.config.vispruner_config
         named = {field: path for field, path in paths.items() if config.get(field) is not None}
+        if len({os.path.basename(path) for path in named.values()}) < len(named):
+            raise ValueError(
+                f"vispruner_config: {' and '.join(named)} are files of the same name, of which a repo can hold one: "
+                "rename one and give it anew"
+            )
         return {field: _copied(path, save_directory) for field, path in named.items()}
 
     def _get_files_timestamps(self, working_dir: Any) -> dict[str, float]:

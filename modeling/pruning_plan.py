@@ -32,10 +32,12 @@ def most_before(layers: tuple[int, ...], left: tuple[float, ...], depth: int, me
 
     layers  the layers before which tokens leave, ascending; left  what part of the tokens is left there
     """
-    tokens = mean
-    while sum(layer_counts(tokens + 1, layers, whole_counts(tokens + 1, left), depth)) <= mean * depth:
-        tokens += 1
-    return tokens
+    fewest, most = mean, mean * depth  # the first layer holds them all
+    while fewest < most:
+        middle = (fewest + most + 1) // 2
+        held = sum(layer_counts(middle, layers, whole_counts(middle, left), depth))
+        fewest, most = (middle, most) if held <= mean * depth else (fewest, middle - 1)
+    return fewest
 
 
 @lru_cache(maxsize=1024)  # asked for each image of each prompt

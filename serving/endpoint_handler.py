@@ -4,9 +4,9 @@
 
 `inputs` may also be a chat, a list of messages. Images in it are `{"type": "image", "image": ...}` or, as OpenAI's
 clients send them, `{"type": "image_url", "image_url": {"url": ...}}`. An image is a URL or base64, with or without
-`data:image/...;base64,` in front. It is never a path, which would be one of the server. `parameters` are those of
-`generate`; `visual_token_num` or `keep_ratio` among them is the budget of this request alone. The endpoint answers a
-ValueError with status 400 and its text.
+`data:image/...;base64,` in front. It is never a path, which would be one of the server. `parameters` are the few of
+`generate` that `PARAMETERS` names, since others make it run code; `visual_token_num` or `keep_ratio` among them is the
+budget of this request alone. The endpoint answers a ValueError with status 400 and its text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,17 @@ from transformers import pipeline
 
 BUDGETS = ("visual_token_num", "keep_ratio")
 DEFAULTS = {"max_new_tokens": 256}
+MOST = {"max_new_tokens": 4096, "num_beams": 8}  # an endpoint answers one request at a time
+PARAMETERS = (
+    *MOST,
+    "min_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    *BUDGETS,
+)
 EXAMPLE = '{"inputs": {"image": "<URL or base64>", "text": "What is this?"}}'
 
 
@@ -35,20 +46,33 @@ class EndpointHandler:
         data  `inputs` and, optionally, `parameters`
         """
         messages = conversation(data.get("inputs"))
-        parameters = data.get("parameters") or {}
-        if not isinstance(parameters, dict):
-            raise ValueError(f"parameters must be an object, such as {DEFAULTS}, got {parameters!r}")
-        arguments = {**DEFAULTS, **parameters}
+        arguments = {**DEFAULTS, **checked_parameters(data.get("parameters"))}
         if budget := {name: arguments.pop(name) for name in BUDGETS if name in arguments}:
             arguments["vispruner_config"] = budget
         (answer,) = self.pipeline(text=messages, return_full_text=False, generate_kwargs=arguments)
         has_image = any(part["type"] == "image" for message in messages for part in message["content"])
         pruning = self.pipeline.model.last_pruning if has_image else None
-        counts = {
-            "visual_tokens": 0 if pruning is None else sum(pruning.full_counts),
-            "visual_tokens_kept": 0 if pruning is None else sum(pruning.kept_counts),
-        }
-        return [{"generated_text": answer["generated_text"], **counts}]
+        full, kept = ((), ()) if pruning is None else (pruning.full_counts, pruning.kept_counts)
+        if pruning is not None and pruning.stages:  # what prunes in the language model: what its last layers see
+            _, kept = pruning.stages[-1]
+        return [
+            {"generated_text": answer["generated_text"], "visual_tokens": sum(full), "visual_tokens_kept": sum(kept)}
+        ]
+
+
+def checked_parameters(parameters: Any) -> dict[str, Any]:
+    """Return the parameters of a request, numbers and switches alone; ValueError for what is none of `PARAMETERS`."""
+    parameters = {} if parameters is None else parameters
+    if not isinstance(parameters, dict):
+        raise ValueError(f"parameters must be an object, such as {DEFAULTS}, got {parameters!r:.80}")
+    for name, value in parameters.items():
+        if name not in PARAMETERS:
+            raise ValueError(f"parameters may hold {', '.join(PARAMETERS)}, got {name!r:.80}")
+        if not isinstance(value, bool | int | float):
+            raise ValueError(f"parameters.{name} must be a number, true or false, got {value!r:.80}")
+        if value > MOST.get(name, value):
+            raise ValueError(f"parameters.{name} must be at most {MOST[name]}, got {value}")
+    return parameters
 
 
 def conversation(inputs: Any) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from vispruner.clip_text import TextTowerError, read_text_tower
 from vispruner.configuration_vispruner import CLIP_INPUTS
 from vispruner.conversion import cli
 from vispruner.conversion.build import BuildError, build_repo
+from vispruner.conversion.llava_keys import CHAT_TEMPLATES
 from vispruner.conversion.picture import show
 from vispruner.conversion.repo_config import load_repo_config
 from vispruner.conversion.text_tower import write_text_tower
@@ -208,9 +209,7 @@ def test_a_question_that_is_missing_or_does_not_fit_is_refused(model: Any, proce
     ids = {name: inputs.pop(name) for name in CLIP_INPUTS}
     run = (lambda given: model(**given), lambda given: model.generate(**given, max_new_tokens=2))
     for call in run:
-        with pytest.raises(
-            ValueError, match=r"needs clip_input_ids and clip_attention_mask: the repo's own processor"
-        ):
+        with pytest.raises(ValueError, match=r"needs clip_input_ids and clip_attention_mask: the processor of a repo"):
             call(inputs)
         with pytest.raises(ValueError, match="needs clip_input_ids"):
             call({**inputs, "clip_input_ids": ids["clip_input_ids"]})
@@ -270,9 +269,36 @@ def test_the_question_is_what_stands_behind_the_last_image_up_to_the_first_answe
     )
     assert question_of(processor, found) == ASK
     before = f"USER: {ASK}\n<image> ASSISTANT:"
-    assert question_of(processor, processor(images=photo, text=before)) == f"USER: {ASK}\n  ASSISTANT:"
+    for answered in ("", " It is orange.</s>"):  # which the question may not hold
+        assert question_of(processor, processor(images=photo, text=before + answered)) == f"USER: {ASK}"
     two = f"USER: <image> {OTHER} <image> {ASK} ASSISTANT:"
     assert question_of(processor, processor(images=[photo, photo], text=two)) == ASK
+
+
+@pytest.mark.parametrize("template", sorted(CHAT_TEMPLATES))
+def test_no_answer_is_read_whatever_the_template_writes_before_it(
+    built: Path, photo: Image.Image, template: str
+) -> None:
+    """Mistral's has no generation prompt."""
+    processor = AutoProcessor.from_pretrained(built, trust_remote_code=True)
+    processor.chat_template = CHAT_TEMPLATES[template]
+    content = [{"type": "image"}, {"type": "text", "text": ASK}]
+    for answer in ("It is orange.", "blue"):
+        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        for content_of in (content, content[::-1]):
+            text = processor.apply_chat_template([{"role": "user", "content": content_of}, said])
+            assert answer in text
+            question = question_of(processor, processor(images=photo, text=text))
+            assert ASK in question and answer not in question and "INST]" not in question.partition(ASK)[2]
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages[0]['content'] + 'x' }}", None])
+def test_a_template_that_tells_nothing_is_no_error(
+    built: Path, photo: Image.Image, template: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = AutoProcessor.from_pretrained(built, trust_remote_code=True)
+    processor.chat_template = template
+    assert question_of(processor, processor(images=photo, text=f"<image> {ASK}")) == ASK
 
 
 def test_a_question_may_be_said_otherwise(processor: Any, tiny_llava_repo: Path, photo: Image.Image) -> None:
@@ -353,6 +379,9 @@ def about(tensors: dict[str, torch.Tensor], **changes: Any) -> torch.Tensor:
         (lambda t: {"about": about(t, num_attention_heads=5)}, "is no text tower"),
         (lambda t: {"about": about(t, hidden_act="os.system")}, "is no text tower"),
         (lambda t: {"vision_model.post_layernorm.weight": torch.ones(64) * 3}, "another CLIP checkpoint"),
+        (lambda t: {"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(10**9, 0)}, "do not fit each other"),
+        (lambda t: {"text_model.embeddings.position_embedding.weight": torch.ones(2, 48)}, "no position for a word"),
+        (lambda t: {"about": torch.tensor(1, dtype=torch.uint8)}, "no row of bytes"),
         (lambda t: NARROW, "take the CLIP checkpoint that the vision tower came from"),
     ],
 )

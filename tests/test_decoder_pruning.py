@@ -22,7 +22,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from vispruner.choosing import watch_choices
 from vispruner.prompt_reading import FEATURES
-from vispruner.pruning_plan import layer_counts, stage_counts, whole_counts
+from vispruner.pruning_plan import layer_counts, most_before, stage_counts, whole_counts
 from vispruner.selectors import DECODER_METHODS, SELECTORS
 from vispruner.stock_versions import CACHE
 
@@ -668,6 +668,16 @@ class TestPlan:
                 family = {tuple(max(1, round(tokens * s ** (i + 1))) for i in range(len(layers))) for s in shares}
                 fitting = [sum(layer_counts(tokens, layers, some, 32)) for some in family]
                 assert held == max(total for total in fitting if total <= mean * 32 + 1e-9)
+
+    @pytest.mark.parametrize("mean", [1, 2, 7, 144, 10**9])
+    def test_the_most_that_an_image_may_begin_with(self, mean: int) -> None:
+        layers, left, depth = (1, 2, 3), (0.95, 0.9, 0.5), 4
+
+        def held(tokens: int) -> int:
+            return sum(layer_counts(tokens, layers, whole_counts(tokens, left), depth))
+
+        most = most_before(layers, left, depth, mean)
+        assert held(most) <= mean * depth < held(most + 1)
 
     @pytest.mark.parametrize("deep", ["llava_next"], indirect=True)
     @pytest.mark.parametrize("method", TWO_PLACES)

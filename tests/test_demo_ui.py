@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -195,6 +197,19 @@ def test_the_page_answers_over_http(url: str, tmp_path: Path) -> None:
     with Image.open(drawn) as picture:
         assert picture.width > 600
     assert cleared == ["", "", ""]
+
+
+@pytest.mark.ui
+def test_no_picture_of_the_machine_is_shown_that_nobody_uploaded(url: str, tmp_path: Path) -> None:
+    """Gradio looks at paths that carry its mark alone."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "secret.png")
+    body = json.dumps({"data": [{"path": str(tmp_path / "secret.png")}, QUESTION, 50, "vispruner"]}).encode()
+    headers = {"Content-Type": "application/json"}
+    with urlopen(Request(f"{url}gradio_api/call/draw", body, headers)) as response:
+        event = json.load(response)["event_id"]
+    with urlopen(f"{url}gradio_api/call/draw/{event}") as response:
+        said = response.read().decode()
+    assert "event: error" in said and "uploaded" in said and "drawn" not in said
 
 
 @pytest.mark.ui

@@ -144,6 +144,29 @@ def test_a_request_may_have_a_budget_of_its_own(handler: Any, encoded: str) -> N
         assert answer["generated_text"] == stock_answer(handler, **config)
 
 
+def test_a_request_runs_no_code_of_its_own(handler: Any, encoded: str, tmp_path: Path) -> None:
+    """`generate` would load and run what `custom_generate` names."""
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "custom_generate" / "generate.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\ndef generate(model, **_): return _['input_ids']\n"
+    )
+    with pytest.raises(ValueError, match="custom_generate"):
+        handler(request(encoded, custom_generate=str(tmp_path), trust_remote_code=True))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_the_last_layers_see_of_a_method_in_the_language_model(handler: Any, encoded: str) -> None:
+    model = handler.pipeline.model
+    stored = model.config.vispruner_config
+    try:
+        model.set_vispruner_config(method="fastv", visual_token_num=72, prune_layers=[1])
+        (answer,) = handler(request(encoded))
+        assert (answer["visual_tokens"], answer["visual_tokens_kept"]) == (144, 48)
+    finally:
+        model.config.vispruner_config = stored
+
+
 def test_a_chat_in_either_spelling_is_the_same(handler: Any, encoded: str) -> None:
     expected = handler(request(encoded))
     text = {"type": "text", "text": QUESTION}
@@ -184,6 +207,16 @@ def test_parameters_may_be_left_out(handler: Any) -> None:
         ({"inputs": {"text": "a"}, "parameters": {"visual_token_num": 0}}, "visual_token_num"),
         ({"inputs": {"text": "a"}, "parameters": {"visual_token_num": 3, "keep_ratio": 0.5}}, "keep_ratio"),
         ({"inputs": {"text": "a"}, "parameters": {"no_such_thing": 3}}, "no_such_thing"),
+        (
+            {"inputs": {"text": "a"}, "parameters": {"custom_generate": "x", "trust_remote_code": True}},
+            "may hold max_new",
+        ),
+        ({"inputs": {"text": "a"}, "parameters": {"trust_remote_code": True}}, "may hold max_new_tokens"),
+        ({"inputs": {"text": "a"}, "parameters": {"vispruner_config": {"method": "none"}}}, "may hold max_new_tokens"),
+        ({"inputs": {"text": "a"}, "parameters": {"num_return_sequences": 2}}, "may hold max_new_tokens"),
+        ({"inputs": {"text": "a"}, "parameters": {"max_new_tokens": 10**9}}, "max_new_tokens must be at most 4096"),
+        ({"inputs": {"text": "a"}, "parameters": {"num_beams": 9}}, "num_beams must be at most 8"),
+        ({"inputs": {"text": "a"}, "parameters": {"top_k": "all"}}, "top_k must be a number"),
     ],
 )
 def test_a_wrong_body_is_refused_by_name(handler: Any, body: dict[str, Any], reason: str) -> None:

@@ -452,6 +452,8 @@ REFUSED = [
     ({"links": "https://a"}, "card.links must hold names and addresses"),
     ({"links": {"Docs": "javascript:alert(1)"}}, "card.links.Docs must begin with https://"),
     ({"links": {"Docs": "https://a) [b](c"}}, "card.links.Docs must begin with https://"),
+    ({"links": {"a] (b": "https://a"}}, "a name in card.links must be one line without brackets"),
+    ({"links": {"a\nb": "https://a"}}, "a name in card.links must be one line without brackets"),
     ({"links": {3: "https://a"}}, "a name in card.links must be text"),
     ({"new_version": "gpt2"}, "card.new_version must be owner/name of a Hub repo"),
     ({"new_version": ["a/b"]}, "card.new_version must be text"),

@@ -1178,6 +1178,22 @@ def test_a_full_disk_under_the_hub_s_cache_leaves_what_the_next_run_completes(
     assert state(hub, "user/tiny") == state(hub, "user/undisturbed")
 
 
+def test_a_repo_with_all_that_a_build_can_add_is_published_twice(
+    hub: LocalHub, run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "verify_repo", verified)
+    monkeypatch.setattr(PublishJob, "check_loads", lambda self, folder: None)
+    codebook = {"method": "codebook", "codebook": "tiny-llava-codebook.safetensors", "visual_token_num": 18}
+    yaml_file = write_yaml(
+        tmp_path / "all.yaml", base_model="embedded/tiny-llava", vispruner_config=codebook, handler=True, budgets={}
+    )
+    assert run("--push", config=yaml_file)[0] == ExitCode.DONE
+    before = len(hub.history("user/tiny", "main"))
+    status, text = run("--push", config=yaml_file)
+    assert status == ExitCode.DONE and len(hub.history("user/tiny", "main")) == before, text
+    assert {"handler.py", "requirements.txt", "tiny-llava-codebook.safetensors"} <= hub.files("user/tiny").keys()
+
+
 # A CI job without a stored token
 
 
@@ -1237,6 +1253,24 @@ def test_a_trusted_publisher_of_another_repo_is_refused(
     monkeypatch.setenv("HF_OIDC_RESOURCE", "user/other")
     status, text = run("--push")
     assert status == ExitCode.NO_NAMESPACE and "set it to user/tiny, with a job for each repo" in text
+
+
+def test_no_identity_is_sent_in_the_clear(
+    publisher: LocalHub, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_access, "get_token", lambda: pytest.fail("the identity was sent"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.example")
+    with pytest.raises(PublishError, match="is not https"):
+        HubAccess()
+
+
+def test_a_trusted_publisher_of_another_repo_may_look(
+    publisher: LocalHub, run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, ready: None
+) -> None:
+    publisher.publishers["user/other"] = "the identity of a job"
+    monkeypatch.setenv("HF_OIDC_RESOURCE", "user/other")
+    status, text = run()
+    assert status == ExitCode.DONE and "note: --push would be refused: HF_OIDC_RESOURCE is user/other" in text
 
 
 def test_a_trusted_publisher_makes_no_repo(publisher: LocalHub, run: Callable[..., tuple[int, str]]) -> None:
