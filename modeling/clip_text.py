@@ -233,7 +233,7 @@ def _about(path: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         about = json.loads(_bytes_of(tensors[ABOUT]))
         numbers = [about[name] for name in CONFIG_FIELDS if name != "hidden_act"]
         ids = [about[name] for name in TOKEN_FIELDS]
-        are_numbers = all(isinstance(number, int | float) for number in numbers)
+        are_numbers = all(isinstance(number, int | float) and 0 <= number < 2**31 for number in numbers)
         are_ids = all(isinstance(id_, int) and 0 <= id_ < len(tensors[WORDS]) for id_ in ids)
         if not (are_numbers and are_ids and isinstance(about["hidden_act"], str)):
             raise ValueError("what it says of itself is of the wrong kind")

@@ -374,6 +374,8 @@ def about(tensors: dict[str, torch.Tensor], **changes: Any) -> torch.Tensor:
         (lambda t: {"about": torch.ones(9, dtype=torch.uint8)}, "does not say what its text tower is"),
         (lambda t: {"about": about(t, begins="a")}, "of the wrong kind"),
         (lambda t: {"about": about(t, ends=10**6)}, "of the wrong kind"),
+        (lambda t: {"about": about(t, num_attention_heads=-4)}, "of the wrong kind"),
+        (lambda t: {"about": about(t, layer_norm_eps=float("nan"))}, "of the wrong kind"),
         (lambda t: {"about": t["about"].float()}, "bytes are stored as uint8"),
         (lambda t: {"text_model.embeddings.token_embedding.weight": torch.ones(400, 48)}, "of the wrong|knows 51"),
         (lambda t: {"about": about(t, num_attention_heads=5)}, "is no text tower"),
@@ -508,6 +510,17 @@ def test_a_damaged_repo_is_refused(built: Path, tmp_path: Path, damage: str) -> 
     report = verify_repo(repo)
     assert not report.passed
     assert "text_tower" in report.failures[0].detail or "no text tower" in report.failures[0].detail
+
+
+def test_two_files_of_one_name_are_not_saved_over_each_other(
+    tiny_llava_repo: Path, tower: Path, tmp_path: Path
+) -> None:
+    model = vispruner.load(tiny_llava_repo, method="cdpruner", text_tower=tower, visual_token_num=T)
+    width = model.config.get_text_config().hidden_size
+    save_file({"codebook": torch.ones(4, width)}, tmp_path / tower.name)
+    model.set_vispruner_config(codebook=tmp_path / tower.name)
+    with pytest.raises(ValueError, match="files of the same name"):
+        model.save_pretrained(tmp_path / "saved")
 
 
 def test_a_saved_model_carries_it_and_comes_back(built: Path, tmp_path: Path, photo: Image.Image, tower: Path) -> None:
