@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
@@ -59,7 +60,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from outputs import output_file
 from photo_tower import hash_of, lacks_tower, with_tower
 from photos import PHOTO_QUESTION_TYPES, generate_photo
-from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, easy_vqa_questions, generate_scene
+from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, Question, easy_vqa_questions, generate_scene
 
 from vispruner import SELECTORS, __version__
 from vispruner.choosing import Choice
@@ -190,23 +191,21 @@ def questions(dataset: str, seed: int, limit: int) -> list[Sample]:
 
 
 def _scene_samples(seed: int) -> Iterator[Sample]:
-    index = 0
-    while True:
-        scene = generate_scene("test", seed, index)
-        boxes = tuple(o.box for o in scene.objects)
-        for place, q in enumerate(scene.questions):
-            yield Sample(index, place == 0, scene.image, q.text, q.answer, q.type, boxes)
-        index += 1
+    scenes = (generate_scene("test", seed, index) for index in itertools.count())
+    return _generated((scene.image, scene.objects, scene.questions) for scene in scenes)
 
 
 def _photo_samples(seed: int) -> Iterator[Sample]:
-    index = 0
-    while True:
-        photo = generate_photo("test", seed, index)
-        boxes = tuple(o.box for o in photo.things)
-        for place, q in enumerate(photo.questions):
-            yield Sample(index, place == 0, photo.image, q.text, q.answer, q.type, boxes)
-        index += 1
+    photos = (generate_photo("test", seed, index) for index in itertools.count())
+    return _generated((photo.image, photo.things, photo.questions) for photo in photos)
+
+
+def _generated(pictures: Iterable[tuple[Image.Image, Sequence[Any], Sequence[Question]]]) -> Iterator[Sample]:
+    """All questions about pictures, which come with what is on them, in order."""
+    for index, (image, things, asked) in enumerate(pictures):
+        boxes = tuple(thing.box for thing in things)
+        for place, q in enumerate(asked):
+            yield Sample(index, place == 0, image, q.text, q.answer, q.type, boxes)
 
 
 def _easy_vqa_samples(seed: int) -> Iterator[Sample]:

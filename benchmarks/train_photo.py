@@ -16,18 +16,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import pickle
 import platform
-import shutil
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -69,9 +66,9 @@ from train_tiny import (
     read_answers,
     to_pixels,
 )
-from training_run import TrainingRun, autocast, setting
+from training_run import TrainingRun, add_recipe, autocast, recipe_of, setting, tell, work_folder
 
-from vispruner.conversion.checkpoint_io import replacing
+from vispruner.conversion.checkpoint_io import atomic_directory, replacing
 
 PATCH = 14
 GRID = PHOTO_SIZE // PATCH
@@ -321,15 +318,11 @@ class Run(TrainingRun):
 
     def write(self, out: Path) -> None:
         """Write the checkpoint in half precision, without the tower's weights, in place of one that is there."""
-        partial = out.with_name(out.name + ".part")
-        shutil.rmtree(partial, ignore_errors=True)
         learned = {n: t.half() for n, t in self.model.state_dict().items() if ".vision_tower." not in f".{n}"}
-        self.model.half().save_pretrained(partial, state_dict=learned)
-        build_processor(self.tokenizer, PHOTO_SIZE, PATCH, MEAN, STD).save_pretrained(partial)
-        (partial / "model.safetensors").chmod(0o644)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
+        with atomic_directory(out, overwrite=True) as unfinished:
+            self.model.half().save_pretrained(unfinished, state_dict=learned)
+            build_processor(self.tokenizer, PHOTO_SIZE, PATCH, MEAN, STD).save_pretrained(unfinished)
+            (unfinished / "model.safetensors").chmod(0o644)  # as for the embedded checkpoint
 
 
 @torch.no_grad()
@@ -364,25 +357,14 @@ def _parser() -> argparse.ArgumentParser:
         "--save-every", type=int, default=200, metavar="STEPS", help="between savings (default: %(default)s)"
     )
     parser.add_argument("--json", type=output_file(".json"), help="write recipe, times, versions and accuracies here")
-    recipe = parser.add_argument_group("recipe", "defaults are those of the recorded run")
-    for item in fields(Recipe):
-        kind: dict[str, Any] = {"type": type(item.default), "metavar": "N"}
-        if isinstance(item.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        text = item.metadata["help"] + ("" if isinstance(item.default, bool) else f" (default: {item.default:.6g})")
-        parser_flag = f"--{item.name.replace('_', '-')}"
-        recipe.add_argument(parser_flag, default=item.default, help=text, **kind)
+    add_recipe(parser, Recipe, "no run is recorded yet: the defaults are a first guess")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
-    recipe = Recipe(**{item.name: getattr(args, item.name) for item in fields(Recipe)})
-    work = args.work or args.out.with_name(args.out.name + ".work")
-    if work.exists() and not args.resume:
-        raise SystemExit(f"{work} holds an earlier run: give --resume to go on with it, or remove it")
-    work.mkdir(parents=True, exist_ok=True)
+    recipe, work = recipe_of(args, Recipe), work_folder(args)
     run = Run(recipe, work, args.features or work / "features", args.save_every)
     run.go(args.resume)
     reached = accuracy(run.model, run.coder, run._pictures("validation"), recipe)
@@ -396,11 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "sha256": hash_of(args.out / "model.safetensors"),
         "validation": reached,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.json:
-        with replacing(args.json) as unfinished:
-            unfinished.write_text(text + "\n", encoding="utf-8")
+    tell(report, args.json)
 
 
 if __name__ == "__main__":

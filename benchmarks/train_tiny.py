@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import pickle
 import platform
-import shutil
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +69,9 @@ from scenes import (
     prompt,
     scene_rng,
 )
-from training_run import TrainingRun, autocast, setting
+from training_run import TrainingRun, add_recipe, autocast, recipe_of, setting, tell, work_folder
 
-from vispruner.conversion.checkpoint_io import replacing
+from vispruner.conversion.checkpoint_io import atomic_directory
 
 PATCHES = GRID * GRID
 COLOR_WORDS = (*COLORS, "black", "gray", "teal", "brown")  # the last four occur in easy-vqa only
@@ -709,14 +707,11 @@ class Run(TrainingRun):
 
     def write(self, out: Path) -> None:
         """Write the checkpoint as any LLaVA is stored, in place of one that is there."""
-        partial = out.with_name(out.name + ".part")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial)
-        build_processor(self.tokenizer).save_pretrained(partial)
-        if out.exists():
-            shutil.rmtree(out)
-        (partial / "model.safetensors").chmod(0o644)  # written for the owner alone, which packages would carry on
-        partial.rename(out)
+        with atomic_directory(out, overwrite=True) as unfinished:
+            self.model.save_pretrained(unfinished)
+            build_processor(self.tokenizer).save_pretrained(unfinished)
+            # It is written for the owner alone, which packages would carry on.
+            (unfinished / "model.safetensors").chmod(0o644)
 
 
 @torch.no_grad()
@@ -780,25 +775,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--scenes", type=int, default=500, help="scenes of the final measurement (default: %(default)s)"
     )
-    recipe = parser.add_argument_group("recipe", "defaults are the recipe of the embedded checkpoint")
-    for item in fields(Recipe):
-        shown = "" if item.default is None else f" (default: {item.default:.6g})"
-        kind: dict[str, Any] = {"type": int if item.default is None else type(item.default), "metavar": "N"}
-        if isinstance(item.default, bool):
-            shown, kind = "", {"action": argparse.BooleanOptionalAction}
-        flag = f"--{item.name.replace('_', '-')}"
-        recipe.add_argument(flag, default=item.default, help=item.metadata["help"] + shown, **kind)
+    add_recipe(parser, Recipe, "defaults are the recipe of the embedded checkpoint")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
-    recipe = Recipe(**{item.name: getattr(args, item.name) for item in fields(Recipe)})
-    work = args.work or args.out.with_name(args.out.name + ".work")
-    if work.exists() and not args.resume:
-        raise SystemExit(f"{work} holds an earlier run: give --resume to go on with it, or remove it")
-    work.mkdir(parents=True, exist_ok=True)
+    recipe, work = recipe_of(args, Recipe), work_folder(args)
     run = Run(recipe, work, args.save_every)
     run.go(args.resume)
     run.write(args.out)
@@ -811,11 +795,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "accuracy": evaluate(args.out, args.scenes, recipe.easy_limit),
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if args.json:
-        with replacing(args.json) as unfinished:
-            unfinished.write_text(text + "\n", encoding="utf-8")
+    tell(report, args.json)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +18,47 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vispruner.conversion.checkpoint_io import replacing
+
 
 def setting(default: Any, meaning: str) -> Any:
     """A field of a recipe, with what its option's help says."""
     return field(default=default, metadata={"help": meaning})
+
+
+def add_recipe(parser: argparse.ArgumentParser, recipe_class: type, about: str) -> None:
+    """Give a script an option for each setting of its recipe."""
+    group = parser.add_argument_group("recipe", about)
+    for item in fields(recipe_class):
+        shown = "" if item.default is None else f" (default: {item.default:.6g})"
+        kind: dict[str, Any] = {"type": int if item.default is None else type(item.default), "metavar": "N"}
+        if isinstance(item.default, bool):
+            shown, kind = "", {"action": argparse.BooleanOptionalAction}
+        flag = f"--{item.name.replace('_', '-')}"
+        group.add_argument(flag, default=item.default, help=item.metadata["help"] + shown, **kind)
+
+
+def recipe_of(args: argparse.Namespace, recipe_class: type) -> Any:
+    """Return the recipe that those options say."""
+    return recipe_class(**{item.name: getattr(args, item.name) for item in fields(recipe_class)})
+
+
+def work_folder(args: argparse.Namespace) -> Path:
+    """Return the folder of the unfinished run, made; refuse an earlier run's without --resume."""
+    work = args.work or args.out.with_name(args.out.name + ".work")
+    if work.exists() and not args.resume:
+        raise SystemExit(f"{work} holds an earlier run: give --resume to go on with it, or remove it")
+    work.mkdir(parents=True, exist_ok=True)
+    return work
+
+
+def tell(report: dict[str, Any], path: Path | None) -> None:
+    """Print a run's report, and write it where --json says."""
+    text = json.dumps(report, indent=2)
+    print(text)
+    if path is not None:
+        with replacing(path) as unfinished:
+            unfinished.write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass

@@ -109,7 +109,8 @@ class TextTower:
     @torch.no_grad()
     def of_patches(self, normed: torch.Tensor) -> torch.Tensor:
         """Return patches (B, N, C), behind the vision tower's last layer norm, in the common space: (B, N, E)."""
-        return normed @ self.projection.to(normed.device, normed.dtype).mT
+        self.projection = self.projection.to(normed.device, normed.dtype)  # it goes with the model, as the tower does
+        return normed @ self.projection.mT
 
 
 def checked_ids(said: Mapping[str, Any], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -287,25 +288,26 @@ class QuestionProcessorMixin:
         if images is None or not texts:
             return made
         asked = [question] if isinstance(question, str) else question
-        asked = [self._question_in(row) for row in texts] if asked is None else list(asked)
+        asked = self._questions_in(texts) if asked is None else list(asked)
         if len(asked) != len(texts):
             raise ValueError(f"question must be one for each of {len(texts)} rows of text, got {len(asked)}")
         made.update({name: _as(made["input_ids"], ids) for name, ids in self.tokenize_questions(asked).items()})
         return made
 
-    def _question_in(self, text: str) -> str:
-        """Return what a row asks about its images: behind the last one, or before it where nothing stands behind."""
-        before, image, behind = text.rpartition(self.image_token)  # type: ignore[attr-defined]
-        answer = self._before_answers
-        asked = behind.partition(answer)[0] if answer else behind
+    def _questions_in(self, texts: Sequence[str]) -> list[str]:
+        """Return what each row asks about its images: behind the last one, or before it if nothing stands behind."""
+        image, answer = self.image_token, self._before_answers  # type: ignore[attr-defined]
         if not answer:
             logger.warning_once(
                 "no chat template tells where an answer begins: all that stands behind the last image is read as the "
                 "question. Where answers do, as in training, give the processor question="
             )
-        if not asked.strip():
-            asked = before.replace(image, " ") if image else before
-        return asked.strip()
+        questions = []
+        for text in texts:
+            before, _, behind = text.rpartition(image)
+            asked = behind.partition(answer)[0] if answer else behind
+            questions.append((asked if asked.strip() else before.replace(image, " ")).strip())
+        return questions
 
     @property
     def _before_answers(self) -> str:
