@@ -39,7 +39,7 @@ from peer import IMPORTANT_RATIO, ROUND, PeerLlavaForConditionalGeneration
 from released_geometries import RELEASED, released_base
 
 from vispruner import VisPrunerLlavaForConditionalGeneration
-from vispruner.conversion.ceilings import ceiling_at
+from vispruner.conversion.ceilings import ceiling_at, halfway
 from vispruner.conversion.prefill_cost import (
     attention_projection_flops,
     head_width,
@@ -77,6 +77,7 @@ FIRST_TOKEN_STAGES = ("vision", "select", "project", "prefill", "logits")
 STAGES = (*FIRST_TOKEN_STAGES, "decode")
 TEXT_TOKENS = 64
 RATIOS = (0.5, 0.25, 0.11)  # of the ceilings
+STAGED = (0.25, 0.5)  # the ratio at which a stage within the encoder is shown, and what that leaves halfway
 
 
 @dataclass(frozen=True)
@@ -456,22 +457,26 @@ def ceilings_record() -> dict[str, Any]:
     for name in RELEASED:
         base = released_base(name)
         models[name] = {str(ratio): asdict(ceiling_at(base, ratio)) for ratio in RATIOS}
+        stage = halfway(base, STAGED[1])
+        models[name]["staged"] = None if stage is None else asdict(ceiling_at(base, STAGED[0], stage))
     return {"text_tokens": TEXT_TOKENS, "models": models}
 
 
 def ceilings_table(record: dict[str, Any]) -> str:
     """Return the table of `ceilings_record` as Markdown."""
     at_ratios = " | ".join(f"{ratio:.0%}" for ratio in RATIOS)
+    staged = f"{STAGED[0]:.0%}, and {1 - STAGED[1]:.0%} leave halfway"
     lines = [
-        f"| model | visual tokens | encoder | {at_ratios} | none | KV cache left |",
-        "|---" * (5 + len(RATIOS)) + "|",
+        f"| model | visual tokens | encoder | {at_ratios} | none | {staged} | KV cache left |",
+        "|---" * (6 + len(RATIOS)) + "|",
     ]
     for name, of_ratio in record["models"].items():
         one = of_ratio[str(RATIOS[0])]
         full, encoder, none = one["visual_tokens"][0], one["encoder"], one["none"]
         gains = " | ".join(f"{of_ratio[str(ratio)]['first_token']:.1f}x" for ratio in RATIOS)
         caches = " / ".join(f"{of_ratio[str(ratio)]['cache']:.0%}" for ratio in RATIOS)
-        lines.append(f"| {name} | {full:,} | {encoder:.0%} | {gains} | {none:.1f}x | {caches} |")
+        halved = "refused" if of_ratio["staged"] is None else f"{of_ratio['staged']['first_token']:.1f}x"
+        lines.append(f"| {name} | {full:,} | {encoder:.0%} | {gains} | {none:.1f}x | {halved} | {caches} |")
     return "\n".join(lines)
 
 

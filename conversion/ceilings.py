@@ -48,12 +48,13 @@ def example_inputs(base: Any) -> dict[str, torch.Tensor]:
     return {name: torch.empty(TILES if hasattr(config, "downsample_ratio") else 1, 3, height, width, device="meta")}
 
 
-def encoder_flops(base: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+def encoder_flops(base: Any, inputs: Mapping[str, torch.Tensor], staged: bool = True) -> tuple[int, int]:
     """Return the operations of a base model's encoder for the images in `inputs`, and of its projector for all tokens.
 
-    base  pruned or not pruned, which may be on the meta device
+    base    pruned or not pruned, which may be on the meta device
+    staged  whether patches leave within the encoder, where its options say so
     """
-    sequences, patches = _sequences(base, inputs)
+    sequences, patches = _sequences(base, inputs, staged)
     in_tower, on_patches, in_projector = 0, 0, 0
     for name, weight in base.named_parameters():
         if weight.ndim < 2 or any(part in name for part in NO_PRODUCTS) or name.startswith(OTHERS):
@@ -66,25 +67,39 @@ def encoder_flops(base: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[int, i
         else:
             in_tower += weight.numel()
     attention = 4 * channels * sum(length**2 for layer in sequences for length in layer)
-    tower = 2 * (in_tower * sum(sequences[0]) + on_patches * patches) + attention
-    return tower, 2 * in_projector * _projected(base, inputs, patches)
+    rows = sum(map(sum, sequences)) / len(sequences)  # of a layer, and all layers have the same weights
+    tower = 2 * (in_tower * rows + on_patches * patches) + attention
+    return round(tower), 2 * in_projector * _projected(base, inputs, patches)
 
 
-def _sequences(base: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[list[list[int]], int]:
-    """Return the lengths of the sequences that each layer attends within, and the patches of all images."""
+def _sequences(base: Any, inputs: Mapping[str, torch.Tensor], staged: bool) -> tuple[list[list[float]], int]:
+    """Return the lengths of the sequences that each layer attends within, and the patches of all images.
+
+    Behind a stage within the encoder that is their mean: how many patches of a window leave, the picture says.
+    """
     layers, vision = len(base.vision_attentions), base.config.vision_config
+    stage = base.encoder_options.encoder_stage if staged and base.methods[0] is not None else None
+
+    def left(layer: int) -> float:
+        """Return what part of the patches a layer still has."""
+        if stage is None or layer <= stage["layer"]:
+            return 1.0
+        tokens = _token_counts(base, inputs)[0][0]
+        return float(base.remaining_count(tokens) / tokens)
+
     if base.packs_images:
         grids = [(h, w) for t, h, w in inputs["image_grid_thw"].tolist() for _ in range(t)]
         whole = [h * w for h, w in grids]
         windows = _windows(vision, grids) if hasattr(vision, "window_size") else whole
         attends_to_all = getattr(vision, "fullatt_block_indexes", range(layers))
-        return [whole if layer in attends_to_all else windows for layer in range(layers)], sum(whole)
+        lengths = [whole if layer in attends_to_all else windows for layer in range(layers)]
+        return [[left(layer) * length for length in own] for layer, own in enumerate(lengths)], sum(whole)
     pixels = inputs[base.modalities[0].pixels]
     rows, columns = (vision.patch_size,) * 2 if isinstance(vision.patch_size, int) else vision.patch_size
     patches = (pixels.shape[-2] // rows) * (pixels.shape[-1] // columns)
     tiles = math.prod(pixels.shape[:-3])
     others = base.has_cls_token + getattr(vision, "num_register_tokens", 0)
-    return [[others + patches] * tiles] * layers, tiles * patches
+    return [[others + left(layer) * patches] * tiles for layer in range(layers)], tiles * patches
 
 
 def _windows(vision: Any, grids: list[tuple[int, int]]) -> list[int]:
@@ -115,7 +130,8 @@ class Ceiling:
 
     visual_tokens  of the picture in full, and kept (the mean over the layers of the language model)
     encoder        the share of encoder and projector in the work for the first token, unpruned
-    first_token    how many times less work comes before it, under the budget, if only what stays is projected
+    first_token    how many times less work comes before it, under the budget and with any stage within the encoder,
+                   if only what stays is projected
     none           the same if no visual token were left
     prefill        how many times less work the language model's prefill is
     cache          what part of the prompt's KV cache is left
@@ -145,7 +161,8 @@ def ceiling(base: Any) -> Ceiling:
     held = [kept] * base.depth
     if base.prunes_in_decoder:
         held = [sum(of_images) for of_images in zip(*map(base.layer_counts, counts[1]), strict=True)]
-    encoder, projector = encoder_flops(base, inputs)
+    encoder, projector = encoder_flops(base, inputs, staged=False)
+    shortened, _ = encoder_flops(base, inputs)
 
     def prefill(visual: list[int]) -> int:
         return language_model_flops(config, [TEXT_TOKENS + count for count in visual]) + logits_flops(config)
@@ -156,7 +173,7 @@ def ceiling(base: Any) -> Ceiling:
     return Ceiling(
         visual_tokens=(full, sum(held) / len(held)),
         encoder=(encoder + projector) / before,
-        first_token=before / (encoder + projector * kept / full + pruned),
+        first_token=before / (shortened + projector * kept / full + pruned),
         none=before / (encoder + text),
         prefill=dense / pruned,
         cache=caches[1] / caches[0],
@@ -171,7 +188,17 @@ def ceiling_of_config(content: Mapping[str, Any]) -> Ceiling:
     return ceiling(base)
 
 
-def ceiling_at(base: Any, keep_ratio: float) -> Ceiling:
-    """Return the ceiling of a base model if it kept this part of its visual tokens, whatever its own budget is."""
-    with base.call_with({"method": "random", "seed": 0, "keep_ratio": keep_ratio, "visual_token_num": None}):
+def ceiling_at(base: Any, keep_ratio: float, encoder_stage: dict[str, Any] | None = None) -> Ceiling:
+    """Return the ceiling of a base model if it kept this part of its visual tokens, whatever its own budget is.
+
+    encoder_stage  as the field of `vispruner_config`
+    """
+    changes = {"keep_ratio": keep_ratio, "visual_token_num": None, "encoder_stage": encoder_stage}
+    with base.call_with({"method": "random", "seed": 0, **changes}):
         return ceiling(base)
+
+
+def halfway(base: Any, keep_ratio: float) -> dict[str, Any] | None:
+    """Return a stage that leaves this part of the patches in the middle of an encoder; None where none may leave."""
+    after = max(base.stage_layers.start, len(base.vision_layers) // 2 - 1)
+    return None if base.stage_hindrance is not None else {"layer": after, "keep_ratio": keep_ratio}

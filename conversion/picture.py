@@ -49,6 +49,7 @@ COLOURS = {
 BACKGROUND = (255, 255, 255)
 INK = (30, 30, 30)
 WRONG_INK = (190, 20, 40)
+LEFT = (150, 165, 180)  # laid over patches that left within the encoder
 MERGED = (120, 120, 120)  # lines from what was folded together to where it went
 
 PNG = ([".png"], "the picture")
@@ -78,6 +79,7 @@ class TileView:
     merges     pairs of patches, by their numbers in the tile: the first was folded into the second
     row, column  place among the other tiles
     pruned     False when the model dropped nothing, so that no choice is there to be drawn
+    left       (rows, columns) True where the patch left within the encoder; None where none did
     """
 
     image: Image.Image
@@ -87,6 +89,7 @@ class TileView:
     column: int = 0
     pruned: bool = True
     merges: Sequence[tuple[int, int]] = ()
+    left: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -343,6 +346,7 @@ class _Shown:
             kinds = {kind: kept} if kind is not None else _kinds_of(self.model, kept, own, views) if own else {}
             split_kinds = {name: mask.split(sizes) for name, mask in kinds.items()}
             merged = _merges_in(own["merged_into"], sizes) if "merged_into" in own else []
+            left = (~own["remain"]).split(sizes) if "remain" in own else [None] * len(sizes)
             for place, (view, stays) in enumerate(zip(views, kept.split(sizes), strict=True)):
                 # What is an item by itself, a tile for some models, stands beside the one before.
                 row, column = view.place if len(self.items) == 1 else divmod(number, STRIP)
@@ -350,13 +354,14 @@ class _Shown:
                 marked = {name: masks[place].view(view.grid) for name, masks in split_kinds.items()}
                 pruned = bool(own or kinds) and not bool(stays.all())
                 merges = merged[place] if merged else ()
-                tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned, merges))
+                gone = None if (early := left[place]) is None else early.view(view.grid)
+                tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned, merges, gone))
         return tiles
 
 
 def _looked_at(output: Any) -> dict[str, torch.Tensor]:
     """Return what patches were chosen by as (..., patches of all items); nothing where none was dropped."""
-    found = {name: getattr(output, name) for name in ("saliency", "layer_saliency", "merged_into")}
+    found = {name: getattr(output, name) for name in ("saliency", "layer_saliency", "merged_into", "remain")}
     parts = {name: torch.cat(list(values), dim=-1).cpu() for name, values in found.items() if values is not None}
     return {name: values.float() if values.is_floating_point() else values for name, values in parts.items()}
 
@@ -491,6 +496,9 @@ def _draw_tile(tile: TileView, width: int) -> Image.Image:
     if not tile.pruned:
         return image
     faded = Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.new("RGB", image.size, BACKGROUND), 0.7)
+    for row, column in [] if tile.left is None else tile.left.nonzero().tolist():
+        box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
+        faded.paste(Image.blend(faded.crop(box), Image.new("RGB", (side, side), LEFT), 0.7), box)
     stroke = max(1, side // 11)
     pen = ImageDraw.Draw(faded)
     for ends in tile.merges:
@@ -511,6 +519,8 @@ def _draw_legend(picture: Image.Image, panels: Sequence[Panel], caption: str) ->
     _write(picture, lines, GAP, GAP)
     pruned = [tile for panel in panels for tile in panel.tiles if tile.pruned]
     entries = {kind: _colour(kind) for kind in _kinds_in(pruned) or ["kept"] * bool(pruned)}
+    if any(tile.left is not None for tile in pruned):
+        entries |= {"left within the encoder": LEFT}
     if any(tile.merges for tile in pruned):
         entries |= {"folded into": MERGED}
     top = GAP + LINE_HEIGHT * len(lines) + GAP

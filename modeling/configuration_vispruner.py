@@ -33,6 +33,8 @@ class VisPrunerOptions:
     dedup_step        most tokens that one round of duplicate removal drops; null is 8 for every full 1,024 tokens of
                       an image, hence the paper's 8 up to 2,047
     attention_layer   encoder layer that attention is read from; null is the layer that produces the features
+    encoder_stage     {"layer": k, "keep_ratio": q}: after encoder layer k, counted from 0, all but the part q of the
+                      patches that were attended most leave, and the method chooses among the rest; null for none
     position_policy   null or "renumber": the shorter sequence is numbered anew; "original": kept tokens keep the
                       position they had in the full prompt
     tile_mode         LLaVA-NeXT only: "paper" or "native" packing of the kept tokens
@@ -55,6 +57,7 @@ class VisPrunerOptions:
     important_ratio: float | str = 0.5
     dedup_step: int | None = None
     attention_layer: int | None = None
+    encoder_stage: dict[str, Any] | None = None
     position_policy: str | None = None
     tile_mode: str = "paper"
     seed: int | None = None
@@ -69,6 +72,7 @@ class VisPrunerOptions:
         _require(isinstance(self.method, str) and self.method, "method", 'a selector name or "none"', self.method)
         self._check_budget()
         self._check_stages()
+        self._check_encoder_stage()
         _require(self.important_ratio == "auto" or _is_share(self.important_ratio), "important_ratio",
                  'a number in [0, 1] or "auto"', self.important_ratio)  # fmt: skip
         _require(self.dedup_step is None or (_is_int(self.dedup_step) and self.dedup_step >= 1), "dedup_step",
@@ -132,6 +136,21 @@ class VisPrunerOptions:
         are_names = len(self.methods) == 1 or (len(self.methods) == 2 and "none" not in self.methods)
         _require(are_names and all(self.methods), "method",
                  'a selector name, two of them as "a+b", or "none" alone', self.method)  # fmt: skip
+
+    def _check_encoder_stage(self) -> None:
+        stage = self.encoder_stage
+        has_keys = stage is None or (isinstance(stage, dict) and stage.keys() == {"layer", "keep_ratio"})
+        _require(has_keys, "encoder_stage", 'null or {"layer": k, "keep_ratio": q}', stage)
+        if stage is None:
+            return
+        layer, ratio = stage["layer"], stage["keep_ratio"]
+        _require(_is_int(layer) and layer >= 0, "encoder_stage.layer", "an encoder layer index, from 0 on", layer)
+        _require(_is_number(ratio) and 0 < ratio < 1, "encoder_stage.keep_ratio", "a number between 0 and 1", ratio)
+        if self.method != "none" and self.keep_ratio is not None and self.keep_ratio >= ratio:
+            raise ValueError(
+                f"vispruner_config.encoder_stage.keep_ratio must be more than keep_ratio, so that there is something "
+                f"to choose from, got {ratio} and {self.keep_ratio}"
+            )
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -30,8 +30,8 @@ class Idefics3EncoderMixin(TileEncoderMixin):
     budget_unit = "tile of an image"
 
     @property
-    def vision_attentions(self) -> Sequence[Any]:
-        return [layer.self_attn for layer in self.vision_model.encoder.layers]
+    def vision_layers(self) -> Sequence[Any]:
+        return self.vision_model.encoder.layers
 
     def check_prunable(self) -> None:
         self.warn_if_all_are_kept(self.image_seq_len)
@@ -78,7 +78,8 @@ class Idefics3EncoderMixin(TileEncoderMixin):
             mask = pixel_attention_mask.flatten(0, 1)[real]
         patch = self.config.vision_config.patch_size
         seen = mask.unfold(1, patch, patch).unfold(2, patch, patch).sum(dim=(-1, -2)) > 0
-        with self.open_tap(None if pixel_attention_mask is None else seen.flatten(1)) as tap:
+        stage = self.stage_of(seen[0].numel())
+        with self.open_tap(None if pixel_attention_mask is None else seen.flatten(1), stage=stage) as tap:
             outputs = self.vision_model(tiles, patch_attention_mask=seen, return_dict=True, **kwargs)
         pruned = self.prune_tiles(outputs, outputs.last_hidden_state, tap, **kwargs)
         if JOINS_TILES:

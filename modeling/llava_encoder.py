@@ -1,13 +1,17 @@
 """What the LLaVA family shares: a tower whose attention ranks the patches (CLIP, SigLIP, DINOv2, ViT); a projector."""
 
+import functools
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.utils.import_utils import torch_compilable_check
 
 from .cpu_workarounds import pad_slow_rows
-from .pruned_encoder import VisPrunerModelMixin
+from .encoder_stage import EncoderStage
+from .pruned_encoder import VisPrunerModelMixin, remaining_by_saliency
 from .selectors import SELECTORS
 from .visual_attention import run_tower
 from .visual_features import VisualTokens
@@ -33,10 +37,6 @@ class TowerEncoderMixin(VisPrunerModelMixin):
     def selector_inputs(self) -> frozenset[str]:
         of_cls = {"cls_query", "raw_keys"} if self.has_cls_token else set()
         return super().selector_inputs | of_cls
-
-    @property
-    def vision_attentions(self) -> Sequence[Any]:
-        return [attention_of(layer) for layer in self.vision_layers]
 
     @property
     def feature_layer(self) -> int:
@@ -97,10 +97,11 @@ class TowerEncoderMixin(VisPrunerModelMixin):
         """As `encode`, with a tower of choice; the features of all its tokens, [CLS] among them, come in between."""
         layer = self.config.vision_feature_layer if feature_layer is None else feature_layer
         kwargs["output_hidden_states"] = self.wants_hidden_states(kwargs)
-        with self.open_tap(feature_layer=self._producer_of(layer)) as tap:
-            outputs, states = run_tower(tower, pixel_values, layer, tap, **kwargs)
         patch = self.config.vision_config.patch_size
         grid = (pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch)
+        stage, before = self._stage(layers_of(tower), math.prod(grid)), self.register_tokens + int(self.has_cls_token)
+        with self.open_tap(feature_layer=self._producer_of(layer), stage=stage) as tap:
+            outputs, states = run_tower(tower, pixel_values, layer, tap, before, **kwargs)
         features, further = states, tap.further
         if self.has_cls_token:
             features = states[:, 1:]
@@ -108,7 +109,15 @@ class TowerEncoderMixin(VisPrunerModelMixin):
             if "cls_feature" in selector.needs | selector.uses:
                 further["cls_feature"] = states[:, 0]
         tokens = VisualTokens(features, tap.saliency, tap.layer_saliency, grid, further=further)
-        return outputs, states, tokens.behind(self.register_tokens)
+        tokens = replace(tokens.behind(self.register_tokens), remain=None if stage is None else stage.remain)
+        return outputs, states, tokens
+
+    def _stage(self, layers: Sequence[Any], patches: int) -> EncoderStage | None:
+        """Return what lets patches leave between layers of a tower; None where none do."""
+        if (count := self.remaining_count(patches)) == patches:
+            return None
+        choose = functools.partial(remaining_by_saliency, count=count)
+        return self.stage_behind(layers, choose, count, registers=self.register_tokens)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         return self.multi_modal_projector(features)
@@ -163,12 +172,6 @@ def layers_of(tower: Any) -> Sequence[Any]:
     transformer = transformer_of(tower)
     stack = getattr(transformer, "encoder", transformer)
     return stack.layers if hasattr(stack, "layers") else stack.layer
-
-
-def attention_of(layer: Any) -> Any:
-    """Return the module of a tower's layer that attends: itself named so, or within one that only wraps it."""
-    attention = layer.self_attn if hasattr(layer, "self_attn") else layer.attention
-    return getattr(attention, "attention", attention)
 
 
 def transformer_of(tower: Any) -> Any:

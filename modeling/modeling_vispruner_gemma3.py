@@ -39,8 +39,8 @@ class VisPrunerGemma3Model(TileEncoderMixin, Gemma3Model):
     forward = forward_of(Gemma3Model)
 
     @property
-    def vision_attentions(self) -> Sequence[Any]:
-        return [layer.self_attn for layer in layers_of(self.vision_tower)]
+    def vision_layers(self) -> Sequence[Any]:
+        return layers_of(self.vision_tower)
 
     def check_prunable(self) -> None:
         self.warn_if_all_are_kept(self.config.mm_tokens_per_image)
@@ -63,7 +63,7 @@ class VisPrunerGemma3Model(TileEncoderMixin, Gemma3Model):
         """Encode (B, 3, height, width), merge, select, project; `pooler_output` is (B, T, D)."""
         if self.keeps_all(self.config.mm_tokens_per_image):
             return self.keep_everything(super().get_image_features(pixel_values, return_dict=True, **kwargs))
-        with self.open_tap() as tap:
+        with self.open_tap(stage=self.stage_of(self.multi_modal_projector.patches_per_image**2)) as tap:
             outputs = self.vision_tower(pixel_values=pixel_values, return_dict=True, **kwargs)
         return self.prune_tiles(outputs, outputs.last_hidden_state, tap, **kwargs)
 

@@ -44,8 +44,8 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
     forward = forward_of(InternVLModel)
 
     @property
-    def vision_attentions(self) -> Sequence[Any]:
-        return [layer.attention for layer in self.vision_tower.encoder.layer]
+    def vision_layers(self) -> Sequence[Any]:
+        return self.vision_tower.encoder.layer
 
     @property
     def feature_layer(self) -> int:
@@ -110,7 +110,9 @@ class VisPrunerInternVLModel(TileEncoderMixin, InternVLModel):
         wanted: Any = hidden_states
         if layer != -1 and not hidden_states:
             wanted = layer if KEEPS_NAMED_HIDDEN_STATES else True
-        with self.open_tap(feature_layer=self._producer_of(layer)) as tap:
+        rows, columns = self.config.vision_config.patch_size
+        stage = self.stage_of((pixel_values.shape[-2] // rows) * (pixel_values.shape[-1] // columns))
+        with self.open_tap(feature_layer=self._producer_of(layer), stage=stage) as tap:
             kwargs["output_hidden_states"] = wanted
             outputs = self.vision_tower(pixel_values.to(self.dtype), return_dict=True, **kwargs)
         states = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]

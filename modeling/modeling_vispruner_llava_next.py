@@ -55,6 +55,12 @@ class VisPrunerLlavaNextModel(LlavaEncoderMixin, LlavaNextModel):
             )
 
     @property
+    def stage_hindrance(self) -> str | None:  # type: ignore[override]
+        if self.encoder_options.tile_mode == "native":
+            return 'how many of a tile are padding, and so what remains, depends on the picture in tile_mode "native"'
+        return None
+
+    @property
     def selector_inputs(self) -> frozenset[str]:
         """In native packing, unpadding may leave a part of a tile; what needs the grid of a whole one has none."""
         native = self.encoder_options.tile_mode == "native"

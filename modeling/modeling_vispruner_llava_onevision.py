@@ -190,6 +190,7 @@ class VisPrunerLlavaOnevisionModel(TowerEncoderMixin, PackedTiles, LlavaOnevisio
     select_strategy = "full"
     budget_unit = "tile of an image or frame of a video"
     images_are_grids = False  # newlines stand between them
+    stage_hindrance = "large images and frames of videos are interpolated, so what left would be part of what stays"
 
     forward = forward_of(LlavaOnevisionModel)
 

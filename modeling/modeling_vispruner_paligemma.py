@@ -52,8 +52,8 @@ class VisPrunerPaliGemmaModel(TileEncoderMixin, PaliGemmaModel):
         return Original(first=1) if policy.keeps_original else policy
 
     @property
-    def vision_attentions(self) -> Sequence[Any]:
-        return [layer.self_attn for layer in layers_of(self.vision_tower)]
+    def vision_layers(self) -> Sequence[Any]:
+        return layers_of(self.vision_tower)
 
     @property
     def _patches(self) -> int:
@@ -79,7 +79,7 @@ class VisPrunerPaliGemmaModel(TileEncoderMixin, PaliGemmaModel):
         """Encode (B, 3, height, width), select, project; `pooler_output` is (B, T, D)."""
         if self.keeps_all(self._patches):
             return self.keep_everything(super().get_image_features(pixel_values, return_dict=True, **kwargs))
-        with self.open_tap() as tap:
+        with self.open_tap(stage=self.stage_of(self._patches)) as tap:
             outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         return self.prune_tiles(outputs, outputs.last_hidden_state, tap, **kwargs)
 

@@ -49,6 +49,11 @@ class VisPrunerQwen2_5_VLModel(WindowOrder, QwenVLEncoderMixin, Qwen2_5_VLModel)
         """The layers that attend over the whole image, ascending."""
         return sorted(index for index in self.visual.fullatt_block_indexes if index < len(self.vision_attentions))
 
+    @property
+    def stage_layers(self) -> range:
+        """From the first layer that attends over the whole image on."""
+        return range(min(self.whole_image_layers, default=0), len(self.vision_layers) - 1)
+
     def saliency_layer(self, layer: int) -> int:
         """Return the layer that attends over the whole image and is the next at or below `layer`, else above it."""
         whole = self.whole_image_layers

@@ -3,7 +3,8 @@
 Knows the registry of selectors; where attention and tokens are in a model is the architecture file's business.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,9 @@ from .choosing import choose, choose_each, watch_choices
 from .clip_text import TextTower, find_text_tower, read_text_tower
 from .codebook_file import find_codebook, read_codebook
 from .configuration_vispruner import used_vision_layers
+from .encoder_stage import EncoderStage
 from .pruned_forward import PrunedForwardMixin
+from .selector_inputs import most_attended_first
 from .selectors import SELECTORS, Selection, selector_named
 from .visual_attention import Reading, SaliencyTap, make_tappable
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens, kept_counts_of
@@ -45,10 +48,11 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     has_cls_token        whether token 0 of its encoder is [CLS], whose attention then ranks the others
     packs_images         whether its encoder takes images of any size in one sequence and attends within each
     budget_unit          what the budget is for, in words
-    vision_attentions    the encoder's attention modules, in order
+    vision_layers        the encoder's layers, in order
     feature_layer        the number of the encoder layer that produces the features
     check_prunable       what else must hold, as a ValueError
     project              features (B, N, C) to visual tokens (B, N, D), for the selectors that compare those
+    stage_hindrance      why patches cannot leave within its encoder, if they cannot
     selector_inputs      which of token_selection's FURTHER_INPUTS it can give, if not all
     image_token_counts   per image the placeholders of a full prompt and of a shortened one, before anything runs
     get_image_features   `PrunedImageFeatures`; likewise get_video_features and video_token_counts, where it has videos
@@ -62,6 +66,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     packs_images = False
     budget_unit = "image"
     _keys_to_ignore_on_load_unexpected: Any
+    stage_hindrance: str | None = None
     has_common_space = False  # whether patches of its tower have a place in CLIP's common space
     text_tower: TextTower | None = None
     watch_choices = staticmethod(watch_choices)  # of the code that this model runs, which may be a repo's own
@@ -72,8 +77,12 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         self.make_prunable()
 
     @property
-    def vision_attentions(self) -> Sequence[Any]:
-        raise AttributeError(f"{type(self).__name__} must say where its encoder's attention modules are")
+    def vision_layers(self) -> Sequence[Any]:
+        raise AttributeError(f"{type(self).__name__} must say where its encoder's layers are")
+
+    @property
+    def vision_attentions(self) -> list[Any]:
+        return [attention_of(layer) for layer in self.vision_layers]
 
     @property
     def feature_layer(self) -> int:
@@ -92,7 +101,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     @property
     def selector_inputs(self) -> frozenset[str]:
         of_cls = {"cls_feature"} if self.has_cls_token else set()
-        return frozenset({"projected", "grid", "layer_saliency", "keys", *of_cls})
+        of_all = set() if self.vispruner_options.encoder_stage else {"grid"}  # of which those that remain are a part
+        return frozenset({"projected", "layer_saliency", "keys", *of_all, *of_cls})
 
     def saliency_layer(self, layer: int) -> int:
         """Return the layer to read saliency in where a selector asks for `layer`."""
@@ -119,6 +129,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
             )
         self.check_method_options()
         self.check_decoder_options()
+        if self.vispruner_options.encoder_stage is not None:
+            self._check_stage()
         if (method := self.methods[0]) is not None:
             self.check_prunable()
             self._check_selector(method)
@@ -133,6 +145,61 @@ class VisPrunerModelMixin(PrunedForwardMixin):
             # Layers above those are not missed: loading need not warn of a base that still has them.
             self._keys_to_ignore_on_load_unexpected.add(DROPPED_LAYERS)
 
+    @property
+    def saliency_kind(self) -> str:
+        return "cls" if self.has_cls_token else "received"
+
+    def _check_stage(self) -> None:
+        if self.stage_hindrance is not None:
+            raise ValueError(
+                f"vispruner_config.encoder_stage: {self.stage_hindrance}; set it to null for {type(self).__name__}"
+            )
+        if self.methods[0] is None:
+            raise ValueError(
+                f"vispruner_config.encoder_stage needs a method that chooses behind the encoder, and method "
+                f'"{self.vispruner_options.method}" does not: name one as in "vispruner+fastv", or set it to null'
+            )
+        after, layers = self._stage_layer, self.stage_layers
+        if after not in layers:
+            raise ValueError(
+                f"vispruner_config.encoder_stage.layer must be a layer from {layers.start} to {layers.stop - 1}, "
+                f"with layers behind it that features come from, got {after}"
+            )
+
+    @property
+    def _stage_layer(self) -> int:
+        return int((self.vispruner_options.encoder_stage or {})["layer"])
+
+    def stage_behind(
+        self, layers: Sequence[Any], choose: Callable[[torch.Tensor], torch.Tensor], patches: int, **more: Any
+    ) -> EncoderStage:
+        """Return the configured stage among the `layers` of an encoder, which leaves so many patches; see there."""
+        after = self._stage_layer
+        reading = Reading(self.saliency_layer(after), self.saliency_kind)
+        return EncoderStage(layers, after, reading, choose, patches, has_cls=self.has_cls_token, **more)
+
+    @property
+    def stage_layers(self) -> range:
+        """The encoder layers behind which patches can leave: ranked by what was attended so far, before others."""
+        return range(self.feature_layer)
+
+    def remaining_count(self, visual_tokens: int) -> int:
+        """Return how many of the `visual_tokens` tokens of an image or tile the encoder hands over.
+
+        All of them, unless patches leave within it; then the part that the stage keeps, but no fewer than the budget.
+        """
+        stage = self.encoder_options.encoder_stage
+        if stage is None:
+            return visual_tokens
+        share = max(1, math.floor(visual_tokens * stage["keep_ratio"] + 0.5))
+        remaining = max(share, self.encoder_options.budget(visual_tokens))
+        if remaining == visual_tokens:
+            logger.warning_once(
+                f"vispruner_config.encoder_stage drops none of the {visual_tokens} tokens of an image or tile, of "
+                f"which the budget keeps {self.encoder_options.budget(visual_tokens)}"
+            )
+        return remaining
+
     def _check_selector(self, method: str) -> None:
         selector = SELECTORS[method]
         if "codebook" in selector.needs and self.vispruner_options.codebook is None:
@@ -141,6 +208,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
                 "vispruner_config.codebook; `vispruner codebook` makes one"
             )
         missing = sorted(selector.needs - self.selector_inputs - {"codebook"})
+        if self.vispruner_options.encoder_stage is not None and "grid" in selector.uses:
+            missing.append("grid")  # without one it would take what remains for a line
         if selector.saliency_layers is not None and selector.saliency_kind == "cls" and not self.has_cls_token:
             missing.append("a [CLS] token")
         if missing:
@@ -168,15 +237,21 @@ class VisPrunerModelMixin(PrunedForwardMixin):
                 "lower visual_token_num or keep_ratio to prune"
             )
 
-    def open_tap(self, seen: torch.Tensor | None = None, feature_layer: int | None = None) -> SaliencyTap:
+    def open_tap(
+        self,
+        seen: torch.Tensor | None = None,
+        feature_layer: int | None = None,
+        stage: EncoderStage | None = None,
+    ) -> SaliencyTap:
         """Return the tap to run the encoder under: its `saliency` ranks tokens, as (B, N).
 
         seen           (B, tokens of the encoder), False for padding; None where there is none
         feature_layer  where a call takes its features from another layer than the config says
+        stage          lets patches leave within the encoder
         """
         selector, attentions = SELECTORS[self.encoder_options.method], self.vision_attentions
         feature_layer = self.feature_layer if feature_layer is None else feature_layer
-        main = Reading(self._attention_layer(feature_layer), "cls" if self.has_cls_token else "received")
+        main = Reading(self._attention_layer(feature_layer), self.saliency_kind)
         if selector.main_kind == "global":
             given = {**selector.options, **self.encoder_options.selector_options}
             kind = "global_behind_cls" if self.has_cls_token else "global"
@@ -194,10 +269,14 @@ class VisPrunerModelMixin(PrunedForwardMixin):
             kind = "received_behind_cls" if behind_cls else selector.saliency_kind
             layers = map(self.saliency_layer, selector.saliency_layers(len(attentions), feature_layer))
             others = [Reading(layer, kind) for layer in layers]
-        return SaliencyTap(attentions, main, others, seen, self.packs_images, asked)
+        return SaliencyTap(attentions, main, others, seen, self.packs_images, asked, stage)
 
     def select(self, tokens: VisualTokens, visual_token_num: int) -> Selection:
         """Return which tokens stay, T of each image, by the configured method."""
+        if tokens.remain is not None:
+            count = tokens.remain.shape[1]
+            part, numbers = tokens.remaining(self.remaining_count(count))
+            return self.select(part, visual_token_num).among(numbers, count)
         options = self.encoder_options
         codebook = self._read_codebook() if "codebook" in SELECTORS[options.method].needs else None
         if self.is_guided:
@@ -359,10 +438,12 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         """
         saliency: Any
         layers: Any
+        remain: Any
         if isinstance(tokens, VisualTokens):
-            saliency, layers = tokens.saliency, tokens.layer_saliency
+            saliency, layers, remain = tokens.saliency, tokens.layer_saliency, tokens.remain
         else:
             saliency = [image.saliency[0] for image in tokens]
+            remain = [image.remain[0] for image in tokens if image.remain is not None] or None
             layers = [image.layer_saliency[0] for image in tokens if image.layer_saliency is not None] or None
         told = _of_kept(saliency, kept_indices, tiles) if self.is_told_by_encoder else None
         return PrunedImageFeatures(
@@ -375,6 +456,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
             saliency=saliency,
             layer_saliency=layers,
             merged_into=merged_into,
+            remain=remain,
             full_counts=full_counts,
             deepstack_features=deepstack_features,
             told=told,
@@ -384,6 +466,20 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         """True when a call, or the config, asks for all hidden states of the encoder."""
         named = asked.get("output_hidden_states")
         return bool(self.config.vision_config.output_hidden_states if named is None else named)
+
+
+def attention_of(layer: Any) -> Any:
+    """Return the module of an encoder's layer that attends: one of these names, or within one that only wraps it."""
+    for name in ("self_attn", "attn", "attention"):
+        if (attention := getattr(layer, name, None)) is not None:
+            return getattr(attention, "attention", attention)
+    raise AttributeError(f"{type(layer).__name__} has no attention module under a known name")
+
+
+def remaining_by_saliency(saliency: torch.Tensor, count: int) -> torch.Tensor:
+    """Return which `count` of N tokens are attended most, (B, N); the first of equals."""
+    stays = most_attended_first(saliency)[:, :count]
+    return torch.zeros_like(saliency, dtype=torch.bool).scatter(1, stays, True)
 
 
 def _of_kept(

@@ -5,6 +5,7 @@ Merged tokens are selected by merged features. What has placeholders of its own 
 pictures, which the encoder takes together); each frame is pruned on its own.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 from transformers.utils import can_return_tuple
 
+from .encoder_stage import EncoderStage
 from .mrope_positions import GRID_IMAGES, GRID_VIDEOS, MRoPE
 from .prompt_reading import Prompt
 from .pruned_encoder import VisPrunerModelMixin
+from .selector_inputs import most_attended_first
 from .selector_registry import Selection, in_a_row
 from .stock_versions import TAKES_FEATURES
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
@@ -96,8 +99,8 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         return {**inputs, **{pixels[name]: _in_one_tensor_per_level(image) for name, image in features.items()}}
 
     @property
-    def vision_attentions(self) -> Sequence[Any]:
-        return [block.attn for block in self.visual.blocks]
+    def vision_layers(self) -> Sequence[Any]:
+        return self.visual.blocks
 
     def check_prunable(self) -> None:
         policy = self.encoder_options.position_policy
@@ -167,6 +170,25 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         encode = super().get_video_features  # type: ignore[misc]
         return self.encode_pruned(encode, pixel_values_videos, video_grid_thw, **kwargs)
 
+    def _stage(self, counts: list[int]) -> EncoderStage | None:
+        """Return what lets merge blocks leave within the encoder, of images or frames of so many tokens each."""
+        if (left := [self.remaining_count(count) for count in counts]) == counts:
+            return None
+        block = self.visual.spatial_merge_size**2
+        starts = [0, *itertools.accumulate(counts[:-1])]
+        first = [start + place for start, most in zip(starts, left, strict=True) for place in range(most)]
+
+        def choose(saliency: torch.Tensor) -> torch.Tensor:
+            # What the encoder puts in windows stays within its frame, and every block together.
+            order = most_attended_first(saliency.unflatten(-1, (-1, block)).mean(-1))
+            frame = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(order.device)
+            order = order.gather(1, frame[order].argsort(dim=1, stable=True))
+            stays = torch.zeros_like(order, dtype=torch.bool)
+            return stays.scatter(1, order[:, first], True).repeat_interleave(block, dim=1)
+
+        mergers = [self.visual.merger, *getattr(self.visual, "deepstack_merger_list", ())]
+        return self.stage_behind(self.vision_layers, choose, sum(left) * block, restored_at=mergers)
+
     def encode_pruned(
         self, encode: Any, pixels: torch.Tensor, grid_thw: torch.Tensor | None, **kwargs: Any
     ) -> PrunedImageFeatures:
@@ -185,10 +207,13 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
             everything = self.keep_everything(outputs)
             everything.deepstack_features = _split_levels(outputs, counts)
             return everything
-        with self.open_tap() as tap:
+        with self.open_tap(stage=self._stage(counts)) as tap:
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
         features = torch.cat(list(outputs.pooler_output))
         images = self.images_of(features, tap, grid_thw, frames)
+        if tap.stage is not None and tap.stage.remain is not None:
+            remain = (self._merged(tap.stage.remain.float(), grid_thw) > 0.5).split(counts, dim=-1)
+            images = [replace(image, remain=own) for image, own in zip(images, remain, strict=True)]
         kept = self.select_each(images)
         all_kept, numbers = in_a_row(kept, counts), [one.indices.shape[1] for one in kept]
         indices = list(torch.cat([one.indices for one in kept], dim=1)[0].split(numbers))

@@ -107,6 +107,16 @@ class Selection(NamedTuple):
         parts = zip(indices, merges, extras, strict=True)
         return [Selection(index, merge, self.appended, extra) for index, merge, extra in parts]
 
+    def among(self, numbers: torch.Tensor, tokens: int) -> "Selection":
+        """Return the same of images of N `tokens`, of which it was made for those at `numbers` (B, M), ascending."""
+        merge = self.merge
+        if merge is not None:
+            given = numbers.shape[1]
+            extra = merge.source - given + tokens
+            source = numbers.gather(1, merge.source.clamp(max=given - 1))
+            merge = merge._replace(source=torch.where(merge.source < given, source, extra))
+        return self._replace(indices=numbers.gather(1, self.indices), merge=merge)
+
     def placed(self, places: torch.Tensor) -> "Selection":
         """Return the same of one image whose N tokens stand at `places` (N,) among others."""
         merge = self.merge

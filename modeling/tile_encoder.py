@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from .pruned_encoder import VisPrunerModelMixin
+from .encoder_stage import EncoderStage
+from .pruned_encoder import VisPrunerModelMixin, remaining_by_saliency
 from .selectors import SELECTORS
 from .visual_attention import SaliencyTap
 from .visual_features import PrunedImageFeatures, TokenView, VisualTokens
@@ -45,6 +46,28 @@ class TileEncoderMixin(VisPrunerModelMixin):
         """Return the mean of each token's patches, (..., N) -> (..., M)."""
         return mean_of_merged(saliency, self.merge_patches)
 
+    def stage_of(self, patches: int) -> EncoderStage | None:
+        """Return what lets merge blocks of a tile's `patches` leave within the encoder; None where none do."""
+        if self.encoder_options.encoder_stage is None:
+            return None
+        of_patch = self._token_of_patch(patches)
+        tokens = int(of_patch.max()) + 1
+        if (count := self.remaining_count(tokens)) == tokens:
+            return None
+
+        def choose(saliency: torch.Tensor) -> torch.Tensor:
+            stays = remaining_by_saliency(self.merge_saliency(saliency), count)
+            return stays[:, of_patch.to(stays.device)]
+
+        return self.stage_behind(self.vision_layers, choose, count * (patches // tokens))
+
+    def _token_of_patch(self, patches: int) -> torch.Tensor:
+        """Return the number (N,) of the merged token that each of a tile's patches becomes a part of."""
+        known = self.__dict__.setdefault("_tokens_of_patches", {})
+        if patches not in known:
+            known[patches] = self.merge_saliency(torch.eye(patches)).argmax(dim=1)
+        return known[patches]
+
     def prune_tiles(
         self,
         outputs: Any,
@@ -57,6 +80,7 @@ class TileEncoderMixin(VisPrunerModelMixin):
 
         cls_feature  (tiles, C); what is compared with merged tokens is what as many of it would be merged into
         """
+        patches = tap.restored(patches)
         features, layers, projected = self.merge_patches(patches), tap.layer_saliency, self.project_patches(patches)
         further = {name: self.merge_saliency(given.mT).mT for name, given in tap.further.items()}
         if cls_feature is not None and "cls_feature" in SELECTORS[self.encoder_options.method].needs:
@@ -69,8 +93,14 @@ class TileEncoderMixin(VisPrunerModelMixin):
             (side, side),
             projected,
             further,
+            remain=self._remain(tap),
         )
         return self.prune(outputs, tokens, kwargs)
+
+    def _remain(self, tap: SaliencyTap) -> torch.Tensor | None:
+        if tap.stage is None or tap.stage.remain is None:
+            return None
+        return self.merge_saliency(tap.stage.remain.float()) > 0.5
 
 
 def mean_of_merged(of_patches: torch.Tensor, merge: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .encoder_stage import EncoderStage
 from .similarity import without_autocast
 from .stock_versions import KEEPS_NAMED_HIDDEN_STATES
 
@@ -70,6 +71,8 @@ class SaliencyTap:
     (1, n) tokens recorded is then joined to (1, N), in the order of the sequence. Small chunks of one size, like the
     frames of a video, are read together. An encoder that pads images attends under a mask, of a form that depends on
     the attention function; so `seen` (B, N) says which of its tokens are no padding.
+
+    Where a `stage` lets patches leave between two layers, what is read behind it is 0 for those.
     """
 
     def __init__(
@@ -80,10 +83,12 @@ class SaliencyTap:
         seen: torch.Tensor | None = None,
         packed: bool = False,
         further: Mapping[str, Reading] | None = None,
+        stage: EncoderStage | None = None,
     ) -> None:
         self._main, self._others, self._seen, self._packed = main, others, seen, packed
-        self._further = dict(further or {})
-        wanted = (main, *others, *self._further.values())
+        self._further, self.stage = dict(further or {}), stage
+        self._hooks: list[Any] = []
+        wanted = [main, *others, *self._further.values(), *([] if stage is None else [stage.ranked_by])]
         self._places = {reading: attentions[reading.layer].config.place for reading in wanted}
         self._recorded: dict[Reading, list[torch.Tensor]] = {reading: [] for reading in self._places}
         self._waiting: dict[Reading, list[tuple[torch.Tensor, torch.Tensor]]] = {r: [] for r in self._places}
@@ -94,11 +99,18 @@ class SaliencyTap:
 
     def __enter__(self) -> "SaliencyTap":
         self._outer = _open.tap
+        if self.stage is not None:
+            ranked_by = self.stage.ranked_by
+            self._hooks = self.stage.listen(lambda: self[ranked_by], lambda: _open.tap is self)
         _open.tap = self
         return self
 
     def __exit__(self, *exception: Any) -> None:
         _open.tap = self._outer
+        for hook in self._hooks:
+            hook.remove()
+        if self.stage is not None and exception[0] is None:
+            self.stage.require_done()
 
     def record(self, place: int, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
         for reading, wanted in self._places.items():
@@ -107,7 +119,8 @@ class SaliencyTap:
             if self._packed:
                 self._record_chunk(reading, query, key, scaling)
             else:
-                self._recorded[reading].append(reading.of(query, key, scaling, self._seen))
+                seen = self._seen if self.stage is None else self.stage.cut_seen(self._seen)
+                self._recorded[reading].append(reading.of(query, key, scaling, seen))
 
     def _record_chunk(self, reading: Reading, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
         """Read a chunk with those of its size before and after it, as many as may have their attention held."""
@@ -134,7 +147,14 @@ class SaliencyTap:
                 f"no attention was recorded in layer {reading.layer}: the encoder did not call the attention function "
                 "its config names, so tokens cannot be ranked"
             )
-        return recorded[0] if len(recorded) == 1 else torch.cat(recorded, dim=1)
+        read = recorded[0] if len(recorded) == 1 else torch.cat(recorded, dim=1)
+        if self.stage is None or reading.layer <= self.stage.after or reading.kind == "cls_query":
+            return read
+        return self.stage.restored(read, read.shape[1] - self.stage.count)
+
+    def restored(self, values: torch.Tensor, before: int = 0) -> torch.Tensor:
+        """Return what an encoder made of all its tokens, of `before` and N patches: 0 for those that left."""
+        return values if self.stage is None else self.stage.restored(values, before)
 
     @property
     def saliency(self) -> torch.Tensor:
@@ -395,12 +415,14 @@ def run_tower(
     pixel_values: torch.Tensor,
     feature_layer: int | list[int],
     tap: SaliencyTap,
+    before: int = 0,
     **kwargs: Any,
 ) -> tuple[Any, torch.Tensor]:
     """Run a tower once under `tap`; return its output and the features (B, N, C) of its tokens, with any [CLS].
 
     pixel_values   (B, 3, height, width)
     feature_layer  index or indices into hidden_states, several are concatenated
+    before         how many of its tokens stand before the patches
     """
     indices = [feature_layer] if isinstance(feature_layer, int) else list(feature_layer)
     every = bool(kwargs.pop("output_hidden_states", None)) or not KEEPS_NAMED_HIDDEN_STATES
@@ -410,7 +432,7 @@ def run_tower(
     if tap.tokens is not None:
         _take_away_padding(outputs, tap.tokens)
     tap.may_pad, tap.tokens = False, None
-    states = [outputs.hidden_states[index] for index in indices]
+    states = [tap.restored(outputs.hidden_states[index], before) for index in indices]
     return outputs, states[0] if len(states) == 1 else torch.cat(states, dim=-1)
 
 

@@ -24,6 +24,8 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
     layer_saliency (tiles, L, N) or a list of (L, N), likewise: of the further layers that the method asked for
     merged_into    (tiles, N) or a list of (N,), likewise, where the method folds tokens together: which token that
                    stays each went into, itself where it stays, -1 where it fell
+    remain         (tiles, N) or a list of (N,), likewise, where patches left within the encoder (`encoder_stage`):
+                   True for those that did not, of which the others were chosen
     full_counts    visual tokens a full prompt has for each image
     deepstack_features   Qwen3-VL only: per encoder level what pooler_output holds
     told           list per image of (tokens,) in the order of pooler_output: their saliency, where the method goes on
@@ -35,6 +37,7 @@ class PrunedImageFeatures(BaseModelOutputWithPooling):
     saliency: torch.Tensor | list[torch.Tensor] | None = None
     layer_saliency: torch.Tensor | list[torch.Tensor] | None = None
     merged_into: torch.Tensor | list[torch.Tensor] | None = None
+    remain: torch.Tensor | list[torch.Tensor] | None = None
     full_counts: list[int] | None = None
     deepstack_features: list[list[torch.Tensor]] | None = None
     told: list[torch.Tensor] | None = None
@@ -94,6 +97,7 @@ class VisualTokens:
                     [CLS] before them (B, 1+N, d), or of an image (B, d)
     videos          which video each of B frames is of, the frames of each in order; None where they are no frames
     owners          which image of the call each of B is, or is a part of; None where they are its images, in order
+    remain          (B, N) False for those that left within the encoder, which nothing may choose; None where none did
     """
 
     features: torch.Tensor
@@ -104,6 +108,16 @@ class VisualTokens:
     further: Mapping[str, torch.Tensor] = field(default_factory=dict)
     videos: tuple[int, ...] | None = None
     owners: tuple[int, ...] | None = None
+    remain: torch.Tensor | None = None
+
+    def remaining(self, count: int) -> tuple["VisualTokens", torch.Tensor]:
+        """Return the `count` tokens of each image that did not leave within the encoder, and which (B, count)."""
+        assert self.remain is not None
+        indices = (~self.remain).int().argsort(dim=1, stable=True)[:, :count]
+        images = torch.arange(len(indices), device=indices.device)[:, None]
+        projected = None if self.projected is None else self.projected[images, indices]
+        part = replace(self.part(images, indices, None), projected=projected, videos=self.videos, owners=self.owners)
+        return part, indices
 
     def part(self, images: torch.Tensor, indices: torch.Tensor, grid: tuple[int, int] | None) -> "VisualTokens":
         """Return the tokens at `indices` (G, K) of `images` (G, 1): G images of K tokens, which are such a grid."""
@@ -135,12 +149,14 @@ def stacked(images: Sequence[VisualTokens]) -> VisualTokens:
     if len(images) == 1:
         return images[0]
     layers = [image.layer_saliency for image in images if image.layer_saliency is not None]
+    remain = [image.remain for image in images if image.remain is not None]
     return replace(
         images[0],
         features=torch.cat([image.features for image in images]),
         saliency=torch.cat([image.saliency for image in images]),
         layer_saliency=torch.cat(layers) if layers else None,
         further={name: torch.cat([image.further[name] for image in images]) for name in images[0].further},
+        remain=torch.cat(remain) if remain else None,
         videos=None if images[0].videos is None else tuple(n for image in images for n in image.videos or ()),
         owners=None if images[0].owners is None else tuple(n for image in images for n in image.owners or ()),
     )

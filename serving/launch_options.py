@@ -72,6 +72,11 @@ def merged_options(config: Any, stored: dict[str, Any] | None, given: dict[str, 
     require_choice_by_image(options)
     if options.stage_token_nums is not None:
         raise ValueError("vispruner_config.stage_token_nums is not served: give visual_token_num or keep_ratio")
+    if options.encoder_stage is not None:
+        raise ValueError(
+            "vispruner_config.encoder_stage is not served: the engine has its own encoder, which no patch can leave; "
+            "set it to null"
+        )
     encoder = encoder_of(config)
     if missing := sorted(SELECTORS[options.method].needs - encoder.inputs):
         raise ValueError(

@@ -49,9 +49,9 @@ from vispruner.visual_features import tokens_of
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 
 
-def covers(column: str, needs: str = "image") -> Callable:
+def covers(column: str, needs: str = "image", but: str | None = None) -> Callable:
     """Mark a test as the proof of one column of README's table, for the rows that have the modality."""
-    marked = [name for name, row in ROWS.items() if needs in row.modalities]
+    marked = [name for name, row in ROWS.items() if needs in row.modalities and name != but]
 
     def mark(test: Callable) -> Callable:
         test.column = column
@@ -276,6 +276,21 @@ def test_a_saved_model_loads_pruned_from_its_own_code(model: Model, tmp_path: Pa
     assert type(loaded).__module__.startswith("transformers_modules")
     for prompt in (ONE, SEVERAL):
         assert torch.equal(logits(loaded.eval(), model.prompt(prompt)), logits(model.pruned, model.prompt(prompt)))
+
+
+@covers("leaving within the encoder", but="llava_onevision")
+def test_patches_leave_within_the_encoder(model: Model) -> None:
+    """What comes out is held to an encoder of full length in test_encoder_stage.py."""
+    stage = {"layer": model.pruned.model.stage_layers.start, "keep_ratio": 0.6}
+    model.pruned.set_vispruner_config(encoder_stage=stage, tile_mode="paper")
+    rows: list[int] = []
+    hook = model.pruned.model.vision_layers[-1].register_forward_hook(lambda *of: rows.append(of[1][0].shape[-2]))
+    assert answers(model.pruned, model.prompt(ONE)).shape[1] == NEW
+    full = rows.pop()
+    model.pruned.set_vispruner_config(encoder_stage=None)
+    answers(model.pruned, model.prompt(ONE))
+    hook.remove()
+    assert full < rows.pop()
 
 
 @covers("thin")
