@@ -41,9 +41,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import partial, wraps
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -119,17 +119,21 @@ class Variant:
     important_ratio: float | str | None = None
     position_policy: str | None = None
     draws: tuple[int, ...] = (0,)
+    encoder_stage: tuple[int, float] | None = None
 
     def options(self, draw: int, batch: int) -> dict[str, Any]:
         """The `vispruner_config` fields to set; every draw and batch of a random selector has its own seed."""
         if self.selector in (DENSE, DOWNSAMPLE, NO_IMAGE):
-            return {"method": "none"}
+            return {"method": "none", "encoder_stage": None}
         options = {
             "method": self.selector,
             "visual_token_num": self.visual_token_num,
             "position_policy": self.position_policy,
             "seed": draw * 1_000_003 + batch,
+            "encoder_stage": None,
         }
+        if self.encoder_stage is not None:
+            options["encoder_stage"] = dict(zip(("layer", "keep_ratio"), self.encoder_stage, strict=True))
         return options if self.important_ratio is None else {**options, "important_ratio": self.important_ratio}
 
 
@@ -239,7 +243,8 @@ class PublishedModel:
             raise BenchmarkError(f"{repo} is a {config.model_type} model: only llava repos (one tile) are measured")
         self.codebook = config.vispruner_config["codebook"] if codebook is None else str(codebook.resolve())
         self.patch_size: int = config.vision_config.patch_size
-        self.interpolates = config.vision_config.model_type == "dinov2"  # whatever the size, and takes no word for it
+        self.has_large_tower = config.vision_config.model_type == "dinov2"
+        self.interpolates = self.has_large_tower  # whatever the size, and takes no word for it
         self.grid: int = config.vision_config.image_size // self.patch_size
         module = type(self.model).__module__.rpartition(".")[0] + ".selectors"
         self.selection: Any = importlib.import_module(module)
@@ -319,7 +324,9 @@ class PublishedModel:
 
         def note(choice: Choice) -> None:
             if choice.layer is None and choice.selection is not None:
-                recorded.append((choice.selection.indices, choice.tokens.saliency))
+                indices, numbers = choice.selection.indices, choice.tokens.numbers
+                kept = indices if numbers is None else numbers.gather(1, indices)
+                recorded.append((kept, choice.tokens.saliency))
 
         with self.model.model.watch_choices(after=note):
             yield recorded
@@ -338,6 +345,51 @@ class PublishedModel:
             yield
         finally:
             hook.remove()
+
+
+@contextmanager
+def one_run_of_the_tower(published: PublishedModel) -> Iterator[None]:
+    """Have the tower see each picture of a batch once, however many questions and rows there are about it.
+
+    Rows share what it made where the same is read of the same layers. Only for the large tower of photographs: with
+    the embedded one it saves little, and pictures in batches of another size round otherwise than in the records.
+    """
+    base, known = published.model.model, dict[Any, Any]()
+    if not published.has_large_tower:
+        yield
+        return
+    encode, get_features = base.encode, base.get_image_features
+
+    def once(key: Any, pixels: torch.Tensor, run: Callable[[torch.Tensor], Any]) -> tuple[Any, list[int]]:
+        is_new = [True, *(pixels[1:] != pixels[:-1]).flatten(1).any(dim=1).tolist()]
+        if (key := (id(pixels), key)) not in known:
+            known[key] = (pixels, run(pixels[is_new]))  # held, so that its id stays its own
+        return known[key][1], [number - 1 for number in itertools.accumulate(map(int, is_new))]
+
+    def encode_once(pixels: torch.Tensor, feature_layer: Any, **kwargs: Any) -> Any:
+        options = base.encoder_options
+        selector = published.selection.SELECTORS[options.method]
+        stage = (str(options.encoder_stage), base.remaining_count(published.visual_tokens))
+        key = (base.open_tap().readings, *stage, "cls_feature" in selector.needs | selector.uses)
+        (outputs, tokens), owner = once(key, pixels, lambda part: encode(part, feature_layer, **kwargs))
+        given = {name: getattr(tokens, name) for name in ("features", "saliency", "layer_saliency", "remain")}
+        given = {name: value if value is None else value[owner] for name, value in given.items()}
+        further = {name: value[owner] for name, value in tokens.further.items()}
+        return outputs, replace(tokens, **given, further=further)
+
+    @wraps(get_features)  # stock's `generate` hands over what its signature names
+    def all_once(pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        if base.encoder_options.method != DENSE or pixel_values.shape[-1] != published.grid * published.patch_size:
+            return get_features(pixel_values, **kwargs)
+        found, owner = once(DENSE, pixel_values, lambda part: get_features(part, **kwargs))
+        of_images = ("pooler_output", "kept_indices", "placeholders", "full_counts")
+        return replace(found, **{name: [getattr(found, name)[n] for n in owner] for name in of_images})
+
+    base.encode, base.get_image_features = encode_once, all_once
+    try:
+        yield
+    finally:
+        del base.encode, base.get_image_features
 
 
 @contextmanager
@@ -365,13 +417,19 @@ def variants(
     full: int,
     policies: Sequence[str] = POLICIES,
     ratios: Sequence[float | str] = RATIOS,
+    stages: Sequence[tuple[int, float]] = (),
 ) -> list[Variant]:
-    """Return the rows to measure: each selector with every option it takes, at each budget; nothing twice."""
+    """Return the rows to measure: each selector with every option it takes, at each budget; nothing twice.
+
+    stages  within the encoder, each a layer and what part of the patches it leaves: rows of VisPruner beside
+    """
     rows = []
     for budget in budgets:
         count = min(full, max(1, math.floor(full * budget / 100 + 0.5)))
         for selector in selectors:
             rows += _variants_of(selector, budget, count, registry, full, policies, ratios)
+        row = Variant("vispruner", budget, count, 0.5, policies[0])
+        rows += [replace(row, encoder_stage=stage) for stage in stages if count < stage[1] * full]
     return list(dict.fromkeys(rows))
 
 
@@ -481,12 +539,13 @@ def answer_batch(
     """Answer one batch under every row and draw."""
     inputs = published.inputs(batch)
     results = {}
-    for row in rows:
-        smaller = row.selector in (DOWNSAMPLE, NO_IMAGE)
-        own_inputs = published.inputs(batch, math.isqrt(row.visual_token_num)) if smaller else inputs
-        for draw in row.draws:
-            answers = published.answer(own_inputs, row.options(draw, number), row.visual_token_num, new_tokens)
-            results[row, draw] = _seen(answers, batch, published.grid)
+    with one_run_of_the_tower(published):
+        for row in rows:
+            smaller = row.selector in (DOWNSAMPLE, NO_IMAGE)
+            own_inputs = published.inputs(batch, math.isqrt(row.visual_token_num)) if smaller else inputs
+            for draw in row.draws:
+                answers = published.answer(own_inputs, row.options(draw, number), row.visual_token_num, new_tokens)
+                results[row, draw] = _seen(answers, batch, published.grid)
     return results
 
 
@@ -528,6 +587,7 @@ def row_of(row: Variant, tally: Tally, samples: Sequence[Sample]) -> dict[str, A
         "visual_token_num": row.visual_token_num,
         "important_ratio": row.important_ratio,
         "position_policy": row.position_policy,
+        **({} if row.encoder_stage is None else {"encoder_stage": list(row.encoder_stage)}),
         "n": len(samples),
         "accuracy": float(right.mean()),
         "ci95": interval(right, pictures),
@@ -601,6 +661,7 @@ def run_benchmark(
     policies: Sequence[str] = POLICIES,
     codebook: Path | None = None,
     ratios: Sequence[float | str] = RATIOS,
+    stages: Sequence[tuple[int, float]] = (),
 ) -> dict[str, Any]:
     """Measure and return what the JSON holds; under `accelerate launch` each process returns the whole.
 
@@ -638,7 +699,7 @@ def run_benchmark(
         chosen = everything if selectors is None else list(selectors)
         if unknown := [name for name in chosen if name not in known]:
             raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")
-        rows = variants(chosen, budgets, registry, published.visual_tokens, policies, ratios)
+        rows = variants(chosen, budgets, registry, published.visual_tokens, policies, ratios, stages)
         if not rows:
             raise BenchmarkError(f'"{DENSE}" drops nothing, so it is measured at 100 % only: add 100 to --budgets')
         samples = questions(dataset, seed, limit)
@@ -672,8 +733,12 @@ def with_rows_of(record: dict[str, Any], result: dict[str, Any]) -> dict[str, An
     fixed = ("dataset", "seed", "base_model", "questions", "pictures", "full_visual_tokens")
     if other := [name for name in fixed if record[name] != result[name]]:
         raise BenchmarkError(f"the record is of another run: it differs in {', '.join(other)}")
-    key = ("selector", "budget_percent", "important_ratio", "position_policy")
-    before, new = ({tuple(row[name] for name in key): row for row in one["rows"]} for one in (record, result))
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        named = ("selector", "budget_percent", "important_ratio", "position_policy")
+        return (*(row[name] for name in named), tuple(row.get("encoder_stage", ())))
+
+    before, new = ({key(row): row for row in one["rows"]} for one in (record, result))
     same = {row for row in before.keys() & new.keys() if before[row] == new[row]}
     if not same or any(row[0] == DENSE and row not in same for row in before.keys() & new.keys()):
         raise BenchmarkError(
@@ -688,7 +753,9 @@ def with_rows_of(record: dict[str, Any], result: dict[str, Any]) -> dict[str, An
 
 def label(row: dict[str, Any]) -> str:
     """Name a row's selector and options as the table and the plot show them."""
-    ratio, policy = row["important_ratio"], row["position_policy"]
+    ratio, policy, stage = row["important_ratio"], row["position_policy"], row.get("encoder_stage")
+    if stage is not None:
+        return f"{row['selector']}, {stage[1]:.0%} behind encoder layer {stage[0]}"
     name = row["selector"] if ratio is None else f"{row['selector']} r={ratio if ratio == AUTO else f'{ratio:g}'}"
     return f"{name}, original positions" if policy == "original" else name
 
@@ -776,6 +843,7 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for row in rows:
         if (
             row["position_policy"] != "original"
+            and "encoder_stage" not in row
             and row["kv_visual_tokens"]
             and row["important_ratio"] in (None, 0.0, 0.5, AUTO)
         ):
@@ -826,7 +894,7 @@ def _is_budget(row: dict[str, Any]) -> bool:
 
 def _draw_ratios(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Accuracy against important_ratio, a pair of lines (renumbered and original positions) for each budget."""
-    with_ratio = [row for row in rows if row["important_ratio"] not in (None, AUTO)]
+    with_ratio = [row for row in rows if row["important_ratio"] not in (None, AUTO) and "encoder_stage" not in row]
     full = max((row["kv_visual_tokens"] for row in rows), default=0)
     counts = sorted({row["visual_token_num"] for row in with_ratio} - {full}, reverse=True)
     for place, count in enumerate(counts):
@@ -858,6 +926,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def _ratio(text: str) -> float | str:
     return text if text == AUTO else float(text)
+
+
+def _stage(text: str) -> tuple[int, float]:
+    layer, _, share = text.partition(":")
+    try:
+        return int(layer), float(share)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be LAYER:SHARE such as 3:0.5, got {text!r}") from None
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -902,6 +978,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=RATIOS,
         metavar="R",
         help=f"of `important_ratio`, numbers or {AUTO} (default: {' '.join(f'{ratio:g}' for ratio in RATIOS)})",
+    )
+    parser.add_argument(
+        "--encoder-stages",
+        nargs="+",
+        type=_stage,
+        default=(),
+        metavar="LAYER:SHARE",
+        help="rows of vispruner in which patches leave behind that encoder layer, all but this part of them",
     )
     parser.add_argument("--codebook", type=Path, metavar="FILE", help="for the method that needs one (--repo only)")
     parser.add_argument("--dataset", choices=DATASETS, default="scenes", help="default: %(default)s")
@@ -950,6 +1034,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.positions,
             parsed.codebook,
             parsed.ratios,
+            parsed.encoder_stages,
         )
         if earlier is not None:
             result = with_rows_of(earlier, result)

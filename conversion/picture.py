@@ -49,7 +49,7 @@ COLOURS = {
 BACKGROUND = (255, 255, 255)
 INK = (30, 30, 30)
 WRONG_INK = (190, 20, 40)
-LEFT = (150, 165, 180)  # laid over patches that left within the encoder
+GONE = (150, 165, 180)  # laid over patches that left within the encoder
 MERGED = (120, 120, 120)  # lines from what was folded together to where it went
 
 PNG = ([".png"], "the picture")
@@ -498,7 +498,7 @@ def _draw_tile(tile: TileView, width: int) -> Image.Image:
     faded = Image.blend(ImageOps.grayscale(image).convert("RGB"), Image.new("RGB", image.size, BACKGROUND), 0.7)
     for row, column in [] if tile.left is None else tile.left.nonzero().tolist():
         box = (column * side, row * side, (column + 1) * side, (row + 1) * side)
-        faded.paste(Image.blend(faded.crop(box), Image.new("RGB", (side, side), LEFT), 0.7), box)
+        faded.paste(Image.blend(faded.crop(box), Image.new("RGB", (side, side), GONE), 0.7), box)
     stroke = max(1, side // 11)
     pen = ImageDraw.Draw(faded)
     for ends in tile.merges:
@@ -520,7 +520,7 @@ def _draw_legend(picture: Image.Image, panels: Sequence[Panel], caption: str) ->
     pruned = [tile for panel in panels for tile in panel.tiles if tile.pruned]
     entries = {kind: _colour(kind) for kind in _kinds_in(pruned) or ["kept"] * bool(pruned)}
     if any(tile.left is not None for tile in pruned):
-        entries |= {"left within the encoder": LEFT}
+        entries |= {"left within the encoder": GONE}
     if any(tile.merges for tile in pruned):
         entries |= {"folded into": MERGED}
     top = GAP + LINE_HEIGHT * len(lines) + GAP

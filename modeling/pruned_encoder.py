@@ -275,8 +275,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         """Return which tokens stay, T of each image, by the configured method."""
         if tokens.remain is not None:
             count = tokens.remain.shape[1]
-            part, numbers = tokens.remaining(self.remaining_count(count))
-            return self.select(part, visual_token_num).among(numbers, count)
+            part = tokens.remaining(self.remaining_count(count))
+            return self.select(part, visual_token_num).among(part.numbers, count)
         options = self.encoder_options
         codebook = self._read_codebook() if "codebook" in SELECTORS[options.method].needs else None
         if self.is_guided:

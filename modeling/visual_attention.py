@@ -157,6 +157,11 @@ class SaliencyTap:
         return values if self.stage is None else self.stage.restored(values, before)
 
     @property
+    def readings(self) -> frozenset[Reading]:
+        """All that is read."""
+        return frozenset(self._places)
+
+    @property
     def saliency(self) -> torch.Tensor:
         """What the main reading recorded, (B, N)."""
         return self[self._main]

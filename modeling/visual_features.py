@@ -97,7 +97,8 @@ class VisualTokens:
                     [CLS] before them (B, 1+N, d), or of an image (B, d)
     videos          which video each of B frames is of, the frames of each in order; None where they are no frames
     owners          which image of the call each of B is, or is a part of; None where they are its images, in order
-    remain          (B, N) False for those that left within the encoder, which nothing may choose; None where none did
+    remain          (B, N) False for what left within the encoder, which nothing may choose; None where nothing did
+    numbers         (B, N) which of the encoder's tokens these are, where others left within it; None for all
     """
 
     features: torch.Tensor
@@ -109,15 +110,16 @@ class VisualTokens:
     videos: tuple[int, ...] | None = None
     owners: tuple[int, ...] | None = None
     remain: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
 
-    def remaining(self, count: int) -> tuple["VisualTokens", torch.Tensor]:
-        """Return the `count` tokens of each image that did not leave within the encoder, and which (B, count)."""
+    def remaining(self, count: int) -> "VisualTokens":
+        """Return the `count` tokens of each image that did not leave within the encoder."""
         assert self.remain is not None
         indices = (~self.remain).int().argsort(dim=1, stable=True)[:, :count]
         images = torch.arange(len(indices), device=indices.device)[:, None]
         projected = None if self.projected is None else self.projected[images, indices]
-        part = replace(self.part(images, indices, None), projected=projected, videos=self.videos, owners=self.owners)
-        return part, indices
+        of_images = {"videos": self.videos, "owners": self.owners}
+        return replace(self.part(images, indices, None), projected=projected, numbers=indices, **of_images)
 
     def part(self, images: torch.Tensor, indices: torch.Tensor, grid: tuple[int, int] | None) -> "VisualTokens":
         """Return the tokens at `indices` (G, K) of `images` (G, 1): G images of K tokens, which are such a grid."""

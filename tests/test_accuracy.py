@@ -124,6 +124,29 @@ def test_ratios_are_numbers_or_decided_by_the_image(accuracy: ModuleType) -> Non
     assert names == ["vispruner r=auto", "vispruner r=0.5", "random"]
 
 
+def test_stages_within_the_encoder_are_rows_of_their_own(accuracy: ModuleType) -> None:
+    stages = accuracy.parse_arguments(["--encoder-stages", "1:0.5", "3:0.3"]).encoder_stages
+    assert stages == [(1, 0.5), (3, 0.3)]
+    found = accuracy.variants(["vispruner"], [100, 50, 25], accuracy.SELECTORS, 144, ("renumber",), [0.5], stages)
+    staged = [(row.visual_token_num, row.encoder_stage) for row in found if row.encoder_stage]
+    assert staged == [(36, (1, 0.5)), (36, (3, 0.3))]  # what leaves no more than the budget is no row
+    assert found[-1].options(0, 0)["encoder_stage"] == {"layer": 3, "keep_ratio": 0.3}
+    assert all(row.options(0, 0)["encoder_stage"] is None for row in found if not row.encoder_stage)
+    names = {accuracy.label({**vars(row), "encoder_stage": row.encoder_stage}) for row in found}
+    assert names == {
+        "vispruner r=0.5",
+        "vispruner, 50% behind encoder layer 1",
+        "vispruner, 30% behind encoder layer 3",
+    }
+
+
+@pytest.mark.parametrize("wrong", ["3", "a:0.5", "3:half"])
+def test_a_stage_is_a_layer_and_a_share(accuracy: ModuleType, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        accuracy.parse_arguments(["--encoder-stages", wrong])
+    assert "must be LAYER:SHARE such as 3:0.5" in capsys.readouterr().err
+
+
 def test_wilsons_interval(accuracy: ModuleType) -> None:
     low, high = accuracy.wilson(0.5, 100)
     assert low == pytest.approx(0.4038, abs=1e-4) and high == pytest.approx(0.5962, abs=1e-4)

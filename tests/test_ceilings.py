@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,30 @@ def test_a_ceiling_is_between_nothing_and_no_visual_tokens(row: Row) -> None:
     assert f"With {kept:,.0f} visual tokens that token comes at most {found.first_token:.1f} times as soon" in str(
         found
     )
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "internvl", "smolvlm", "qwen3_vl"])
+def test_what_left_within_the_encoder_is_no_work_for_the_layers_behind(name: str) -> None:
+    row = next(row for row in rows() if row.model_type == name)
+    _, pruned = pair(row, **({} if "keep_ratio" in row.options else {"visual_token_num": 3}))
+    pruned.set_attn_implementation("eager")
+    inputs, layers = row.inputs([ONE]), len(pruned.model.vision_layers)
+
+    def of_a_layer_behind() -> int:
+        """Reading attention is counted in one of the two."""
+        described = {key: inputs[key] for key in pruned.modalities[0].described_by if key in inputs}
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            pruned.model.get_image_features(inputs["pixel_values"], **described)
+        counts = {key: sum(ops.values()) for key, ops in counter.get_flop_counts().items()}
+        return min(flops for key, flops in counts.items() if re.search(r"(blocks|layers?)\.[12]$", key))
+
+    whole, all_rows = ceiling(pruned.model), of_a_layer_behind()
+    pruned.set_vispruner_config(encoder_stage={"layer": 0, "keep_ratio": 0.5})
+    staged, fewer = ceiling(pruned.model), of_a_layer_behind()
+    before, after = (encoder_flops(pruned.model, inputs, staged=counts)[0] for counts in (False, True))
+    assert before - after == pytest.approx((all_rows - fewer) * (layers - 1), rel=0.02) and fewer < all_rows
+    assert staged.first_token > whole.first_token
+    assert (staged.encoder, staged.none, staged.prefill) == (whole.encoder, whole.none, whole.prefill)
 
 
 def test_nothing_pruned_gains_nothing() -> None:

@@ -15,6 +15,7 @@ from vispruner.conversion.picture import (
     BLUE,
     COLUMN_GAP,
     GAP,
+    GONE,
     GREEN,
     ORANGE,
     TEXT_WIDTH,
@@ -159,6 +160,23 @@ def test_kept_patches_keep_their_colour_and_dropped_ones_fade() -> None:
     assert faded[0] > 150, "and is nearly white"
     assert picture.getpixel((LEFT, GAP)) == ORANGE
     assert picture.getpixel((LEFT + side, GAP + side)) == BLUE
+
+
+def test_patches_that_left_within_the_encoder_have_a_tone_of_their_own(tiny_llava_repo: Path) -> None:
+    photo = Image.new("RGB", (40, 40), (200, 0, 0))
+    stage = {"layer": 0, "keep_ratio": 0.5}
+    model = vispruner.load(tiny_llava_repo, visual_token_num=8, encoder_stage=stage)
+    (tile,) = view_kept_patches(model, AutoProcessor.from_pretrained(tiny_llava_repo), photo)
+    assert int(tile.left.sum()) == 32 and not (tile.left & tile.kept).any()
+    picture, plain = (kept_patches_picture([Panel([one])]) for one in (tile, replace(tile, left=None)))
+    column = (0, 0, LEFT, picture.height)
+    assert GONE in colours_of(picture, column) and GONE not in colours_of(plain, column)
+    side = (picture.width - LEFT - GAP) // 8
+    early, late = ((~tile.kept & own).nonzero()[0].tolist() for own in (tile.left, ~tile.left))
+    tones = [picture.getpixel((LEFT + x * side + side // 2, GAP + y * side + side // 2)) for y, x in (early, late)]
+    assert sum(tones[0]) < sum(tones[1]), "darker than what left late"
+    model.set_vispruner_config(encoder_stage=None)
+    assert view_kept_patches(model, AutoProcessor.from_pretrained(tiny_llava_repo), photo)[0].left is None
 
 
 def test_an_unpruned_panel_is_the_plain_image() -> None:

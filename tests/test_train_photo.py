@@ -201,6 +201,26 @@ def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(measured: 
             assert row["accuracy_hard"] == 0
 
 
+def test_rows_that_share_a_run_of_the_tower_answer_as_they_do_alone(trained: Path, monkeypatch: Any) -> None:
+    accuracy = pytest.importorskip("accuracy")
+    with accuracy.published_repo(trained) as folder:
+        published = accuracy.PublishedModel(folder)
+        names = ["none", "vispruner", "divprune", "hiprune", "cdpruner", "random", "downsample", "no-image"]
+        budgets, stages = (100.0, 22.22), [(5, 0.5)]
+        rows = accuracy.variants(names, budgets, published.selectors, 576, ("renumber",), (0.5,), stages)
+        rows = [row for row in rows if row.visual_token_num < 576 or row.selector == "none"]
+        samples, runs = accuracy.questions("photos", 0, 12), []
+        published.model.model.vision_tower.register_forward_pre_hook(lambda _, args: runs.append(args[0].shape[0]))
+        together = accuracy.answer_batch(published, 0, samples, rows, 3)
+        pictures = len({sample.picture for sample in samples})
+        shared = len(runs)
+        assert runs.count(pictures) == shared - 1  # all but the smaller picture's
+        published.has_large_tower = False
+        alone = accuracy.answer_batch(published, 0, samples, rows, 3)
+        assert together == alone
+        assert shared < len(runs) - shared
+
+
 def test_photographs_need_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert pytest.importorskip("accuracy").main(["--dataset", "photos"]) == 2
     assert "--dataset photos needs --repo" in capsys.readouterr().err
