@@ -19,6 +19,7 @@ MEASURING = {  # what each script calls first once its options are read
     "accuracy": "run_benchmark",
     "codebook": "resolve_base",
     "dedup_step": "measure",
+    "encoder_stage": "measure",
     "equal_cost": "comparisons",
     "flops": "ceilings_record",
     "large_checkpoints": "tempfile",
