@@ -38,6 +38,7 @@ TOWER = """
     model.{0}.forward(pixel_values **)
     model.{0}.vision_model?.embeddings
     model.{0}.vision_model?.encoder.layers[0].self_attn.config._attn_implementation
+    model.{0}.vision_model?.encoder.layers[0].forward(hidden_states attention_mask **)
 """
 PATCHES = """
     config.vision_config.model_type
@@ -62,6 +63,7 @@ TILES = """
     model.connector.forward
     model.vision_model.forward(pixel_values / patch_attention_mask **)
     model.vision_model.encoder.layers[0].self_attn.config._attn_implementation
+    model.vision_model.encoder.layers[0].forward(hidden_states attention_mask **)
     image_token_id
     vocab_size
 """
@@ -72,6 +74,9 @@ GRIDS = """
     model.rope_deltas
     model.visual.spatial_merge_size
     model.visual.blocks[0].attn.config._attn_implementation
+    model.visual.blocks[0].forward(hidden_states / cu_seqlens position_embeddings **)
+    model.visual.merger.forward
+    model.visual.deepstack_merger_list?
     model.get_rope_index(input_ids / mm_token_type_ids image_grid_thw video_grid_thw attention_mask)
 """
 
@@ -354,6 +359,7 @@ ON_MODELS = {
         model.dtype
         model.vision_tower.forward(pixel_values / **)
         model.vision_tower.encoder.layer[0].attention.config._attn_implementation
+        model.vision_tower.encoder.layer[0].forward(hidden_states)
         model.multi_modal_projector.forward
     """,
     "llava": f"""
