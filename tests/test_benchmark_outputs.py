@@ -24,6 +24,7 @@ MEASURING = {  # what each script calls first once its options are read
     "flops": "ceilings_record",
     "large_checkpoints": "tempfile",
     "latency": "measure",
+    "paper": "measure",
     "report": "write_report",
     "scaling": "machine",
     "selection": "machine",
