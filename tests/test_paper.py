@@ -418,7 +418,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, judge: str) -> dict[str, 
     (work / "ChartQA").rename(missing)
     second = command("--budgets", str(KEPT))
     later = {path: path.stat().st_mtime_ns for path in (work / "out").glob("*.json")}
-    decoder = command("--methods", "fastv", "--budgets", "72", "--benchmarks", "POPE")
+    decoder = command("--methods", "fastv", "--budgets", "100", "--benchmarks", "POPE")
     dense = build_repo("tiny-llava-vispruner", work / "dense" / "repos" / f"vispruner-{KEPT}", show_progress=False)
     plan = paper.replace(plan_of(*TINY), folder=work / "dense")
     paper.Cells(plan.folder)._write(plan.folder / "settings.json", plan.settings())
@@ -472,9 +472,9 @@ def test_a_benchmark_that_fails_leaves_the_others_and_is_tried_again(measured: d
 def test_a_method_in_the_language_model_is_counted_where_it_drops(measured: dict[str, Any]) -> None:
     done, record = measured["decoder"]
     assert done.returncode == 0, done.stderr
-    assert "\n3,000 questions" not in done.stderr and len(record["rows"]) == 2  # the stock model's are there
+    assert "9,000 questions are left" in done.stderr  # those of the stock model were asked before
     ((counted,),) = [[cell["visual_tokens"] for cell in row["cells"].values()] for row in record["rows"][1:]]
-    assert counted["full"] == counted["kept"] == FULL and counted["last"] < 72
+    assert counted == {"full": FULL, "kept": FULL, "last": 56}  # all in two layers and 56 in two: 100 on average
 
 
 @through_lmms_eval
