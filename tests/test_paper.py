@@ -333,6 +333,11 @@ def test_what_is_there_can_be_shown_elsewhere(
     assert (folder.parent / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_not_there_cannot_be_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--out", str(folder), "--print") == 1
+    assert f"{folder} does not exist: nothing was measured there" in capsys.readouterr().err
+
+
 def test_the_help_says_what_differs_by_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         paper.main(["--help"])
@@ -559,6 +564,16 @@ def test_the_metrics_are_those_of_the_tasks_and_prompts_are_the_papers() -> None
         for n, said in enumerate(["A", "B", "red", "I cannot say"])
     ]
     assert score(rows) == 50  # where no letter is found no dice are rolled
+
+
+@through_lmms_eval
+def test_a_judge_that_did_not_answer_is_no_zero() -> None:
+    sys.path.append(str(ROOT / "benchmarks" / "lmms_eval"))
+    require_judged = importlib.import_module("measured_cell").require_judged
+    samples = [{"gpt_eval_score": {"score": 0.0, "eval_model": name}} for name in ("gpt-4o", "", "gpt-4o")]
+    require_judged([*samples[::2], {"pope_accuracy": {}}])
+    with pytest.raises(ValueError, match="the judge did not answer for 1 of 3 questions: see OPENAI_API_KEY"):
+        require_judged(samples)
 
 
 @through_lmms_eval

@@ -86,14 +86,14 @@ class CountedModel(HuggingfacePictures):
     def visual_tokens(self) -> dict[str, float]:
         """Return the visual tokens of a question since the last call: in full, behind the encoder, in the last layer.
 
-        Raises NotPrunedError where it is meant to prune and a call did not.
+        Raises NotPrunedError where it is meant to prune and did not.
         """
         counts, self.counts = self.counts, []
-        if self.prunes and not all(last < full for _, full, _, last in counts):
+        questions, *sums = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0, 0)
+        if self.prunes and counts and sums[-1] == sums[0]:
             raise NotPrunedError(
                 "all visual tokens reached the language model, so that its figures would be those of the stock model"
             )
-        questions, *sums = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0, 0)
         return dict(zip(("full", "kept", "last"), (total / max(1, questions) for total in sums), strict=True))
 
 
@@ -115,7 +115,7 @@ def measure_cell(
             limit=limit,
             bootstrap_iters=0,
             task_manager=manager,
-            log_samples=any(task.startswith("pope") for task in tasks),
+            log_samples=tasks[0].startswith(("pope", "mmvet")),
             cli_args=argparse.Namespace(output_path=folder, process_with_media=False),
         )
     cell = {
@@ -124,11 +124,22 @@ def measure_cell(
         "seconds": round(time.perf_counter() - begin, 1),
     }
     samples = [sample for task in tasks for sample in found.get("samples", {}).get(task, [])]
-    if said := [sample["pope_accuracy"]["prediction"] for sample in samples]:
+    require_judged(samples)
+    if said := [sample["pope_accuracy"]["prediction"] for sample in samples if "pope_accuracy" in sample]:
         # Counted here, because lmms-eval's pope_yes_ratio counts the right answers instead of the model's.
         cell["said_yes"] = said.count("yes") / len(said)
         cell["said_neither"] = 1 - cell["said_yes"] - said.count("no") / len(said)
     return cell
+
+
+def require_judged(samples: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where a judge did not answer: lmms-eval would score 0, and say nothing of it."""
+    silent = sum(sample.get("gpt_eval_score", {}).get("eval_model", "judge") == "" for sample in samples)
+    if silent:
+        raise ValueError(
+            f"the judge did not answer for {silent} of {len(samples)} questions: see OPENAI_API_KEY, OPENAI_API_URL, "
+            "MODEL_VERSION"
+        )
 
 
 def _figures(found: Mapping[str, Any], task: str) -> dict[str, Any]:
