@@ -83,7 +83,11 @@ FURTHER = {
     "ChartQA": Benchmark(("chartqa",), "relaxed_overall", 100, 2_500, "not in the paper"),
     "OCRBench": Benchmark(("ocrbench",), "ocrbench_accuracy", 100, 1_000, "not in the paper; percent"),
     "RefCOCO": Benchmark(
-        ("refcoco_bbox_rec_val",), "refcoco_ACC@0.5", 100, 26_000, "not in the paper: boxes, which need positions"
+        ("refcoco_bbox_rec_val",),
+        "refcoco_ACC@0.5",
+        100,
+        26_000,
+        "not in the paper; boxes count from the picture's corner, not the padded square's",
     ),
     "CHAIR-S": Benchmark(("coco_cap_chair",), "coco_cap_chair_s", 1, 500, "not in the paper; less is better"),
     "CHAIR-I": Benchmark(("coco_cap_chair",), "coco_cap_chair_i", 1, 500, "not in the paper; less is better"),
