@@ -94,7 +94,7 @@ FURTHER = {
 }
 BENCHMARKS = PAPER | FURTHER
 
-# Percent of the benchmarks of PAPER, in its order; None is the stock model.
+# Figures of the benchmarks of PAPER, in its order, by budget; None is the stock model.
 AUTHORS = "VisPruner's project page, table of LLaVA-1.5-7B (arXiv 2412.01818)"
 PUBLISHED = {
     "llava-1.5-7b": {
