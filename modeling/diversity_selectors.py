@@ -342,7 +342,7 @@ def _unlike_earlier(members: Any, near: Near) -> Any:
 # OTPrune
 
 
-@register_selector("otprune", kinds=("diverse: spread like all tokens",))
+@register_selector("otprune", kinds=("diverse: spread like all tokens",), by_saliency=False)
 def select_otprune(
     features: torch.Tensor,
     saliency: torch.Tensor,
@@ -502,7 +502,7 @@ def select_evs(
 WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of VidCom2's Gaussian kernels
 
 
-@register_selector("vidcom2", kinds=("distinct: unlike its frame and its video",))
+@register_selector("vidcom2", kinds=("distinct: unlike its frame and its video",), by_saliency=False)
 def select_vidcom2(
     features: torch.Tensor,
     saliency: torch.Tensor,

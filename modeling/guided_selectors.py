@@ -17,7 +17,7 @@ from .similarity import cosines, is_traced, norms_of, refuse_unless, without_aut
 LEAST = 1e-6  # of the relevance, so that no token counts nothing: the authors' number
 
 
-@register_selector("cdpruner", kinds=("relevant: about the question, and unlike each other",))
+@register_selector("cdpruner", kinds=("relevant: about the question, and unlike each other",), by_saliency=False)
 def select_cdpruner(
     features: torch.Tensor,
     saliency: torch.Tensor,
@@ -131,6 +131,7 @@ def _most_relevant_of_the_rest(relevance: torch.Tensor, picks: list[int], budget
     "trim",
     kinds=("relevant: about the question", "rest: the mean of all others"),
     kind_of=kind_of_rest,
+    by_saliency=False,
 )
 def select_trim(
     features: torch.Tensor,

@@ -147,7 +147,10 @@ def _merged_kind(kept: torch.Tensor, saliency: torch.Tensor, merged_into: torch.
 
 
 @register_selector(
-    "tome", kinds=("single: alike to no other", "merged: the mean of tokens alike"), kind_of=_merged_kind
+    "tome",
+    kinds=("single: alike to no other", "merged: the mean of tokens alike"),
+    kind_of=_merged_kind,
+    by_saliency=False,
 )
 def select_tome(
     features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, keys: torch.Tensor
@@ -228,6 +231,7 @@ def kind_of_rest(kept: torch.Tensor, saliency: torch.Tensor, merged_into: torch.
     "prumerge",
     kinds=("merged: attended, with tokens alike", "rest: the sum of all others"),
     kind_of=kind_of_rest,
+    by_saliency=False,
 )
 def select_prumerge(
     features: torch.Tensor,
@@ -260,6 +264,7 @@ def select_prumerge(
     "prumerge_plus",
     kinds=("merged: attended or evenly spaced, with tokens alike", "rest: the sum of all others"),
     kind_of=kind_of_rest,
+    by_saliency=False,
 )
 def select_prumerge_plus(
     features: torch.Tensor,

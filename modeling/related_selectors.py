@@ -48,7 +48,9 @@ def _vtc_cls_layers(layers: int, feature_layer: int) -> list[int]:
     return list(range(depth))[min(depth * 2 // 3, depth - 2) : -1]
 
 
-@register_selector("vtc_cls", saliency_layers=_vtc_cls_layers, kinds=("important: attended in many layers",))
+@register_selector(
+    "vtc_cls", saliency_layers=_vtc_cls_layers, kinds=("important: attended in many layers",), by_saliency=False
+)
 def select_vtc_cls(
     features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, layer_saliency: torch.Tensor
 ) -> torch.Tensor:
@@ -64,7 +66,7 @@ def select_vtc_cls(
     return most_attended_first(layer_saliency.sum(dim=1))[:, :budget].sort(dim=-1).values
 
 
-@register_selector("gprune", kinds=("central: many pass to it",))
+@register_selector("gprune", kinds=("central: many pass to it",), by_saliency=False)
 def select_gprune(
     features: torch.Tensor,
     saliency: torch.Tensor,
@@ -152,7 +154,7 @@ def redundancy(projected: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return cosine.amax(dim=-1)
 
 
-@register_selector("codebook", kinds=("informative: unlike the codebook",))
+@register_selector("codebook", kinds=("informative: unlike the codebook",), by_saliency=False)
 def select_codebook(
     features: torch.Tensor,
     saliency: torch.Tensor,
@@ -175,7 +177,7 @@ def select_codebook(
     return score.argsort(dim=-1, stable=True)[:, :budget].sort(dim=-1).values
 
 
-@register_selector("divprune", kinds=("diverse: far from each other",))
+@register_selector("divprune", kinds=("diverse: far from each other",), by_saliency=False)
 def select_divprune(
     features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, projected: torch.Tensor
 ) -> torch.Tensor:
@@ -311,6 +313,7 @@ def _hiprune_kind(
     saliency_kind="received",
     kinds=("anchor: attended midway", "buffer: beside an anchor", "register: attended late"),
     kind_of=_hiprune_kind,
+    by_saliency=False,
 )
 def select_hiprune(
     features: torch.Tensor,

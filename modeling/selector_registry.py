@@ -221,6 +221,7 @@ class Selector(NamedTuple):
     experimental     whether its authors published no code, so that its rule is a reading of theirs
     main_kind        what its `saliency` is behind the encoder: None for attention of [CLS] or, without one, of all
                      tokens; "global" for `global_attention`, whose threshold is its option `global_threshold`
+    by_saliency      whether what it keeps depends on its `saliency`
     """
 
     function: Callable[..., torch.Tensor | Selection]
@@ -236,6 +237,7 @@ class Selector(NamedTuple):
     then: Then | None = None
     experimental: bool = False
     main_kind: Literal["global"] | None = None
+    by_saliency: bool = True
 
     @property
     def in_decoder(self) -> bool:
@@ -295,6 +297,7 @@ def register_selector(
     then: Then | None = None,
     experimental: bool = False,
     main_kind: Literal["global"] | None = None,
+    by_saliency: bool = True,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Name a selector, so that `vispruner_config.method` can ask for it; for the keywords see `Selector`."""
 
@@ -337,6 +340,7 @@ def register_selector(
             then,
             experimental,
             main_kind,
+            by_saliency,
         )
         return function
 

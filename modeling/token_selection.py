@@ -141,7 +141,7 @@ def select_cls_attention(features: torch.Tensor, saliency: torch.Tensor, visual_
     return most_attended_first(saliency)[:, :budget].sort(dim=-1).values
 
 
-@register_selector("random", kinds=("drawn: at random",))
+@register_selector("random", kinds=("drawn: at random",), by_saliency=False)
 def select_random(
     features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, seed: int | None = None
 ) -> torch.Tensor:
@@ -163,7 +163,7 @@ def select_random(
     return kept.sort(dim=-1).values.to(saliency.device)
 
 
-@register_selector("uniform_grid", kinds=("spaced: evenly",))
+@register_selector("uniform_grid", kinds=("spaced: evenly",), by_saliency=False)
 def select_uniform_grid(
     features: torch.Tensor, saliency: torch.Tensor, visual_token_num: int, grid: tuple[int, int] | None = None
 ) -> torch.Tensor:

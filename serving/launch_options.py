@@ -48,15 +48,15 @@ class Encoder(NamedTuple):
 
 
 class Readings(NamedTuple):
-    """What to read of which encoder layer: the saliency that ranks tokens, and what the method adds to it."""
+    """What to read of which encoder layer: the saliency that ranks tokens, if any, and what the method adds to it."""
 
-    main: Reading
+    main: Reading | None
     others: tuple[Reading, ...]
     further: dict[str, Reading]
 
     @property
     def all(self) -> tuple[Reading, ...]:
-        return (self.main, *self.others, *self.further.values())
+        return (*([] if self.main is None else [self.main]), *self.others, *self.further.values())
 
 
 def merged_options(config: Any, stored: dict[str, Any] | None, given: dict[str, Any] | None) -> VisPrunerOptions:
@@ -219,4 +219,4 @@ def readings(config: Any, options: VisPrunerOptions) -> Readings:
         )
     counted = {name: reading._replace(layer=reading.layer % encoder.layers) for name, reading in asked.items()}
     main, *rest = [reading._replace(layer=reading.layer % encoder.layers) for reading in (main, *others)]
-    return Readings(main, tuple(rest), counted)
+    return Readings(main if selector.by_saliency else None, tuple(rest), counted)

@@ -47,5 +47,5 @@ class VisPrunerGemma3ForConditionalGeneration(PrunedTower, Gemma3ForConditionalG
             return super()._process_image_input(image_input)
         with self.read_attention() as read:
             patches = self.vision_tower(image_input.inputs["pixel_values"])
-        tokens = merged_tokens(patches, read(), self.merge)
+        tokens = merged_tokens(patches, read(patches), self.merge)
         return self.prune_tiles(tokens, image_input.inputs["num_patches"].tolist(), image_input.options)

@@ -50,7 +50,7 @@ class PrunedIdefics3(PrunedVision):
             patches = self.model.image_pixels_to_features(
                 pixels["pixel_values"], pixel_attention_mask=pixels["pixel_attention_mask"]
             )
-        tokens = merged_tokens(patches, read(), self.merge)
+        tokens = merged_tokens(patches, read(patches), self.merge)
         return self.prune_tiles(tokens, pixels["num_patches"].tolist(), image_input.options)
 
 

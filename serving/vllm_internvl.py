@@ -44,6 +44,7 @@ class VisPrunerInternVLForConditionalGeneration(PrunedVision, InternS1ForConditi
             return super()._process_vision_input(image_input)
         with self.read_attention() as read:
             states = self.vision_tower(pixel_values=image_input.inputs["pixel_values"])
-        tokens = merged_tokens(states[:, 1:], read(), self.merge)
+        patches = states[:, 1:]
+        tokens = merged_tokens(patches, read(patches), self.merge)
         tiles = [int(count) for count in image_input.inputs["num_patches"]]
         return tuple(self.prune_tiles(tokens, tiles, image_input.options))

@@ -11,7 +11,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vispruner.configuration_vispruner import VisPrunerOptions
 
-from .launch_options import merged_options
+from .launch_options import merged_options, readings
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers say
 
@@ -41,19 +41,26 @@ def require_known_engine() -> None:
             )
 
 
-def refuse_bypasses(vllm_config: VllmConfig) -> None:
-    """Raise ValueError for what would encode pictures without the attention that tokens are ranked by."""
-    multimodal, compilation = vllm_config.model_config.multimodal_config, vllm_config.compilation_config
+def refuse_bypasses(vllm_config: VllmConfig, options: VisPrunerOptions) -> None:
+    """Raise ValueError for what would encode pictures without the attention that tokens are ranked by, or dense."""
+    model_config, compilation = vllm_config.model_config, vllm_config.compilation_config
+    if getattr(compilation, "cudagraph_mm_encoder", False):
+        raise ValueError(
+            "compilation_config.cudagraph_mm_encoder runs the vision encoder where no visual token is dropped: start "
+            "the server without it"
+        )
+    if options.method == "none" or not readings(model_config.hf_config, options).all:
+        return
     bypasses = {
-        '--mm-encoder-tp-mode "data"': getattr(multimodal, "mm_encoder_tp_mode", None) == "data",
+        '--mm-encoder-tp-mode "data"': getattr(model_config.multimodal_config, "mm_encoder_tp_mode", None) == "data",
         "compilation_config.compile_mm_encoder": getattr(compilation, "compile_mm_encoder", False),
-        "compilation_config.cudagraph_mm_encoder": getattr(compilation, "cudagraph_mm_encoder", False),
     }
     for name, is_on in bypasses.items():
         if is_on:
             raise ValueError(
-                f"{name} runs the vision encoder where its attention cannot be read, by which visual tokens are "
-                "ranked: start the server without it"
+                f"{name} runs the vision encoder where its attention cannot be read, by which "
+                f'vispruner_config.method "{options.method}" ranks visual tokens: start the server without it, or '
+                'with a method that reads none, such as "divprune"'
             )
 
 

@@ -91,7 +91,8 @@ class PrunedGrids(MergedGrids, PrunedVision):
             return _with_places(embeddings, places) if self.prunes else embeddings
         with self.read_attention(chunks=[int(h) * int(w) for t, h, w in grid.tolist() for _ in range(int(t))]) as read:
             encoded = torch.cat(list(encode(inputs)))
-        kept = self._kept_rows(encoded, read(), grid, given.options)
+        patches = inputs["pixel_values" if modality == "image" else "pixel_values_videos"]
+        kept = self._kept_rows(encoded, read(patches[None]), grid, given.options)
         counts = [len(own) for own in places]
         parts = zip(encoded.split(counts), places, kept, strict=True)
         return _with_places(*zip(*((own[rows], place[rows.cpu()]) for own, place, rows in parts), strict=True))

@@ -71,7 +71,7 @@ class PrunedVision:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         model_config = vllm_config.model_config
         options = launch_options(model_config)
-        refuse_bypasses(vllm_config)
+        refuse_bypasses(vllm_config, options)
         codebook = _codebook(model_config, options)
         read_weights_of_base(model_config, options)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -124,8 +124,10 @@ class PrunedVision:
     @contextmanager
     def read_attention(
         self, seen: torch.Tensor | None = None, chunks: Sequence[int] | None = None
-    ) -> Iterator[Callable[[], Read]]:
+    ) -> Iterator[Callable[[torch.Tensor], Read]]:
         """Read what the method wants of the encoder while the `with` block runs it; then the function returns it.
+
+        The function takes the tokens that the encoder attends over, (B, N, ...), but for [CLS].
 
         seen    (B, tokens of the encoder), False for padding; None where there is none
         chunks  of how many tokens each image is, where one sequence (1, N) holds all of them
@@ -147,7 +149,7 @@ class PrunedVision:
             for reading in set(wanted.all):
                 module = self.vision_attentions[reading.layer].attn
                 stack.callback(module.register_forward_pre_hook(record(reading), with_kwargs=True).remove)
-            yield lambda: _in_order(wanted, found)
+            yield lambda tokens: _in_order(wanted, found, tokens)
 
     def _read(
         self,
@@ -231,14 +233,15 @@ def merged_tokens(patches: torch.Tensor, read: Read, merge: Callable[[torch.Tens
     return VisualTokens(features, mean_of_merged(read.saliency, merge), layers, (side, side), further=further)
 
 
-def _in_order(wanted: Readings, found: Mapping[Reading, torch.Tensor]) -> Read:
+def _in_order(wanted: Readings, found: Mapping[Reading, torch.Tensor], tokens: torch.Tensor) -> Read:
     if missing := set(wanted.all) - set(found):
         raise RuntimeError(
             f"attention was not read in every layer that tokens are ranked by ({sorted(missing)}): this version of "
             "vLLM is not supported"
         )
     layers = torch.stack([found[reading] for reading in wanted.others], dim=1) if wanted.others else None
-    return Read(found[wanted.main], layers, {name: found[reading] for name, reading in wanted.further.items()})
+    saliency = tokens.new_zeros(tokens.shape[:2], dtype=torch.float32) if wanted.main is None else found[wanted.main]
+    return Read(saliency, layers, {name: found[reading] for name, reading in wanted.further.items()})
 
 
 def _by_head(states: torch.Tensor, attention: Any) -> torch.Tensor:
@@ -290,7 +293,8 @@ class PrunedTower(PrunedVision):
         """Run the tower on images or tiles (B, 3, height, width)."""
         with self.read_attention() as read:
             features = self.vision_tower(pixel_values, feature_select_strategy="full")
-        saliency, layers, further = read()
+        patches = features[:, 1:] if encoder_of(self.config).has_cls else features
+        saliency, layers, further = read(patches)
         if encoder_of(self.config).has_cls:
-            further["cls_feature"], features = features[:, 0], features[:, 1:]
-        return VisualTokens(features, saliency, layers, (self.side, self.side), further=further)
+            further["cls_feature"] = features[:, 0]
+        return VisualTokens(patches, saliency, layers, (self.side, self.side), further=further)

@@ -18,6 +18,7 @@ from rows import Image, Video, rows
 from safetensors.torch import save_file
 
 from vispruner.conversion import verify_worker
+from vispruner.selector_registry import Selection
 from vispruner.selectors import ENCODER_METHODS, SELECTORS, Selector
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -66,6 +67,17 @@ def test_the_operations_of_a_method_grow_no_faster_than_what_it_keeps(method):
     """Twice the tokens: twice the picks, and rows that are multiplied in twice as many blocks of half as many rows."""
     few, many = (counted(method, tokens, channels=4).operations for tokens in (2200, 4400))
     assert many <= 2.3 * few + 20
+
+
+@pytest.mark.parametrize("method", ENCODER_METHODS)
+def test_a_method_says_whether_its_saliency_has_to_be_read(method):
+    given = scaling.inputs(1, 64, scaling.parse(["--channels", "16"]), "random")
+    rows = []
+    for seed in range(4):
+        saliency = torch.rand(1, 64, generator=torch.Generator().manual_seed(seed))
+        made = scaling.form_of(method, given | {"saliency": saliency})()
+        rows.append((made if isinstance(made, Selection) else Selection(made)).take(given["features"]))
+    assert SELECTORS[method].by_saliency == any(not torch.equal(rows[0], other) for other in rows[1:])
 
 
 # Many at once

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 import torch
 from bases import write_yaml
 from cases import ONE, TWO, Case
+from documents import PAGES
 from matrix import ROWS, pair
 from PIL import Image
 from rows import Image as DrawnImage
@@ -212,9 +214,22 @@ def test_every_method_reads_what_the_model_reads_or_is_refused_by_name(served: t
             continue
         model.config.vispruner_config = {**model.config.vispruner_config, "method": method, "seed": 0}
         tap = model.model.open_tap()
-        assert readings(row.config(), options) == Readings(tap._main, tuple(tap._others), tap._further)
+        main = tap._main if SELECTORS[method].by_saliency else None  # which an engine does not read for nothing
+        assert readings(row.config(), options) == Readings(main, tuple(tap._others), tap._further)
         read.append(method)
     assert {"vispruner", "divprune", "scope", "visionzip", "hiprune", "codebook"} <= set(read)
+
+
+def test_the_page_names_the_methods_that_read_no_attention() -> None:
+    config = ROWS["qwen2_5_vl"].config()
+    options = {"visual_token_num": 4, "seed": 0, "codebook": "./a.safetensors"}
+    silent = set()
+    for method in TEXT_FREE:
+        with suppress(ValueError):  # which are refused
+            if not readings(config, merged_options(config, None, {**options, "method": method})).all:
+                silent.add(method)
+    (sentence,) = re.findall(r"unless the method reads no attention \((.*?)\)", PAGES["serve.md"], re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", sentence)) == silent
 
 
 @pytest.mark.parametrize("budget", [{"visual_token_num": 3}, {"keep_ratio": 0.3}, {"visual_token_num": 1000}])

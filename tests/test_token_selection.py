@@ -637,7 +637,7 @@ def test_a_method_is_given_the_inputs_that_its_signature_names(empty_registry):
 
     assert selector_registry.SELECTORS["further"] == (
         select_further, {"offset": 0}, {"layer_saliency", "grid"}, layers, "received", (), None, None, frozenset(),
-        "features", None, False, None,
+        "features", None, False, None, True,
     )  # fmt: skip
     features, saliency = exact_images(2, 9)
     given = {"layer_saliency": torch.zeros(2, 2, 9), "grid": (3, 3), "projected": features, "codebook": None}

@@ -12,8 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_engines import in_process, overrides_of, write_checkpoint
+from matrix import ROWS
+from tiny_engines import NEW, QUESTION, WITHOUT_A_TIE, Pruned, in_process, overrides_of, write_checkpoint
+from transformers import AutoProcessor
 
+import vispruner
 from vispruner import ARCHITECTURES
 
 pytestmark = [
@@ -36,12 +39,12 @@ def engine_in_this_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield
 
 
-def launch(folder: Path, *, vispruner_config: dict | None = None, **options: Any) -> None:
+def launch(folder: Path, *, vispruner_config: dict | None = None, **options: Any) -> Any:
     from vllm import LLM
 
     given = overrides_of(NAME)
     given["vispruner_config"] = {**given["vispruner_config"], **(vispruner_config or {})}
-    LLM(
+    return LLM(
         model=str(folder), dtype="float32", enforce_eager=True, max_model_len=256, block_size=32,
         **{"hf_overrides": given, **options},
     )  # fmt: skip
@@ -52,7 +55,7 @@ def launch(folder: Path, *, vispruner_config: dict | None = None, **options: Any
     [
         ({"mm_encoder_tp_mode": "data"}, '--mm-encoder-tp-mode "data" runs the vision encoder where'),
         ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder runs the vision encoder where"),
-        ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder runs the vision encoder where"),
+        ({"compilation_config": {"cudagraph_mm_encoder": True}}, "cudagraph_mm_encoder runs .* where no visual token"),
         ({"video_pruning_rate": 0.5}, "--video-pruning-rate: videos are pruned by vispruner_config here"),
         ({"mm_processor_kwargs": {"visual_token_num": 4}}, "give visual_token_num in vispruner_config"),
         ({"vispruner_config": {"method": "bogus"}}, "method must be one of"),
@@ -64,6 +67,22 @@ def launch(folder: Path, *, vispruner_config: dict | None = None, **options: Any
 def test_a_launch_that_cannot_be_served_is_refused(checkpoint: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         launch(checkpoint, **options)
+
+
+def test_a_method_that_reads_no_attention_is_served_by_encoders_that_show_none(checkpoint: Path) -> None:
+    """Not compiled here, since nothing is by an engine that is eager; but every rank encodes pictures of its own."""
+    from vllm import SamplingParams
+
+    bypasses = {"mm_encoder_tp_mode": "data", "compilation_config": {"compile_mm_encoder": True}}
+    llm = launch(checkpoint, vispruner_config={"method": "divprune"}, **bypasses)
+    model = vispruner.load(checkpoint, method="divprune", **ROWS[NAME].options).eval()
+    pruned = Pruned(NAME, model, AutoProcessor.from_pretrained(checkpoint))
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    prompt = pruned.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    for image in WITHOUT_A_TIE:
+        sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+        (made,) = llm.generate({"prompt": prompt, "multi_modal_data": {"image": image}}, sampling, use_tqdm=False)
+        pruned.require_same(len(made.prompt_token_ids), made.outputs[0].token_ids, image)
 
 
 @pytest.mark.parametrize("name", ["paligemma", "video_llava"])

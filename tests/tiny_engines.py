@@ -27,6 +27,7 @@ NEW = 8
 CLOSE = 1e-3  # of logits, which are of order 1 to 10; the engines differ by some 1e-6 of them
 HEAD = 32  # vLLM on the CPU serves no narrower heads
 BUDGETS = [{"visual_token_num": 2}, {"keep_ratio": 0.25}, {"visual_token_num": 3}]
+WITH_VIDEOS = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")  # which vLLM serves with them
 # Whose images see themselves in both directions, which vLLM's attention on the CPU cannot: there answers differ dense
 # and pruned; the tokens that the encoder hands over are compared all the same.
 ONE_DIRECTION = ("gemma3",)
@@ -73,6 +74,9 @@ def picture(width: int, height: int, seed: int) -> Image.Image:
 
 
 PICTURES = [picture(90, 60, 1), picture(60, 120, 2), picture(200, 70, 3), picture(64, 64, 4)]
+# Qwen2.5-VL makes of the first one two tokens that are each other's nearest and the farthest from all others: noise
+# decides with which of them DivPrune begins.
+WITHOUT_A_TIE = PICTURES[1:]
 
 VIDEO = [picture(90, 60, seed) for seed in range(5, 9)]
 
@@ -94,9 +98,22 @@ class Pruned:
         finally:
             self.pruned.config.vispruner_config = before
 
+    def inputs(self, visual: Any) -> Any:
+        """Return what transformers takes to be asked about a picture, a tuple of several, or the frames of a video."""
+        if not isinstance(visual, tuple):
+            return model_inputs(self.pruned, self.processor, visual, QUESTION)
+        content = [*({"type": "image"} for _ in visual), {"type": "text", "text": QUESTION}]
+        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.processor(text=prompt, images=list(visual), return_tensors="pt")
+
+    def kept(self, visual: Any, **budget: Any) -> int:
+        """Return how many visual tokens stay."""
+        with self.options(**budget):
+            return sum(map(sum, self.pruned.model.count_visual_tokens(dict(self.inputs(visual)))[1].values()))
+
     def require_same(self, prompt_tokens: int, answer: Sequence[int], visual: Any, **budget: Any) -> None:
         """The prompt is shorter by what was dropped, and the answer that of transformers, but for near ties."""
-        inputs = model_inputs(self.pruned, self.processor, visual, QUESTION)
+        inputs = self.inputs(visual)
         length, greedy = inputs["input_ids"].shape[1], {"do_sample": False, "eos_token_id": None}
         with self.options(**budget):
             full, kept = self.pruned.model.count_visual_tokens(dict(inputs))
