@@ -132,11 +132,11 @@ class OpenAIServer:
             found[name] = found.get(name, 0.0) + float(value)
         return found
 
-    def ask(self, question: str, images: Sequence[str] = (), **options: Any) -> Answer:
-        """Ask about images (data URLs) and read the streamed answer; greedy, of at most 16 tokens unless told."""
+    def ask(self, question: str, visual: Sequence[str] = (), **options: Any) -> Answer:
+        """Ask about images and videos (data URLs) and read the streamed answer; greedy, of 16 tokens unless told."""
         started = time.perf_counter()
         text, usage, stamps, ids = "", {}, [], []
-        for event in self.stream(question, images, **options):
+        for event in self.stream(question, visual, **options):
             if event["choices"]:
                 stamps.append(time.perf_counter() - started)
                 text += event["choices"][0]["delta"].get("content") or ""
@@ -147,22 +147,9 @@ class OpenAIServer:
         ttft = stamps[0] if stamps else seconds
         return Answer(text.strip(), usage["prompt_tokens"], usage["completion_tokens"], ttft, seconds, gaps, ids)
 
-    def stream(self, question: str, images: Sequence[str] = (), **options: Any) -> Iterator[dict[str, Any]]:
+    def stream(self, question: str, visual: Sequence[str] = (), **options: Any) -> Iterator[dict[str, Any]]:
         """Send one chat request and yield the events of its stream; closing the generator hangs up."""
-        content = [*({"type": "image_url", "image_url": {"url": url}} for url in images)]
-        body = {
-            "model": "model",
-            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
-            "add_special_tokens": True,  # the chat templates of LLaVA leave the first one to the tokenizer
-            "temperature": 0,
-            "max_tokens": 16,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-            **options,
-        }
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_TIMEOUT)) as connection:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        with closing(self.send(question, visual, **options)) as connection:
             response = connection.getresponse()
             if response.status != 200:
                 raise ServerError(response.read().decode(errors="replace"), response.status)
@@ -173,12 +160,56 @@ class OpenAIServer:
                         raise ServerError(json.dumps(event))
                     yield event
 
+    def send(self, question: str, visual: Sequence[str] = (), **options: Any) -> http.client.HTTPConnection:
+        """Send one chat request and return its connection, of which nothing has been read; closing it hangs up."""
+        kinds = ["video_url" if url.startswith("data:video") else "image_url" for url in visual]
+        content = [*({"type": kind, kind: {"url": url}} for kind, url in zip(kinds, visual, strict=True))]
+        body = {
+            "model": "model",
+            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+            "add_special_tokens": True,  # the chat templates of LLaVA leave the first one to the tokenizer
+            "temperature": 0,
+            "max_tokens": 16,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **options,
+        }
+        return self._posted("/v1/chat/completions", body)
+
+    def post(self, path: str, body: Any) -> Any:
+        """Return the JSON that answers a POST, None for an empty answer; ServerError unless its status is 200."""
+        with closing(self._posted(path, body)) as connection:
+            response = connection.getresponse()
+            text = response.read().decode()
+            if response.status != 200:
+                raise ServerError(text, response.status)
+            return json.loads(text) if text else None
+
+    def _posted(self, path: str, body: Any) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_TIMEOUT)
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
 
 def data_url(image: Image.Image) -> str:
     """Return an image as the PNG data URL that a chat request carries."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def video_url(frames: Sequence[Image.Image]) -> str:
+    """Return frames as the data URL of a video: JPEG images in a row."""
+    images = []
+    for frame in frames:
+        buffer = io.BytesIO()
+        frame.save(buffer, "JPEG")
+        images.append(base64.b64encode(buffer.getvalue()).decode())
+    return "data:video/jpeg;base64," + ",".join(images)
 
 
 def _free_port() -> int:

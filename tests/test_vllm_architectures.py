@@ -1,6 +1,6 @@
 """Every architecture that vLLM serves pruned, in vLLM's engine: tiny models with random weights beside transformers.
 
-Prompts are prefilled in pieces of 16 tokens, so their boundaries fall inside pictures. Where an answer differs, it may
+Prompts are prefilled in pieces of 3 tokens, so their boundaries fall inside pictures. Where an answer differs, it may
 only be at a token that transformers itself all but took: float noise differs between engines.
 """
 
@@ -25,6 +25,7 @@ from tiny_engines import (
     PICTURES,
     QUESTION,
     VIDEO,
+    WITH_VIDEOS,
     Pruned,
     in_process,
     overrides_of,
@@ -45,7 +46,7 @@ pytestmark = [
 ]
 
 ARCHITECTURES = sorted(set(ENCODERS) - {"llava", "llava_next"})  # these two are in test_vllm.py
-WITH_VIDEOS = ("internvl", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+PIECE, BLOCK = 3, 32
 
 
 @dataclass
@@ -82,6 +83,17 @@ class Engine(Pruned):
         (made,) = self.answers([self.request(*given, **kwargs)])
         return made
 
+    def is_inside_a_picture(self, ids: list[int], end: int) -> bool:
+        """Whether the prompt's tokens before and behind that place are of one picture, or tile."""
+        return ids[end - 1] == ids[end] == self.pruned.config.image_token_id
+
+    def encoder_cache(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the tokens of each entry of the encoder cache, by the scheduler's account and the worker's."""
+        core = self.llm.llm_engine.engine_core.engine_core
+        encoded = core.model_executor.driver_worker.worker.model_runner.encoder_cache
+        counted = core.scheduler.encoder_cache_manager.num_embeds_by_hash
+        return dict(counted), {name: len(encoded[name]) for name in counted}
+
     def require_as_transformers(self, made: Any, visual: Any, **budget: Any) -> None:
         self.require_same(len(made.prompt_token_ids), made.outputs[0].token_ids, visual, **budget)
 
@@ -95,8 +107,9 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         folder = write_checkpoint(name, tmp_path_factory.mktemp(name) / "base")
         pruned = vispruner.load(folder, **ROWS[name].options).eval()
         llm = LLM(
-            model=str(folder), dtype="float32", enforce_eager=True, max_model_len=1024, block_size=32, max_num_seqs=4,
-            hf_overrides=overrides_of(name), long_prefill_token_threshold=16, limit_mm_per_prompt={"image": 4},
+            model=str(folder), dtype="float32", enforce_eager=True, max_model_len=1024, block_size=BLOCK,
+            max_num_seqs=4, hf_overrides=overrides_of(name), long_prefill_token_threshold=PIECE,
+            limit_mm_per_prompt={"image": 4},
         )  # fmt: skip
         models: list[Any] = []
         llm.apply_model(models.append)
@@ -108,6 +121,26 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_prompts_are_shorter_and_answers_are_those_of_transformers(engine: Engine, number: int) -> None:
     made = engine.ask([PICTURES[number]])
     engine.require_as_transformers(made, PICTURES[number])
+
+
+def test_prompts_are_read_in_pieces_that_end_inside_pictures(engine: Engine) -> None:
+    ids = engine.ask([PICTURES[1]]).prompt_token_ids
+    assert any(engine.is_inside_a_picture(ids, end) for end in range(PIECE, len(ids), PIECE))
+
+
+def test_a_cached_prefix_may_end_inside_a_picture(engine: Engine) -> None:
+    """The first of these prompts of which that is so: how many tokens stay differs between the models."""
+    for pictures in ([picture(240, 400, seed=80)], PICTURES, PICTURES[:3]):
+        for budget in ({}, {"keep_ratio": 0.9}, {"keep_ratio": 0.7}, {"keep_ratio": 0.6}):
+            engine.llm.reset_prefix_cache()
+            ids = engine.ask(pictures, **budget).prompt_token_ids
+            end = (len(ids) - 1) // BLOCK * BLOCK
+            if end and engine.is_inside_a_picture(ids, end):
+                again = engine.ask(pictures, **budget)
+                assert again.num_cached_tokens == end
+                engine.require_as_transformers(again, tuple(pictures), **budget)
+                return
+    pytest.fail("no prefix of these prompts ends inside a picture")
 
 
 def test_a_request_has_a_budget_of_its_own(engine: Engine) -> None:
@@ -128,10 +161,23 @@ def test_requests_in_one_batch_get_the_budgets_that_each_asked_for(engine: Engin
         engine.require_as_transformers(made, image, **budget)
 
 
+def test_budgets_share_no_entry_of_the_encoder_cache(engine: Engine) -> None:
+    """Of one picture there is an entry for each budget, of as many tokens; to name a budget differently makes none."""
+    engine.llm.llm_engine.reset_encoder_cache()
+    budgets = [{}, *BUDGETS]
+    for budget in [*budgets, {"detail": "low"}]:
+        engine.llm.reset_prefix_cache()
+        engine.ask([PICTURES[2]], **budget)
+    counted, encoded = engine.encoder_cache()
+    assert list(counted.values()) == list(encoded.values())
+    assert list(counted.values()) == [engine.kept(PICTURES[2], **budget) for budget in budgets]
+
+
 def test_several_pictures_are_counted_one_by_one_and_text_needs_none(engine: Engine) -> None:
     none, *ones = [len(engine.ask(images).prompt_token_ids) for images in ([], *[[image] for image in PICTURES[:2]])]
-    both = len(engine.ask(PICTURES[:2]).prompt_token_ids)
-    assert both - none == sum(one - none for one in ones)
+    both = engine.ask(PICTURES[:2])
+    assert len(both.prompt_token_ids) - none == sum(one - none for one in ones)
+    engine.require_as_transformers(both, tuple(PICTURES[:2]))
 
 
 @pytest.mark.parametrize(
