@@ -16,7 +16,7 @@ Object recall   the share of the objects that keep a patch, where a patch belong
             the object's box.
 100 %       nothing is dropped, so every selector is the dense model: it runs once, and each selector gets its row.
 
-With photographs (`--dataset photos --repo FOLDER`, a checkpoint of train_photo.py) come three further figures:
+With photographs (`--dataset photos`; the recorded checkpoint of train_photo.py, or --repo) come three further figures:
 no-image    the question alone, without a picture: what guessing and habit get right.
 hard        the questions that the smaller picture of the same budget gets wrong.
 yes         how often something is said to be there that is not.
@@ -73,6 +73,7 @@ from vispruner.stock_versions import CACHE
 CONFIG = "tiny-llava-vispruner"
 CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpoint
 PHOTOS = "photos"
+PHOTO_LLAVA = Path(__file__).parent / "photo-llava"  # what train_photo.py wrote, without its tower
 DATASETS = ("scenes", "easy-vqa", PHOTOS)
 KINDS = tuple(dict.fromkeys((*QUESTION_TYPES, *PHOTO_QUESTION_TYPES)))
 DENSE, DOWNSAMPLE, NO_IMAGE = "none", "downsample", "no-image"
@@ -674,7 +675,7 @@ def run_benchmark(
     if dataset not in DATASETS:
         raise BenchmarkError(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
     if dataset == PHOTOS and repo is None:
-        raise BenchmarkError("--dataset photos needs --repo, the checkpoint that benchmarks/train_photo.py wrote")
+        repo = PHOTO_LLAVA
     if budgets is None:
         budgets = PHOTO_BUDGETS if dataset == PHOTOS else BUDGETS
     if limit < 1 or seed < 0:
@@ -947,7 +948,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=Path,
         metavar="DIR",
         help="a built repo, or a stock LLaVA checkpoint to build one from, be it without the tower of photo_tower.py; "
-        "by default the trained one in the package",
+        "by default the trained one in the package, and with photographs that of train_photo.py",
     )
     parser.add_argument(
         "--selectors",

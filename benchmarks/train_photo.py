@@ -97,7 +97,7 @@ class Recipe:
     projector_steps: int = setting(3000, "of the projector stage")
     projector_batch: int = setting(16, "pictures a step")
     projector_rate: float = setting(2e-3, "highest learning rate")
-    language_steps: int = setting(6000, "of the language stage")
+    language_steps: int = setting(4200, "of the language stage")
     language_batch: int = setting(8, "pictures a step")
     language_rate: float = setting(1e-3, "highest learning rate")
     questions: int = setting(14, "most questions asked about a picture in one step")
@@ -357,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
         "--save-every", type=int, default=200, metavar="STEPS", help="between savings (default: %(default)s)"
     )
     parser.add_argument("--json", type=output_file(".json"), help="write recipe, times, versions and accuracies here")
-    add_recipe(parser, Recipe, "no run is recorded yet: the defaults are a first guess")
+    add_recipe(parser, Recipe, "the defaults are those of the recorded run")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from scenes import Question
 
 pytestmark = pytest.mark.photo
 
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 SMALL = [
     *("--width", "16", "--text-layers", "1", "--heads", "2", "--pictures", "6", "--validation-pictures", "2"),
     *("--projector-steps", "3", "--projector-batch", "2", "--language-steps", "4", "--language-batch", "2"),
@@ -221,6 +223,18 @@ def test_rows_that_share_a_run_of_the_tower_answer_as_they_do_alone(trained: Pat
         assert shared < len(runs) - shared
 
 
-def test_photographs_need_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
-    assert pytest.importorskip("accuracy").main(["--dataset", "photos"]) == 2
-    assert "--dataset photos needs --repo" in capsys.readouterr().err
+def test_the_recorded_checkpoint_is_that_of_the_defaults(train_photo: Any) -> None:
+    accuracy = pytest.importorskip("accuracy")
+    record = json.loads((RESULTS / "train_photo.json").read_text())
+    assert record["recipe"] == dataclasses.asdict(train_photo.Recipe())
+    assert record["sha256"] == train_photo.hash_of(accuracy.PHOTO_LLAVA / "model.safetensors")
+    size = sum(file.stat().st_size for file in accuracy.PHOTO_LLAVA.iterdir())
+    assert size <= 12_000_000
+
+
+def test_the_recorded_checkpoint_answers_on_its_real_tower() -> None:
+    """As the record says of other pictures: more than half of the questions, and half of them without one wrong."""
+    accuracy = pytest.importorskip("accuracy")
+    found = accuracy.run_benchmark(None, ["none", "no-image"], [100.0], "photos", limit=32, processes=1)
+    shares = {row["selector"]: row["accuracy"] for row in found["rows"]}
+    assert shares["none"] > 0.4 and shares["none"] > shares["no-image"]
