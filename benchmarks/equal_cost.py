@@ -56,7 +56,7 @@ def accuracies() -> dict[str, dict[float, float]]:
     for seed in (0, 1):
         record = json.loads((RESULTS / f"accuracy-decoder-seed{seed}.json").read_text(encoding="utf-8"))
         for row in record["rows"]:
-            if row["important_ratio"] in (None, 0.5):
+            if row["important_ratio"] in (None, 0.5) and "encoder_stage" not in row:
                 shares = by_method.setdefault(row["selector"], {}).setdefault(row["budget_percent"], [])
                 shares.append(row["accuracy"])
     return {name: {budget: sum(s) / len(s) for budget, s in rows.items()} for name, rows in by_method.items()}

@@ -174,7 +174,7 @@ def ceiling(base: Any) -> Ceiling:
         visual_tokens=(full, sum(held) / len(held)),
         encoder=(encoder + projector) / before,
         first_token=before / (shortened + projector * kept / full + pruned),
-        none=before / (encoder + text),
+        none=before / (shortened + text),
         prefill=dense / pruned,
         cache=caches[1] / caches[0],
     )

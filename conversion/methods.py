@@ -120,8 +120,10 @@ def _refusal(base: Any, method: str) -> str | None:
     """Return why a model cannot have a method, in its own words."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # nobody chose the method, and what is experimental stands in the table
+    stage = (base.config.vispruner_config or {}).get("encoder_stage")
+    stored = {"method": "none", "encoder_stage": stage}
     try:
-        base.require_usable(merge_vispruner_config({"method": "none"}, {"method": method, "keep_ratio": 0.5, **GIVEN}))
+        base.require_usable(merge_vispruner_config(stored, {"method": method, "keep_ratio": 0.5, **GIVEN}))
     except ValueError as error:
         return re.sub(rf'^vispruner_config\.method "{re.escape(method)}":? ', "", str(error))
     finally:
@@ -142,21 +144,24 @@ def model_without_weights(name: str) -> tuple[Any, str]:
         known = f": the model_types are {', '.join(ARCHITECTURES)}"
         raise RepoConfigError(f"{name}: neither a file, a config of hub_configs nor a model_type{meant or known}")
     repo = load_repo_config(name)
+    stage = repo.vispruner_config["encoder_stage"]
     try:
-        return _of_checkpoint(find_base(repo.base_model, repo.base_revision).folder), f"{repo.base_model}"
+        return _of_checkpoint(find_base(repo.base_model, repo.base_revision).folder, stage), f"{repo.base_model}"
     except (BuildError, OSError):
-        return _made(repo.architecture, None), (
+        return _made(repo.architecture, None, stage), (
             f"{repo.architecture}, with the defaults of its config, because {repo.base_model} cannot be reached"
         )
 
 
-def _of_checkpoint(folder: Path) -> Any:
+def _of_checkpoint(folder: Path, stage: dict[str, Any] | None = None) -> Any:
     content = read_json(folder / "config.json")
-    return _made(content.get("model_type", ""), content)
+    stored = (content.get("vispruner_config") or {}).get("encoder_stage")
+    return _made(content.get("model_type", ""), content, stored if stage is None else stage)
 
 
-def _made(model_type: str, content: dict[str, Any] | None) -> Any:
-    architecture, dense = architecture_of(model_type), {"vispruner_config": {"method": "none"}}
+def _made(model_type: str, content: dict[str, Any] | None, stage: dict[str, Any] | None = None) -> Any:
+    architecture = architecture_of(model_type)
+    dense = {"vispruner_config": {"method": "none", "encoder_stage": stage}}
     config = architecture.config_class.from_dict({**(content or {}), **dense})
     if content is None:  # the defaults of some versions pad by a token beyond the vocabulary, which makes no model
         for part in (config, config.get_text_config()):

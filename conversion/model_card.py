@@ -320,9 +320,17 @@ def _option_rows(repo: RepoConfig, held: Sequence[int] | None) -> list[tuple[str
         *_stage_rows(options, held),
         *((f"`{name}`", f"{_shown(name, options)}: {text}") for name, text in meanings.items() if name in taken),
         *([("attention", f"{whose}, in {where}")] if where else []),
+        *_encoder_rows(options["encoder_stage"]),
         ("positions", POSITIONS[policy or architecture.model_class.default_position_policy]),
         *([("tiles", TILES[tiles])] if repo.architecture == "llava_next" else []),
     ]
+
+
+def _encoder_rows(stage: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if stage is None:
+        return []
+    most = f"behind layer {stage['layer']} only the most attended {stage['keep_ratio']:.0%} of the patches go on"
+    return [("within the encoder", most)]
 
 
 def _experimental(method: str) -> str:
@@ -383,6 +391,7 @@ def _measured(result: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
         row
         for row in result["rows"]
         if row["visual_token_num"] < result["full_visual_tokens"]
+        and "encoder_stage" not in row
         and row["position_policy"] in policies
         and row["important_ratio"] in (*SHOWN_RATIOS, options["important_ratio"])
     ]
@@ -418,6 +427,7 @@ def _is_own(row: Mapping[str, Any], result: Mapping[str, Any], options: Mapping[
     return (
         (options["dedup_step"] or default_step(result["full_visual_tokens"])) == 8
         and options["attention_layer"] is None
+        and options["encoder_stage"] is None
         and (row["selector"], row["visual_token_num"]) == (options["method"], budget)
         and row["important_ratio"] == ratio
         and row["position_policy"] in (None, policy)

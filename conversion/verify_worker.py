@@ -222,7 +222,7 @@ class Worker:
         inputs = self.inputs()
         self.model.set_vispruner_config(method="none")
         kept_all = self.logits(inputs)
-        self.model.set_vispruner_config(method="vispruner", keep_ratio=1.0, tile_mode="native")
+        self.model.set_vispruner_config(method="vispruner", keep_ratio=1.0, tile_mode="native", encoder_stage=None)
         full_budget = self.logits(inputs)
         self.model = None
         gc.collect()

@@ -146,11 +146,6 @@ class VisPrunerOptions:
         layer, ratio = stage["layer"], stage["keep_ratio"]
         _require(_is_int(layer) and layer >= 0, "encoder_stage.layer", "an encoder layer index, from 0 on", layer)
         _require(_is_number(ratio) and 0 < ratio < 1, "encoder_stage.keep_ratio", "a number between 0 and 1", ratio)
-        if self.method != "none" and self.keep_ratio is not None and self.keep_ratio >= ratio:
-            raise ValueError(
-                f"vispruner_config.encoder_stage.keep_ratio must be more than keep_ratio, so that there is something "
-                f"to choose from, got {ratio} and {self.keep_ratio}"
-            )
 
     @property
     def methods(self) -> tuple[str, ...]:

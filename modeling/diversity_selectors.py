@@ -476,6 +476,7 @@ def select_evs(
     visual_token_num: int,
     projected: torch.Tensor,
     videos: Sequence[int] | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """Keep of each frame the tokens least like those at their place in the frame before (Efficient Video Sampling).
 
@@ -484,6 +485,7 @@ def select_evs(
                            are kept
     projected  (B, N, D)   features after the projector
     videos     B integers  which video each frame is of, the frames of each one after the other; None for images
+    grid                   not looked at; it says that token n of each frame lies at one place
     returns    (B, T)      kept indices, ascending; T = min(visual_token_num, N)
 
     The rule is that of vLLM, which keeps all of the first frame and shares the rest out among the others; that every

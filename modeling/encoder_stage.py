@@ -56,8 +56,9 @@ class EncoderStage:
                     "set encoder_stage to null while training"
                 )
 
-        def enter(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-            if not is_open():
+        def enter(layer: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
+            # torch gives no kwargs where another thread, whose hook this is, takes it away at this moment.
+            if kwargs is None or not is_open():
                 return None
             if self.remain is None:
                 self._decide(saliency()[:, self._registers :])

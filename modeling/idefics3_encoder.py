@@ -78,7 +78,7 @@ class Idefics3EncoderMixin(TileEncoderMixin):
             mask = pixel_attention_mask.flatten(0, 1)[real]
         patch = self.config.vision_config.patch_size
         seen = mask.unfold(1, patch, patch).unfold(2, patch, patch).sum(dim=(-1, -2)) > 0
-        stage = self.stage_of(seen[0].numel())
+        stage = self.stage_of(seen.shape[1:].numel())
         with self.open_tap(None if pixel_attention_mask is None else seen.flatten(1), stage=stage) as tap:
             outputs = self.vision_model(tiles, patch_attention_mask=seen, return_dict=True, **kwargs)
         pruned = self.prune_tiles(outputs, outputs.last_hidden_state, tap, **kwargs)

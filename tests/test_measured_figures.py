@@ -237,6 +237,43 @@ def test_methods_choose_within_the_bars(stem: str, methods: Iterable[str]) -> No
         assert all(record["exponents"][features][method] <= 2.2 for method in methods)
 
 
+PHOTOS = ROOT / "benchmarks" / "results" / "photos-seed0.json"
+PHOTO_BUDGETS = (33.33, 22.22, 11.11, 5.56)
+PHOTO_ROWS = {
+    "VisPruner, `important_ratio` 0.5": ("vispruner", 0.5, ()),
+    "VisPruner, `important_ratio` 0 (diversity alone)": ("vispruner", 0.0, ()),
+    "VisPruner, `important_ratio` 1 ([CLS] alone)": ("vispruner", 1.0, ()),
+    "the same as the first, half of the patches leave behind layer 5 of 12": ("vispruner", 0.5, (5, 0.5)),
+    "the same, 70 % of them": ("vispruner", 0.5, (5, 0.3)),
+    "`divprune`": ("divprune", None, ()),
+    "`scope`": ("scope", None, ()),
+    "`hiprune`": ("hiprune", None, ()),
+    "`cdpruner`": ("cdpruner", None, ()),
+    "`uniform_grid`": ("uniform_grid", None, ()),
+    "`random` (three draws)": ("random", None, ()),
+    "smaller picture, no selection": ("downsample", None, ()),
+}
+
+
+def photo_rows() -> dict[tuple[Any, ...], dict[str, Any]]:
+    rows = json.loads(PHOTOS.read_text())["rows"]
+    named = ("selector", "important_ratio", "budget_percent")
+    return {(*(row[name] for name in named), tuple(row.get("encoder_stage", ()))): row for row in rows}
+
+
+def photo_table() -> list[str]:
+    """All questions, and behind it those that the smaller picture of the same budget gets wrong."""
+    rows, lines = photo_rows(), []
+    for name, (selector, ratio, stage) in PHOTO_ROWS.items():
+        cells = []
+        for budget in PHOTO_BUDGETS:
+            row = rows.get((selector, ratio, budget, stage))
+            hard = "" if row is None or selector == "downsample" else f" ({100 * row['accuracy_hard']:.0f})"
+            cells.append("" if row is None else f"{100 * row['accuracy']:.1f}{hard}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 MEASURED_TOGETHER = (
     ("vispruner", 0.5),
     ("vispruner", "auto"),
@@ -295,12 +332,42 @@ def test_every_yaml_of_a_released_model_has_a_ceiling() -> None:
         varied_table,
         folded_table,
         two_places_table,
+        photo_table,
         methods_accuracy_table,
         ceilings_table,
     ],
 )
 def test_the_readme_tables_are_the_recorded_results(table: Callable[[], list[str]]) -> None:
     assert [line for line in table() if line not in DOCUMENTS.splitlines()] == []
+
+
+def test_what_is_said_of_photographs_is_recorded() -> None:
+    rows = photo_rows()
+
+    def right(selector: str, budget: float, ratio: float | None = None, kind: str | None = None) -> float:
+        row = rows[selector, ratio, budget, ()]
+        return 100 * (row["accuracy"] if kind is None else row["accuracy_by_type"][kind])
+
+    page, at_64, at_32 = PAGES["evidence.md"], 11.11, 5.56
+    ours = right("vispruner", at_64, 0.5)
+    for said in (
+        f"{right('none', 100.0):.1f} % of 448 questions",
+        f"{right('no-image', 0.0):.1f} % without a picture",
+        f"hardly reads ({right('none', 100.0, kind='read'):.0f} %)",
+        f"{right('vispruner', 33.33, 0.5) - right('downsample', 33.33):.0f} points at 192 tokens",
+        f"and {ours - right('downsample', at_64):.0f} at 64",
+        f"{ours - right('random', at_64):.1f} points above a random draw",
+        f"{ours - right('uniform_grid', at_64):.1f} above the even grid",
+        f"{right('vispruner', at_32, 0.0):.1f} to {right('vispruner', at_32, 0.5):.1f}",
+        f"{right('vispruner', at_32, 0.0) - right('random', at_32):.1f} above a random draw",
+        f"answers {right('vispruner', at_64, 0.5, 'what'):.0f} %",
+        f"{right('random', at_64, None, 'what'):.0f} and {right('random', at_64, None, 'compare'):.0f} %",
+        f"answers {right('vispruner', at_64, 0.5, 'photograph'):.0f} %, a random draw "
+        f"{right('random', at_64, None, 'photograph'):.0f}",
+    ):
+        assert said in " ".join(page.split()), said
+    widths = [50 * (row["ci95"][1] - row["ci95"][0]) for row in rows.values() if row["selector"] != "no-image"]
+    assert min(widths) > 3.5 and max(widths) < 6.5
 
 
 def test_every_method_was_measured_with_every_budget_on_both_test_sets() -> None:
