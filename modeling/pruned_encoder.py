@@ -276,6 +276,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         if tokens.remain is not None:
             count = tokens.remain.shape[1]
             part = tokens.remaining(self.remaining_count(count))
+            assert part.numbers is not None
             return self.select(part, visual_token_num).among(part.numbers, count)
         options = self.encoder_options
         codebook = self._read_codebook() if "codebook" in SELECTORS[options.method].needs else None

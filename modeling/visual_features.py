@@ -118,8 +118,8 @@ class VisualTokens:
         indices = (~self.remain).int().argsort(dim=1, stable=True)[:, :count]
         images = torch.arange(len(indices), device=indices.device)[:, None]
         projected = None if self.projected is None else self.projected[images, indices]
-        of_images = {"videos": self.videos, "owners": self.owners}
-        return replace(self.part(images, indices, None), projected=projected, numbers=indices, **of_images)
+        part = self.part(images, indices, None)
+        return replace(part, projected=projected, videos=self.videos, owners=self.owners, numbers=indices)
 
     def part(self, images: torch.Tensor, indices: torch.Tensor, grid: tuple[int, int] | None) -> "VisualTokens":
         """Return the tokens at `indices` (G, K) of `images` (G, 1): G images of K tokens, which are such a grid."""
