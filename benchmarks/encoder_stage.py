@@ -57,8 +57,9 @@ def shallower_model(name: str, divisor: int) -> Any:
     vision[depth], text["num_hidden_layers"] = layers, max(2, text["num_hidden_layers"] // divisor)
     architecture = architecture_of(model_type)
     config = architecture.config_class.from_dict({**fields, "vispruner_config": {"method": "none"}})
-    for part in (config, config.get_text_config()):
+    for part in (config, config.get_text_config()):  # the defaults of some versions lie beyond the vocabulary
         part.pad_token_id = None
+    config.image_token_id = min(config.image_token_id, config.get_text_config().vocab_size - 1)  # as for padding
     torch.manual_seed(0)
     with torch.device("meta"):
         model = architecture.base_class(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -315,6 +316,25 @@ def ceilings_table() -> list[str]:
     return flops.ceilings_table(json.loads(CEILINGS.read_text())).splitlines()
 
 
+def stage_times_table() -> list[str]:
+    record = json.loads((ROOT / "benchmarks" / "results" / "encoder-stage.json").read_text())
+    return importlib.import_module("encoder_stage").table(record).splitlines()
+
+
+def test_what_is_said_of_stages_is_recorded() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "encoder-stage.json").read_text())
+    gains = {
+        model["model"]: {name: row["ratio_to_dense"] for name, row in model["rows"].items()}
+        for model in record["models"]
+    }
+    smaller = gains["smolvlm2-2.2b"]["smaller"]["median"]
+    assert f"SmolVLM2 is {smaller:.1f} times as fast" in " ".join(PAGES["benchmarks.md"].split())
+    for model in ("smolvlm2-2.2b", "gemma-3-4b"):
+        assert gains[model]["staged"]["low"] > gains[model]["pruned"]["high"], "in every round"
+    assert gains["llava-1.5-7b"]["staged"]["low"] < gains["llava-1.5-7b"]["pruned"]["high"]
+    assert record["depth_divisor"] == 6 and record["threads"] == 2
+
+
 def test_the_capacity_table_is_computed() -> None:
     assert flops.capacity_table() in DOCUMENTS
 
@@ -341,6 +361,7 @@ def test_every_yaml_of_a_released_model_has_a_ceiling() -> None:
         folded_table,
         two_places_table,
         photo_table,
+        stage_times_table,
         methods_accuracy_table,
         ceilings_table,
     ],
