@@ -6,7 +6,8 @@ turn within every round. What is timed is the base model's forward: encoder, cho
 dense      nothing is dropped
 pruned     a quarter of the visual tokens stays, chosen behind the encoder
 staged     the same quarter, but half of the patches leave in the middle of the encoder
-smaller    no choice: the picture has a quarter of the pixels, or of the tiles; where the encoder takes such a one
+smaller    no choice: the picture has a quarter of the pixels, or of the tiles, rounded up (4 of 13); where the encoder
+           takes such a one
 
 The encoder's peak memory is no column: it is that of its first layers, which run on all patches.
 """
@@ -50,7 +51,7 @@ def shallower_model(name: str, divisor: int) -> Any:
     text, vision = fields["text_config"], fields["vision_config"]
     depth = "depth" if "depth" in vision else "num_hidden_layers"
     layers = max(4, vision[depth] // divisor)
-    if "fullatt_block_indexes" in vision:  # every fourth of the layers, as many as there are
+    if "fullatt_block_indexes" in vision:  # one to rank by in the middle, and the last, as there
         vision["fullatt_block_indexes"] = [layers // 2 - 1, layers - 1]
     if "deepstack_visual_indexes" in vision:
         vision["deepstack_visual_indexes"] = [0]

@@ -147,7 +147,7 @@ class Cells:
         self.check(settings)
         if not (self.folder / SETTINGS).exists():
             self.folder.mkdir(exist_ok=True)
-            self._write(self.folder / SETTINGS, settings)
+            write_json(self.folder / SETTINGS, settings)
 
     def path(self, row: Row, tasks: Sequence[str]) -> Path:
         return self.folder / f"{row.name}--{'+'.join(tasks)}.json"
@@ -158,12 +158,13 @@ class Cells:
         return read_json(path) if path.exists() else None
 
     def write(self, row: Row, tasks: Sequence[str], cell: Mapping[str, Any]) -> None:
-        self._write(self.path(row, tasks), cell)
+        write_json(self.path(row, tasks), cell)
 
-    @staticmethod
-    def _write(path: Path, content: Mapping[str, Any]) -> None:
-        with replacing(path) as work:
-            work.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file that appears only when it is complete."""
+    with replacing(path) as work:
+        work.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def missing(tasks: Sequence[str]) -> str | None:
@@ -397,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(table.markdown())
     if options.json:
-        options.json.write_text(json.dumps(table.record(), indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, table.record())
     if options.plot:
         table.plot(options.plot)
     return 0

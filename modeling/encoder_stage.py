@@ -40,7 +40,7 @@ class EncoderStage:
         self._registers, self._lead, self._restored_at = registers, registers + int(has_cls), restored_at
         self.remain: torch.Tensor | None = None  # (B, N) which patches do, from `after` on
         self._patches = self._rows = torch.empty(0)  # (B, count) their numbers, (B, lead + count) their rows
-        self._lengths: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cut_before: dict[int, tuple[Any, Any]] = {}  # by id, what all layers are given and what was made of it
 
     def listen(self, saliency: Callable[[], torch.Tensor], is_open: Callable[[], bool]) -> list[Any]:
         """Cut what the layers behind are given from now on; return the handles of the hooks that do.
@@ -104,7 +104,9 @@ class EncoderStage:
         }
         for name, value in kwargs.items():
             if name in own and value is not None:
-                kwargs[name] = own[name](value)
+                if id(value) not in self._cut_before:  # held, so that its id stays its own
+                    self._cut_before[id(value)] = (value, own[name](value))
+                kwargs[name] = self._cut_before[id(value)][1]
             elif isinstance(value, torch.Tensor) and self.all_rows in value.shape:
                 raise RuntimeError(_unknown(name))
         return (hidden,), kwargs
@@ -140,13 +142,9 @@ class EncoderStage:
 
     def _cut_lengths(self, bounds: torch.Tensor) -> torch.Tensor:
         """Of the bounds (chunks + 1,) between which rows of a packed sequence attend; a chunk without rows goes."""
-        known = self._lengths.get(id(bounds))
-        if known is None:
-            assert self.remain is not None
-            before = F.pad(self.remain[0].cumsum(0), (1, 0)).to(bounds.device)
-            cut = before[bounds.long()].unique_consecutive().to(bounds.dtype)
-            known = self._lengths[id(bounds)] = (bounds, cut)  # held, so that its id stays its own
-        return known[1]
+        assert self.remain is not None
+        before = F.pad(self.remain[0].cumsum(0), (1, 0)).to(bounds.device)
+        return before[bounds.long()].unique_consecutive().to(bounds.dtype)
 
     def restored(self, values: torch.Tensor, before: int = 0) -> torch.Tensor:
         """Return values (B, before + count, ...) as (B, before + N, ...), 0 for what left; others as they are."""

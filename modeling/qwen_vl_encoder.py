@@ -176,15 +176,16 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
             return None
         block = self.visual.spatial_merge_size**2
         starts = [0, *itertools.accumulate(counts[:-1])]
-        first = [start + place for start, most in zip(starts, left, strict=True) for place in range(most)]
+        first = torch.cat([start + torch.arange(most) for start, most in zip(starts, left, strict=True)])
+        frame = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
         def choose(saliency: torch.Tensor) -> torch.Tensor:
             # What the encoder puts in windows stays within its frame, and every block together.
             order = most_attended_first(saliency.unflatten(-1, (-1, block)).mean(-1))
-            frame = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(order.device)
-            order = order.gather(1, frame[order].argsort(dim=1, stable=True))
+            of_frame, best = (numbers.to(order.device, non_blocking=True) for numbers in (frame, first))
+            order = order.gather(1, of_frame[order].argsort(dim=1, stable=True))
             stays = torch.zeros_like(order, dtype=torch.bool)
-            return stays.scatter(1, order[:, first], True).repeat_interleave(block, dim=1)
+            return stays.scatter(1, order[:, best], True).repeat_interleave(block, dim=1)
 
         mergers = [self.visual.merger, *getattr(self.visual, "deepstack_merger_list", ())]
         return self.stage_behind(self.vision_layers, choose, sum(left) * block, restored_at=mergers)

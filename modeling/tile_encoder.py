@@ -57,7 +57,7 @@ class TileEncoderMixin(VisPrunerModelMixin):
 
         def choose(saliency: torch.Tensor) -> torch.Tensor:
             stays = remaining_by_saliency(self.merge_saliency(saliency), count)
-            return stays[:, of_patch.to(stays.device)]
+            return stays[:, of_patch.to(stays.device, non_blocking=True)]
 
         return self.stage_behind(self.vision_layers, choose, count * (patches // tokens))
 

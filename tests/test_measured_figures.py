@@ -407,10 +407,25 @@ def test_what_is_said_of_photographs_is_recorded() -> None:
         for share in (0.5, 0.3)
     ]  # fmt: skip
     assert f"for at most {max(losses[0]):.1f} points; with 70 % it is up to {max(losses[1]):.1f}" in page
+    for of_seed in by_seed:
+        for budget in PHOTO_BUDGETS:
+            (low, high), (least, most) = (of_seed[name, None, budget, ()]["ci95"] for name in ("cdpruner", "random"))
+            assert low < most and least < high, "cdpruner cannot be told from a random draw"
     widths = [
         50 * (row["ci95"][1] - row["ci95"][0]) for rows in by_seed for row in rows.values() if row["kv_visual_tokens"]
     ]
     assert min(widths) > 3.5 and max(widths) < 6.5
+
+
+def test_what_is_said_of_the_model_on_photographs_is_recorded() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "train_photo.json").read_text())
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").split())
+    reached = {name: f"{100 * share:.0f}" for name, share in record["validation"].items()}
+    assert f"{reached['overall']} % of the validation questions" in page
+    for name in ("what", "photograph", "attribute", "compare", "exist", "count", "where", "read"):
+        assert f"`{name}` {reached[name]}" in page, name
+    steps, minutes = record["recipe"]["language_steps"], record["seconds"]["language"] / 60
+    assert f"{steps:,} steps, which took {minutes:.0f} minutes" in page
 
 
 def test_every_method_was_measured_with_every_budget_on_both_test_sets() -> None:
