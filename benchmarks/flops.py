@@ -20,7 +20,6 @@ first token's floor is the sum over the stages that it waits for, since each wai
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,10 +35,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from geometry import GEOMETRIES, budgets_of, config_from_dict, empty_model, load_geometry, patches_of, vispruner_config
 from outputs import output_file
 from peer import IMPORTANT_RATIO, ROUND, PeerLlavaForConditionalGeneration
+from records import write_record
 from released_geometries import RELEASED, released_base
+from tables_and_plots import markdown_table
 
 from vispruner import VisPrunerLlavaForConditionalGeneration
 from vispruner.conversion.ceilings import ceiling_at, halfway
+from vispruner.conversion.checkpoint_io import read_json
 from vispruner.conversion.prefill_cost import (
     attention_projection_flops,
     head_width,
@@ -339,12 +341,11 @@ def floors(
 
 def flops_table(config: LlavaConfig, budgets: Sequence[int], text_tokens: int, bytes_per_value: int) -> str:
     """Return operations by stage for stock and ours at each budget, as Markdown."""
-    lines = [
-        f"GFLOP for one image and {text_tokens} text tokens; x: how many times fewer than stock until the first token",
-        "",
-        "| visual tokens | vision | select | project | prefill | first logit | first token | x | decode | KV MiB |",
-        "|---" * 10 + "|",
-    ]
+    head = (
+        f"GFLOP for one image and {text_tokens} text tokens; x: how many times fewer than stock until the first token"
+    )
+    columns = "visual tokens|vision|select|project|prefill|first logit|first token|x|decode|KV MiB"
+    lines = []
     stock = first_token_flops(stage_flops(config, STOCK, 0, text_tokens=text_tokens))
     for kept in budgets:
         row = STOCK if kept == patches_of(config) else OURS
@@ -352,21 +353,20 @@ def flops_table(config: LlavaConfig, budgets: Sequence[int], text_tokens: int, b
         first, cache = first_token_flops(flops), kv_cache_bytes(config, text_tokens + kept, bytes_per_value)
         cells = [_gflop(flops[stage]) for stage in FIRST_TOKEN_STAGES]
         cells += [_gflop(first), f"{stock / first:.2f}", _gflop(flops["decode"]), f"{cache / 2**20:.3g}"]
-        lines.append(f"| {kept} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([kept, *cells])
+    return f"{head}\n\n{markdown_table(columns, lines)}"
 
 
 def methods_table(
     config: LlavaConfig, methods: Sequence[str], budgets: Sequence[int], text_tokens: int, bytes_per_value: int
 ) -> str:
     """Return what methods cost at equal KV cache, those in the language model layer by layer, as Markdown."""
-    lines = [
+    head = (
         f"GFLOP for one image and {text_tokens} text tokens; x: how many times fewer than stock to the first token; "
-        "of SparseVLM, all words behind the image rate visual tokens",
-        "",
-        "| visual tokens, mean | method | decoder layers hold | choosing | prefill | first token | x | KV MiB |",
-        "|---" * 8 + "|",
-    ]
+        "of SparseVLM, all words behind the image rate visual tokens"
+    )
+    columns = "visual tokens, mean|method|decoder layers hold|choosing|prefill|first token|x|KV MiB"
+    lines = []
     stock = first_token_flops(stage_flops(config, STOCK, 0, text_tokens=text_tokens))
     depth = config.text_config.num_hidden_layers
     for budget in budgets:
@@ -377,11 +377,9 @@ def methods_table(
             cache = kv_cache_bytes(config, [text_tokens + count for count in held], bytes_per_value)
             runs = ", ".join(f"{len(list(group))} x {count}" for count, group in groupby(held))
             first = first_token_flops(flops)
-            lines.append(
-                f"| {budget} | `{method}` | {runs} | {_gflop(flops['select'])} | {_gflop(flops['prefill'])} | "
-                f"{_gflop(first)} | {stock / first:.2f} | {cache / 2**20:.3g} |"
-            )
-    return "\n".join(lines)
+            cells = [_gflop(flops["select"]), _gflop(flops["prefill"]), _gflop(first)]
+            lines.append([budget, f"`{method}`", runs, *cells, f"{stock / first:.2f}", f"{cache / 2**20:.3g}"])
+    return f"{head}\n\n{markdown_table(columns, lines)}"
 
 
 def _gflop(flops: float) -> str:
@@ -397,13 +395,12 @@ def roofline_table(
     bytes_per_value: int,
 ) -> str:
     """Return the least milliseconds before the first token and per decoded token, as Markdown."""
-    lines = [
+    head = (
         f"Floor at {rates.flops / 1e12:g} TFLOP/s and {rates.bytes / 1e9:g} GB/s ({rates.source}); x: how many times "
-        "lower than stock's",
-        "",
-        "| batch | visual tokens | first token ms | x | prefill ms | bound by | decode ms per token |",
-        "|---" * 7 + "|",
-    ]
+        "lower than stock's"
+    )
+    columns = "batch|visual tokens|first token ms|x|prefill ms|bound by|decode ms per token"
+    lines = []
     weights = weight_bytes(config, bytes_per_value)
     for batch in batches:
         common = (rates, batch, text_tokens, 2, bytes_per_value, weights)
@@ -412,11 +409,9 @@ def roofline_table(
             row = STOCK if kept == patches_of(config) else OURS
             floor = floors(config, row, kept, *common)
             bound = "weights" if weights["prefill"] / rates.bytes >= floor["prefill"] else "operations"
-            lines.append(
-                f"| {batch} | {kept} | {1e3 * floor['ttft']:.3g} | {stock['ttft'] / floor['ttft']:.2f} | "
-                f"{1e3 * floor['prefill']:.3g} | {bound} | {1e3 * floor['decode']:.3g} |"
-            )
-    return "\n".join(lines)
+            first, prefill, decode = (f"{1e3 * floor[stage]:.3g}" for stage in ("ttft", "prefill", "decode"))
+            lines.append([batch, kept, first, f"{stock['ttft'] / floor['ttft']:.2f}", prefill, bound, decode])
+    return f"{head}\n\n{markdown_table(columns, lines)}"
 
 
 def efficiency_table(result: dict[str, Any], rates: Rates | None = None) -> str:
@@ -425,13 +420,12 @@ def efficiency_table(result: dict[str, Any], rates: Rates | None = None) -> str:
         probe = result["probe"]
         rates = Rates(probe["flops_per_second"], probe["bytes_per_second"], "measured by latency.py on that machine")
     size = torch.empty(0, dtype=getattr(torch, result["dtype"])).element_size()
-    lines = [
+    head = (
         f"{result['device_name']}, {result['dtype']}: floor / measured in %, at {rates.flops / 1e12:.3g} TFLOP/s and "
-        f"{rates.bytes / 1e9:.3g} GB/s ({rates.source}); x: stock / row",
-        "",
-        "| batch | depth | visual tokens | row | vision | prefill | decode | first token | x floor | x seen | share |",
-        "|---" * 11 + "|",
-    ]
+        f"{rates.bytes / 1e9:.3g} GB/s ({rates.source}); x: stock / row"
+    )
+    columns = "batch|depth|visual tokens|row|vision|prefill|decode|first token|x floor|x seen|share"
+    lines = []
     for setting in result["settings"]:
         config = config_from_dict(setting["config"])
         weights, ttft = weight_bytes(config, size), {}
@@ -444,11 +438,9 @@ def efficiency_table(result: dict[str, Any], rates: Rates | None = None) -> str:
             shares = [f"{100 * floor[s] / seconds[s]:.0f}" for s in ("vision", "prefill", "decode", "ttft")]
             ideal, reached = stock["ttft"] / floor["ttft"], ttft[STOCK] / seconds["ttft"]
             depth = "full" if setting["depth_divisor"] == 1 else f"1/{setting['depth_divisor']}"
-            lines.append(
-                f"| {setting['batch']} | {depth} | {row['visual_token_num']} | {row['row']} | {' | '.join(shares)} | "
-                f"{ideal:.2f} | {reached:.2f} | {100 * reached / ideal:.0f} % |"
-            )
-    return "\n".join(lines)
+            names = [setting["batch"], depth, row["visual_token_num"], row["row"]]
+            lines.append([*names, *shares, f"{ideal:.2f}", f"{reached:.2f}", f"{100 * reached / ideal:.0f} %"])
+    return f"{head}\n\n{markdown_table(columns, lines)}"
 
 
 def ceilings_record() -> dict[str, Any]:
@@ -464,20 +456,18 @@ def ceilings_record() -> dict[str, Any]:
 
 def ceilings_table(record: dict[str, Any]) -> str:
     """Return the table of `ceilings_record` as Markdown."""
-    at_ratios = " | ".join(f"{ratio:.0%}" for ratio in RATIOS)
     staged = f"{STAGED[0]:.0%}, and {1 - STAGED[1]:.0%} leave halfway"
-    lines = [
-        f"| model | visual tokens | encoder | {at_ratios} | none | {staged} | KV cache left |",
-        "|---" * (6 + len(RATIOS)) + "|",
-    ]
+    at_ratios = [f"{ratio:.0%}" for ratio in RATIOS]
+    columns = ["model", "visual tokens", "encoder", *at_ratios, "none", staged, "KV cache left"]
+    lines = []
     for name, of_ratio in record["models"].items():
         one = of_ratio[str(RATIOS[0])]
         full, encoder, none = one["visual_tokens"][0], one["encoder"], one["none"]
-        gains = " | ".join(f"{of_ratio[str(ratio)]['first_token']:.1f}x" for ratio in RATIOS)
+        gains = [f"{of_ratio[str(ratio)]['first_token']:.1f}x" for ratio in RATIOS]
         caches = " / ".join(f"{of_ratio[str(ratio)]['cache']:.0%}" for ratio in RATIOS)
         halved = "refused" if of_ratio["staged"] is None else f"{of_ratio['staged']['first_token']:.1f}x"
-        lines.append(f"| {name} | {full:,} | {encoder:.0%} | {gains} | {none:.1f}x | {halved} | {caches} |")
-    return "\n".join(lines)
+        lines.append([name, f"{full:,}", f"{encoder:.0%}", *gains, f"{none:.1f}x", halved, caches])
+    return markdown_table(columns, lines)
 
 
 def capacity_table(gpu_bytes: int = 80 * 10**9, share: float = 0.92, keep_ratio: float = 0.25) -> str:
@@ -485,11 +475,10 @@ def capacity_table(gpu_bytes: int = 80 * 10**9, share: float = 0.92, keep_ratio:
 
     The cache has what `share` of the GPU's bytes leaves beside the weights; each picture comes with `TEXT_TOKENS`.
     """
-    lines = [
-        f"| model | KV per token | visual tokens, {keep_ratio:.0%} | KV of a picture, before and after "
-        f"| pictures in {gpu_bytes / 1e9:.0f} GB, before and after |",
-        "|---" * 5 + "|",
-    ]
+    fitting = f"pictures in {gpu_bytes / 1e9:.0f} GB, before and after"
+    picture = "KV of a picture, before and after"
+    columns = ["model", "KV per token", f"visual tokens, {keep_ratio:.0%}", picture, fitting]
+    lines = []
     for name, (model_type, _) in RELEASED.items():
         if model_type not in ENCODERS:
             continue
@@ -506,8 +495,8 @@ def capacity_table(gpu_bytes: int = 80 * 10**9, share: float = 0.92, keep_ratio:
             " → ".join(f"{token * count / 1e6:.0f} MB" for count in counts),
             " → ".join(f"{count:,}" for count in fit),
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown_table(columns, lines)
 
 
 def check(config: LlavaConfig, budgets: Sequence[int], text_tokens: int) -> list[str]:
@@ -584,13 +573,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record = ceilings_record()
         print(ceilings_table(record))
         if parsed.json is not None:
-            parsed.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_record(parsed.json, record)
         return 0
     if parsed.capacity:
         print(capacity_table())
         return 0
     if parsed.latency is not None:
-        print(efficiency_table(json.loads(parsed.latency.read_text(encoding="utf-8")), rates))
+        print(efficiency_table(read_json(parsed.latency), rates))
         return 0
     try:
         config = load_geometry(parsed.geometry)

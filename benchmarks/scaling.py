@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import math
 import multiprocessing
 import os
@@ -48,9 +47,11 @@ from transformers import Qwen2_5_VLConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 from outputs import output_file
-from selection import FEATURE_LAYER, HEAD, LAYERS, PROTOTYPES, WORDS, Form, interleave, machine, summary, write_json
+from records import write_record
+from selection import FEATURE_LAYER, HEAD, LAYERS, PROTOTYPES, WORDS, Form, interleave, machine, summary
+from tables_and_plots import BLACK, markdown_table, new_figure, save_figure
 
-from vispruner.conversion.checkpoint_io import replacing
+from vispruner.conversion.checkpoint_io import read_json
 from vispruner.conversion.prefill_cost import language_model_flops, logits_flops
 from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
 from vispruner.visual_attention import received_attention
@@ -365,36 +366,32 @@ def markdown(result: dict[str, Any]) -> str:
     last = kinds[0][-1]["tokens"]
     places = [place for place, row in enumerate(kinds[0]) if row["tokens"] >= FEWEST_SHOWN]
     heads = ["method", *(f"{kinds[0][place]['tokens']:,}" for place in places), "exponent", f"MiB at {last:,}"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    lines = []
     for method in kinds[0][-1]["ratio"]:
         cells = [" / ".join(f"{rows[place]['ratio'][method]['median']:.2g}" for rows in kinds) for place in places]
         cells.append(" / ".join(f"{fitted[method]:.1f}" for fitted in result["exponents"].values()))
         cells.append(f"{max(rows[-1]['peak_mib'][method] or 0 for rows in kinds):.0f}")
-        lines.append(f"| `{method}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"`{method}`", *cells])
+    return markdown_table(heads, lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw seconds and times the product against the number of tokens, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     features, rows = next(iter(result["sizes"].items()))
     sizes = [row["tokens"] for row in rows]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4))
+    figure = new_figure(figsize=(11, 4.4), layout="tight")
+    left, right = figure.subplots(1, 2)
     for name in rows[0]["milliseconds"]:
         seconds = [row["milliseconds"][name]["median"] / 1000 for row in rows]
-        style = {"color": "#000000", "linestyle": "--"} if name == PRODUCT else {"marker": "o", "markersize": 3}
+        style = {"color": BLACK, "linestyle": "--"} if name == PRODUCT else {"marker": "o", "markersize": 3}
         (line,) = left.plot(sizes, seconds, label=name, **style)
         if name != PRODUCT:
             right.plot(
                 sizes, [row["ratio"][name]["median"] for row in rows], marker="o", markersize=3, color=line.get_color()
             )
     for tokens, most in BARS.items():
-        right.plot([tokens], [most], marker="_", markersize=18, color="#000000")
-    right.axhline(1, color="#000000", linestyle="--", linewidth=1)
+        right.plot([tokens], [most], marker="_", markersize=18, color=BLACK)
+    right.axhline(1, color=BLACK, linestyle="--", linewidth=1)
     for axis, label in ((left, "seconds, one thread"), (right, "times one N x N x C product; bars: at most")):
         axis.set(xscale="log", yscale="log", xlabel="visual tokens N, a quarter kept", ylabel=label)
         axis.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
@@ -402,10 +399,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     left.legend(fontsize=7)
     figure.suptitle(f"{features} features, C = {result['settings']['channels']}, {result['machine']['device_name']}")
-    figure.tight_layout()
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, dpi=130, format="png")
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -445,10 +439,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     settings = {name: value for name, value in vars(args).items() if name not in ("json", "memory", "plot")}
     if args.memory:
-        record = json.loads(args.memory.read_text(encoding="utf-8"))
+        record = read_json(args.memory)
         with torch.inference_mode():
             measure_memory(record, args)
-        write_json(args.memory, record)
+        write_record(args.memory, record)
         return
     about = machine(argparse.Namespace(device="cpu"))
     with torch.inference_mode():
@@ -466,7 +460,7 @@ def main(arguments: list[str] | None = None) -> None:
     result["machine"]["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
     print_tables(result)
     if args.json:
-        write_json(args.json, result)
+        write_record(args.json, result)
     if args.plot:
         plot(result, args.plot)
 

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import platform
 import statistics
@@ -55,9 +54,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from outputs import output_file
 from peer import select_per_round
+from records import write_record
 
 from vispruner import duplicate_removal, similarity, token_selection
-from vispruner.conversion.checkpoint_io import replacing
 from vispruner.duplicate_removal import drops_of_rounds
 from vispruner.duplicate_removal_triton import kernel_can_run
 from vispruner.selector_inputs import most_attended_first
@@ -398,11 +397,6 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images at once (default 1 16)")
@@ -456,7 +450,7 @@ def main(arguments: list[str] | None = None) -> None:
     result["machine"]["load_average_after"] = [round(load, 2) for load in os.getloadavg()]
     print_tables(result)
     if args.json:
-        write_json(args.json, result)
+        write_record(args.json, result)
 
 
 if __name__ == "__main__":

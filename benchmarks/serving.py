@@ -18,11 +18,9 @@ vLLM has to be installed (.ci/vllm-cpu says how). Leave the machine alone meanwh
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -45,14 +43,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from latency import device_name
 from openai_server import Answer, OpenAIServer, data_url
 from outputs import output_file
+from records import RESULTS, versions, write_record
 from scenes import generate_scene
+from tables_and_plots import markdown_table
 
-from vispruner import __version__, conversion
+from vispruner import conversion
 from vispruner.conversion.build import build_repo
-from vispruner.conversion.checkpoint_io import replacing
+from vispruner.conversion.checkpoint_io import read_json
 from vispruner.conversion.questions import is_right
 
-RESULTS = Path(__file__).parent / "results"
 EMBEDDED = Path(conversion.__file__).parent / "assets" / "tiny-llava"
 BLOCK, BATCHED_TOKENS, ANSWER_TOKENS = 32, 4096, 16
 COMMON = (
@@ -268,10 +267,8 @@ def _kv_capacity(server: OpenAIServer) -> int:
 
 def table(record: dict[str, Any]) -> str:
     """Return the record as a Markdown table."""
-    lines = [
-        "| model | visual tokens | requests/s | TTFT p50 | TTFT p99 | KV cache, peak | images in the encoder cache |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    columns = "model|visual tokens|requests/s|TTFT p50|TTFT p99|KV cache, peak|images in the encoder cache"
+    lines = []
     for row in record["rows"]:
         ratio = row["ratio_to_stock"]
         cells = [
@@ -281,8 +278,8 @@ def table(record: dict[str, Any]) -> str:
             str(row["encoder_cache_images"]),
         ]
         dense = ", dense" if row["visual_token_num"] is None else ""
-        lines.append(f"| {row['model']} | {row['visual_tokens']}{dense} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([row["model"], f"{row['visual_tokens']}{dense}", *cells])
+    return markdown_table(columns, lines)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -306,10 +303,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run_fields(arguments: argparse.Namespace, started: float) -> dict[str, Any]:
     """Return what a record says of a run that started then: machine, options and versions."""
-    import vllm
+    import vllm  # its package has another name on the CPU
 
-    versions = {"vispruner": __version__, "python": platform.python_version(), "vllm": vllm.__version__}
-    versions |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device_name": device_name(torch.device("cpu")),
@@ -318,7 +313,7 @@ def run_fields(arguments: argparse.Namespace, started: float) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "seed": arguments.seed,
         "arguments": list(COMMON),
-        "versions": versions,
+        "versions": versions() | {"vllm": vllm.__version__},
         "minutes": round((time.monotonic() - started) / 60, 1),
     }
 
@@ -338,11 +333,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, metavar="JSON", help="print the table of a record, and measure nothing")
     arguments = parser.parse_args(argv)
     if arguments.table is not None:
-        print(table(json.loads(arguments.table.read_text(encoding="utf-8"))))
+        print(table(read_json(arguments.table)))
         return 0
     record = measure(arguments)
-    with replacing(arguments.out) as unfinished:
-        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(arguments.out, record)
     print(table(record))
     return 0
 

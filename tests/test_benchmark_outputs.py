@@ -115,3 +115,19 @@ def test_an_earlier_record_that_is_not_there_is_said_before_anything_is_measured
     with pytest.raises(SystemExit, match="2"):
         importlib.import_module("accuracy").parse_arguments(["--add-to", str(tmp_path / "no.json")])
     assert "no.json: there is no such file" in capsys.readouterr().err
+
+
+def test_records_tables_and_plots_are_written_in_one_place() -> None:
+    its_own = {'indent=1) + "\\n"': "records", '"|---"': "tables_and_plots", "matplotlib.figure": "tables_and_plots"}
+    for text, module in its_own.items():
+        assert {path.stem for path in BENCHMARKS.glob("*.py") if text in path.read_text(encoding="utf-8")} == {module}
+    scripts = [path.read_text(encoding="utf-8") for path in BENCHMARKS.glob("*.py")]
+    assert not any("pyplot" in script for script in scripts)
+
+
+def test_a_row_of_a_table_has_a_cell_for_every_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    markdown_table = importlib.import_module("tables_and_plots").markdown_table
+    assert markdown_table("a|b", [[1, "x"]]) == "| a | b |\n|---|---|\n| 1 | x |"
+    with pytest.raises(ValueError, match="3 cells where the table has 2 columns"):
+        markdown_table(["a", "b"], [[1, 2, 3]])
