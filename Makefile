@@ -1,5 +1,5 @@
 # The commands of everyday work, from an environment that has the checkout: pip install -e ".[test,docs]"
-.PHONY: check test demo docs
+.PHONY: check test demo docs links
 
 check: ## linters and types, as CI runs them
 	ruff check .
@@ -14,3 +14,6 @@ demo: ## the newcomer's path, without network
 
 docs: ## the documentation, no warning allowed
 	mkdocs build --strict --site-dir build/site
+
+links: ## every link of every page, those to other sites, too (`make links SKIP=--check-links-ignore=https?://` without)
+	pytest -n 0 --noconftest --check-links $(SKIP) $$(git ls-files '*.md')
