@@ -9,12 +9,15 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from documents import DOCUMENTS, PAGES, code_blocks, python_block, run_python_block
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from transformers import AutoProcessor
 
@@ -53,6 +56,25 @@ def file_tree() -> dict[str, str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_gives_each_command_alone_in_a_block(command: str) -> None:
     assert f"{command}\n" in code_blocks("")
+
+
+def test_the_lock_file_holds_a_version_of_every_requirement_that_fits() -> None:
+    text = (ROOT / "requirements-lock.txt").read_text(encoding="utf-8")
+    assert "://" not in text, "it must install from whatever index pip or uv is set to"
+    locked = defaultdict(list)
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            requirement = Requirement(line)
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "==", line
+            locked[requirement.name].append(specifier.version)
+    for requirement in map(Requirement, importlib.metadata.requires("vispruner") or ()):
+        extras = [
+            requirement.marker is None or requirement.marker.evaluate({"extra": name}) for name in ("test", "docs")
+        ]
+        if any(extras) and requirement.name != "vispruner":
+            versions = locked[canonicalize_name(requirement.name)]
+            assert versions and all(version in requirement.specifier for version in versions), requirement
 
 
 def test_everything_on_the_map_exists() -> None:
