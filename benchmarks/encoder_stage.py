@@ -35,6 +35,7 @@ from tables_and_plots import markdown_table
 
 from vispruner import architecture_of
 from vispruner.conversion.ceilings import TEXT_TOKENS, ceiling, example_inputs, halfway
+from vispruner.conversion.checkpoint_io import read_json
 from vispruner.stock_versions import CACHE
 
 MODELS = ("smolvlm2-2.2b", "gemma-3-4b", "qwen2.5-vl-7b", "internvl3-8b", "llava-1.5-7b")
@@ -179,6 +180,34 @@ def table(record: Mapping[str, Any]) -> str:
     return markdown_table(["model", "encoder", "pruned", "staged", "smaller picture"], lines)
 
 
+PLACES = ("a third", "half", "two thirds")  # of the encoder's layers see all patches, in the records of accuracy.py
+
+
+def cost_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return as Markdown how many points stages cost VisPruner at the same budgets, from records of accuracy.py."""
+    found: dict[tuple[int, float], list[str]] = {}
+    names, smaller = [], []
+    for record in records:
+        of_stage: dict[tuple[int, float], dict[float, float]] = {}
+        for row in record["rows"]:
+            if row["selector"] == "vispruner":
+                of_stage.setdefault(tuple(row.get("encoder_stage", ())), {})[row["budget_percent"]] = row["accuracy"]
+        without = of_stage.pop(())
+        budgets = sorted({budget for points in of_stage.values() for budget in points}, reverse=True)
+        layers = sorted({layer for layer, _ in of_stage})
+        names.append(f"{record['dataset']}, seed {record['seed']}, at {' / '.join(f'{b:.3g}' for b in budgets)} %")
+        for (layer, share), points in of_stage.items():
+            found.setdefault((layers.index(layer), -share), []).append(_lost(points, without, budgets))
+        points = {row["budget_percent"]: row["accuracy"] for row in record["rows"] if row["selector"] == "downsample"}
+        smaller.append(_lost(points, without, budgets))
+    lines = [[PLACES[place], f"{1 + share:.0%}", *found[place, share]] for place, share in sorted(found)]
+    return markdown_table(["see all patches", "then leave", *names], [*lines, ["smaller picture", "", *smaller]])
+
+
+def _lost(points: Mapping[float, float], without: Mapping[float, float], budgets: Sequence[float]) -> str:
+    return " / ".join(f"{100 * (points[b] - without[b]):+.1f}" if b in points else "" for b in budgets)
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -194,6 +223,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write all figures here")
+    parser.add_argument(
+        "--costs",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="print what stages cost in answers, from these records of "
+        "accuracy.py --encoder-stages, and measure nothing",
+    )
     parsed = parser.parse_args(arguments)
     if min(parsed.depth_divisor, parsed.rounds, parsed.threads) < 1:
         parser.error("--depth-divisor, --rounds and --threads must be at least 1")
@@ -202,6 +239,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
+    if parsed.costs:
+        print(cost_table([read_json(path) for path in parsed.costs]))
+        return 0
     torch.set_num_threads(parsed.threads)
     record = measure(parsed.models, parsed.depth_divisor, parsed.rounds)
     print(table(record))

@@ -309,6 +309,7 @@ def methods_accuracy_table() -> list[str]:
     return lines
 
 
+STAGED_TEST_SETS = (("scenes", 0), ("scenes", 1))
 CEILINGS = ROOT / "benchmarks" / "results" / "ceilings.json"
 
 
@@ -333,6 +334,30 @@ def test_what_is_said_of_stages_is_recorded() -> None:
         assert gains[model]["staged"]["low"] > gains[model]["pruned"]["high"], "in every round"
     assert gains["llava-1.5-7b"]["staged"]["low"] < gains["llava-1.5-7b"]["pruned"]["high"]
     assert record["depth_divisor"] == 6 and record["threads"] == 2
+
+
+def test_what_stages_cost_in_answers_is_recorded() -> None:
+    results, encoder_stage = ROOT / "benchmarks" / "results", importlib.import_module("encoder_stage")
+    names = [f"encoder-stage-{test_set}-seed{seed}.json" for test_set, seed in STAGED_TEST_SETS]
+    assert sorted(names) == sorted(path.name for path in results.glob("encoder-stage-*-seed*.json"))
+    records = [json.loads((results / name).read_text(encoding="utf-8")) for name in names]
+    assert encoder_stage.cost_table(records) in PAGES["benchmarks.md"]
+    said = " ".join(PAGES["benchmarks.md"].split())
+    lost: dict[tuple[int, float, float], list[float]] = {}
+    widest = 0.0
+    for record in records[:2]:
+        rows = {
+            (*row.get("encoder_stage", ()), row["budget_percent"]): row
+            for row in record["rows"][1:]
+            if row["selector"] == "vispruner"
+        }
+        for (*stage, budget), row in rows.items():
+            widest = max(widest, 50 * (row["ci95"][1] - row["ci95"][0]))
+            lost.setdefault((*stage, budget), []).append(100 * (rows[budget,]["accuracy"] - row["accuracy"]))
+    assert f"intervals is at most {widest:.1f} points on scenes" in said
+    assert all(points <= 0.35 for points in lost[3, 0.5, 25.0])
+    assert f"after half of them for about {sum(lost[2, 0.5, 25.0]) / 2:.1f} points" in said
+    assert [round(points) for points in sorted(lost[1, 0.3, 25.0])] == [5, 6]
 
 
 def test_the_capacity_table_is_computed() -> None:
