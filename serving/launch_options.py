@@ -3,12 +3,14 @@
 Needs no engine: `config` is the model's, stock or ours, as the engine loaded it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from vispruner.configuration_vispruner import VisPrunerOptions, merge_vispruner_config
+from vispruner.configuration_vispruner import FIELD_NAMES, VisPrunerOptions, merge_vispruner_config
 from vispruner.selectors import SELECTORS, require_choice_by_image
 from vispruner.visual_attention import Reading
+
+from .request_budgets import BLOCK
 
 HOW_TO_SET = '--hf-overrides \'{"vispruner_config": {"visual_token_num": 128}}\''
 # What a selector may ask for of any encoder, beside features and saliency.
@@ -57,6 +59,15 @@ class Readings(NamedTuple):
     @property
     def all(self) -> tuple[Reading, ...]:
         return (*([] if self.main is None else [self.main]), *self.others, *self.further.values())
+
+
+def require_known_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raise ValueError for fields of --hf-overrides that mean us and that nobody would read."""
+    for name in overrides:
+        if name in FIELD_NAMES:
+            raise ValueError(f"--hf-overrides: {name} is a field of vispruner_config, {HOW_TO_SET}")
+        if name.startswith("vispruner") and name not in ("vispruner_config", BLOCK):
+            raise ValueError(f"--hf-overrides: {name} is unknown: there are vispruner_config and {BLOCK}")
 
 
 def merged_options(config: Any, stored: dict[str, Any] | None, given: dict[str, Any] | None) -> VisPrunerOptions:

@@ -11,7 +11,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vispruner.configuration_vispruner import VisPrunerOptions
 
-from .launch_options import merged_options, readings
+from .launch_options import merged_options, readings, require_known_overrides
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows only what its own loggers say
 
@@ -23,7 +23,10 @@ def launch_options(model_config: ModelConfig) -> VisPrunerOptions:
     """
     require_known_engine()
     config, overrides = model_config.hf_config, model_config.hf_overrides
-    given = overrides.get("vispruner_config") if isinstance(overrides, dict) else None
+    given = None
+    if isinstance(overrides, dict):
+        require_known_overrides(overrides)
+        given = overrides.get("vispruner_config")
     if given is None:
         return merged_options(config, getattr(config, "vispruner_config", None), None)
     repo = get_hf_file_to_dict("config.json", model_config.model, model_config.revision) or {}

@@ -53,12 +53,11 @@ class PrunedPrompts:
         self.budgets = RequestBudgets.of_launch(launch_options(model_config), block)
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Stock; a budget that is wrong is a ValueError, which is the client's error, and one that is default none."""
+        """Stock; what is wrong in a request is a ValueError, the client's error, and a default budget is none."""
         given = inputs.hf_processor_mm_kwargs
-        if any(name in given for name in OWN):
-            options, others = self.budgets.asked(given), _others(given)
-            own = {} if options == self.budgets.default else of_request(options)
-            inputs = replace(inputs, hf_processor_mm_kwargs={**others, **own})
+        options = self.budgets.asked(given)
+        own = {} if options == self.budgets.default else of_request(options)
+        inputs = replace(inputs, hf_processor_mm_kwargs={**_others(given), **own})
         made = super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
         if self.budgets.default.method != "none":
             for modality, places in made["mm_placeholders"].items():

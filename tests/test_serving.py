@@ -36,7 +36,13 @@ from vispruner.conversion.verify import verify_repo
 from vispruner.engine_interface import ENGINE_ATTENTION, ENGINE_PROCESSORS, require_servable
 from vispruner.selectors import ENCODER_METHODS, SELECTORS
 from vispruner.serving.kept_counts import Picture, kept_count
-from vispruner.serving.launch_options import ENCODERS, Readings, merged_options, readings
+from vispruner.serving.launch_options import (
+    ENCODERS,
+    Readings,
+    merged_options,
+    readings,
+    require_known_overrides,
+)
 from vispruner.serving.request_budgets import RequestBudgets, as_numbers, from_numbers, of_request
 from vispruner.serving.vllm_plugin import MODELS, register
 from vispruner.visual_attention import Reading
@@ -292,11 +298,25 @@ def test_a_processor_that_writes_parts_of_tiles_is_refused() -> None:
         kept_count(ROWS["internvl"].config(), options, 24, Picture(32, 32))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"visual_token_num": 64}, "visual_token_num is a field of vispruner_config, --hf-overrides '"),
+        ({"vispruner_confg": {}}, "vispruner_confg is unknown: there are vispruner_config and vispruner_serving"),
+    ],
+)
+def test_overrides_that_nobody_would_read_are_refused(overrides: dict, message: str) -> None:
+    known = {"architectures": ["A"], "vispruner_config": {}, "vispruner_serving": {}}
+    require_known_overrides(known)
+    with pytest.raises(ValueError, match=message):
+        require_known_overrides({**known, **overrides})
+
+
 # What a request may ask for
 
 LAUNCHED = VisPrunerOptions(visual_token_num=64)
 NAMED = {"low": {"visual_token_num": 16}, "high": {"keep_ratio": 0.1}}
-ALLOWED = {"maximum": {"visual_token_num": 256}, "detail": NAMED}
+ALLOWED = {"maximum": {"visual_token_num": 256}, "detail": NAMED, "keywords": ["do_pan_and_scan"]}
 
 
 @pytest.mark.parametrize(
@@ -309,6 +329,8 @@ ALLOWED = {"maximum": {"visual_token_num": 256}, "detail": NAMED}
         ({"detail": "low"}, 16),
         ({"detail": "high"}, 58),
         ({"do_pan_and_scan": True}, 64),
+        ({"visual_token_num": None, "keep_ratio": None, "detail": None}, 64),
+        ({"visual_token_num": None, "detail": "low"}, 16),
     ],
 )
 def test_a_request_has_the_budget_it_asks_for(asked: dict, kept: int) -> None:
@@ -323,15 +345,16 @@ def test_a_request_has_the_budget_it_asks_for(asked: dict, kept: int) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"visual_token_num": 0}, "visual_token_num must be an integer >= 1, got 0"),
+        ({"visual_token_num": 0}, r"^mm_processor_kwargs\.visual_token_num must be an integer >= 1, got 0$"),
         ({"visual_token_num": True}, "visual_token_num must be an integer >= 1, got True"),
-        ({"visual_token_num": None}, "needs a budget"),
         ({"keep_ratio": "0.5"}, r"keep_ratio must be a number in \(0, 1\]"),
         ({"keep_ratio": float("nan")}, r"keep_ratio must be a number in \(0, 1\]"),
         ({"visual_token_num": 4, "keep_ratio": 0.5}, "are both set"),
         ({"detail": "auto"}, r"detail must be one of \['high', 'low'\], got 'auto'"),
         ({"detail": ["low"]}, "detail must be one of"),
         ({"detail": "low", "visual_token_num": 4}, "give one of"),
+        ({"visual_tokens": 4}, "takes visual_token_num, keep_ratio, detail, do_pan_and_scan of a request, got v"),
+        ({"visual_token_num": 4, "crop_size": 28}, r"got crop_size: .* in vispruner_serving\.keywords"),
     ],
 )
 def test_a_request_that_asks_for_no_budget_is_told_so(asked: dict, message: str) -> None:
@@ -347,18 +370,43 @@ def test_no_picture_keeps_more_than_the_operator_allows() -> None:
         budgets.require_within(options, options.budget(576), budgets.maximum.budget(576))
 
 
+@pytest.mark.parametrize("asked", [{}, {"detail": "low"}])
+def test_what_the_operator_named_is_served_of_pictures_of_which_the_maximum_is_less(asked: dict) -> None:
+    """A part of a small picture may be fewer tokens than a count."""
+    block = {"maximum": {"keep_ratio": 0.5}, "detail": {"low": {"visual_token_num": 16}}}
+    budgets = RequestBudgets.of_launch(LAUNCHED, block)
+    options = budgets.asked(asked)
+    budgets.require_within(options, options.budget(20), budgets.maximum.budget(20))
+    other = budgets.asked({"visual_token_num": 15})
+    with pytest.raises(ValueError, match=r"asks for 15 visual tokens .* at most 10"):
+        budgets.require_within(other, other.budget(20), budgets.maximum.budget(20))
+
+
+def test_a_budget_that_no_float_holds_is_one_all_the_same() -> None:
+    options = VisPrunerOptions(visual_token_num=10**400)
+    assert from_numbers(LAUNCHED, as_numbers(options)).budget(10**6) == options.budget(10**6)
+
+
+def test_a_server_that_names_no_budgets_says_where_to() -> None:
+    with pytest.raises(ValueError, match=r"detail must be named at the start, in vispruner_serving\.detail, got"):
+        RequestBudgets.of_launch(LAUNCHED, None).asked({"detail": "low"})
+
+
 def test_a_server_that_prunes_nothing_takes_no_budget() -> None:
+    budgets = RequestBudgets.of_launch(VisPrunerOptions(method="none"), None)
+    assert budgets.asked({"do_pan_and_scan": True}) == budgets.default
     with pytest.raises(ValueError, match="this server prunes nothing"):
-        RequestBudgets.of_launch(VisPrunerOptions(method="none"), None).asked({"visual_token_num": 4})
+        budgets.asked({"visual_token_num": 4})
 
 
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ([], r"vispruner_serving must be a dict of maximum and detail, got \[\]"),
-        ({"max": {}}, r"vispruner_serving must be a dict of maximum and detail, got \['max'\]"),
+        ([], r"vispruner_serving must be a dict of maximum, detail, keywords, got \[\]"),
+        ({"max": {}}, r"vispruner_serving must be a dict of maximum, detail, keywords, got \['max'\]"),
         ({"maximum": 64}, "vispruner_serving.maximum must be a budget"),
-        ({"maximum": {"visual_token_num": 0}}, "visual_token_num must be an integer >= 1"),
+        ({"maximum": {"visual_token_num": 0}}, r"^vispruner_serving\.maximum\.visual_token_num must be .*, got 0$"),
+        ({"keywords": "max_pixels"}, "vispruner_serving.keywords must be a list of names, got 'max_pixels'"),
         ({"maximum": {"visual_token_num": 63}}, "maximum must not be less than the budget of 'vispruner_config'"),
         ({"detail": {"high": {"visual_token_num": 65}}}, "maximum must not be less than the budget of 'high'"),
         ({"detail": ["low"]}, "vispruner_serving.detail must be a dict"),

@@ -61,6 +61,7 @@ def launch(folder: Path, *, vispruner_config: dict | None = None, **options: Any
         ({"vispruner_config": {"method": "bogus"}}, "method must be one of"),
         ({"vispruner_config": {"method": "fastv"}}, "prunes in the language model"),
         ({"vispruner_config": {"of_a_later_version": 1}}, "unknown fields .*of_a_later_version"),
+        ({"hf_overrides": {**overrides_of(NAME), "vispruner_servng": {}}}, "vispruner_servng is unknown"),
         ({"vispruner_config": {"keep_ratio": 0.95}}, "maximum must not be less than the budget"),
     ],
 )
