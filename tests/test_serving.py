@@ -234,7 +234,7 @@ def test_the_page_names_the_methods_that_read_no_attention() -> None:
         with suppress(ValueError):  # which are refused
             if not readings(config, merged_options(config, None, {**options, "method": method})).all:
                 silent.add(method)
-    (sentence,) = re.findall(r"unless the method reads no attention \((.*?)\)", PAGES["serve.md"], re.DOTALL)
+    (sentence,) = re.findall(r"unless the method reads\s+no attention \((.*?)\)", PAGES["serve.md"], re.DOTALL)
     assert set(re.findall(r"`(\w+)`", sentence)) == silent
 
 

@@ -332,7 +332,8 @@ class TestBuiltRepo(NothingStays):
             ({"visual_token_num": "9"}, "visual_token_num must be an integer >= 1"),
             ({"visual_token_num": 19}, "this server keeps at most 18"),
             ({"keep_ratio": 0.9}, "this server keeps at most 18"),
-            ({"detail": "low"}, "detail must be one of"),
+            ({"detail": "low"}, "detail must be named at the start"),
+            ({"crop_size": {"height": 28, "width": 28}}, "got crop_size"),  # which would end the engine
         ],
     )
     def test_a_wrong_budget_is_the_clients_error_and_the_server_lives(

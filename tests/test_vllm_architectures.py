@@ -7,7 +7,7 @@ only be at a token that transformers itself all but took: float noise differs be
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,18 @@ def test_several_pictures_are_counted_one_by_one_and_text_needs_none(engine: Eng
     engine.require_as_transformers(both, tuple(PICTURES[:2]))
 
 
+def test_memory_is_sized_by_the_most_that_a_request_may_ask_for(engine: Engine) -> None:
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    processor = MULTIMODAL_REGISTRY.create_processor(engine.llm.model_config)
+    tokens = []
+    for most in (processor.budgets.maximum, processor.budgets.default):
+        processor.budgets = replace(processor.budgets, maximum=most)
+        (place,) = processor.get_dummy_mm_inputs({"image": 1})["mm_placeholders"]["image"]
+        tokens.append(place.get_num_embeds())
+    assert tokens[0] > tokens[1]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -189,6 +201,7 @@ def test_several_pictures_are_counted_one_by_one_and_text_needs_none(engine: Eng
         ({"keep_ratio": 0.2, "visual_token_num": 3}, "are both set"),
         ({"detail": "huge"}, r"detail must be one of \['low'\]"),
         ({"detail": "low", "keep_ratio": 0.1}, "give one of"),
+        ({"max_pixels": 784}, "takes visual_token_num, keep_ratio, detail of a request, got max_pixels"),
     ],
 )
 def test_a_wrong_budget_is_the_clients_error_and_the_engine_lives(engine: Engine, given: dict, message: str) -> None:
