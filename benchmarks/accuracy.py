@@ -56,7 +56,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from outputs import output_file
-from photo_tower import hash_of, lacks_tower, with_tower
 from photos import PHOTO_PACKAGES, PHOTO_QUESTION_TYPES, generate_photo
 from records import versions, write_record
 from scenes import IMAGE_SIZE, QUESTION_TYPES, Box, Question, easy_vqa_questions, generate_scene
@@ -66,6 +65,7 @@ from vispruner import SELECTORS
 from vispruner.choosing import Choice
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.checkpoint_io import read_json
+from vispruner.conversion.photo_tower import hash_of, lacks_tower, with_tower
 from vispruner.conversion.questions import is_right
 from vispruner.conversion.repo_config import ASSETS
 from vispruner.stock_versions import CACHE
@@ -73,7 +73,7 @@ from vispruner.stock_versions import CACHE
 CONFIG = "tiny-llava-vispruner"
 CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpoint
 PHOTOS = "photos"
-PHOTO_LLAVA = Path(__file__).parent / "photo-llava"  # what train_photo.py wrote, without its tower
+PHOTO_CONFIG = "photo-llava-vispruner"
 DATASETS = ("scenes", "easy-vqa", PHOTOS)
 KINDS = tuple(dict.fromkeys((*QUESTION_TYPES, *PHOTO_QUESTION_TYPES)))
 DENSE, DOWNSAMPLE, NO_IMAGE = "none", "downsample", "no-image"
@@ -394,8 +394,8 @@ def one_run_of_the_tower(published: PublishedModel) -> Iterator[None]:
 
 
 @contextmanager
-def published_repo(repo: Path | None) -> Iterator[Path]:
-    """Yield a built repo: the given one, or one built from the given stock checkpoint or from the embedded one."""
+def published_repo(repo: Path | None, config: str = CONFIG) -> Iterator[Path]:
+    """Yield a built repo: the given one, or one built from the given stock checkpoint or from the config's own."""
     if repo is not None and not (repo / "config.json").is_file():
         raise BenchmarkError(f"{repo} has no config.json: give a built repo or a stock LLaVA checkpoint")
     if repo is not None and "auto_map" in json.loads((repo / "config.json").read_text(encoding="utf-8")):
@@ -405,7 +405,7 @@ def published_repo(repo: Path | None) -> Iterator[Path]:
         if repo is not None and lacks_tower(repo):
             with_tower(repo, whole := Path(folder) / "whole")
             repo = whole
-        yield build_repo(CONFIG, Path(folder) / CONFIG, base=repo, show_progress=False)
+        yield build_repo(config, Path(folder) / config, base=repo, show_progress=False)
 
 
 # What is measured
@@ -667,8 +667,6 @@ def run_benchmark(
     """
     if dataset not in DATASETS:
         raise BenchmarkError(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
-    if dataset == PHOTOS and repo is None:
-        repo = PHOTO_LLAVA
     if budgets is None:
         budgets = PHOTO_BUDGETS if dataset == PHOTOS else BUDGETS
     if limit < 1 or seed < 0:
@@ -683,9 +681,10 @@ def run_benchmark(
     if wrong := [budget for budget in budgets if not 0 < budget <= 100]:
         raise BenchmarkError(f"--budgets are percentages above 0 up to 100, got {wrong[0]}")
     started = time.monotonic()
-    with published_repo(repo) as folder:
+    config, own_codebook = (PHOTO_CONFIG, None) if dataset == PHOTOS else (CONFIG, CODEBOOK)
+    with published_repo(repo, config) as folder:
         with launched().main_process_first():  # all copy the repo's code into the same cache
-            published = PublishedModel(folder, CODEBOOK if repo is None and codebook is None else codebook)
+            published = PublishedModel(folder, own_codebook if repo is None and codebook is None else codebook)
         registry = published.selectors
         known = [DENSE, *registry, DOWNSAMPLE, NO_IMAGE]
         behind_encoder = [name for name, selector in registry.items() if not selector.in_decoder]
@@ -700,8 +699,9 @@ def run_benchmark(
         tallies = measure(published, folder, samples, rows, processes)
     found = [row_of(row, tally, samples) for row, tally in tallies.items()]
     base = published.model.config.vispruner_config["base_model_name_or_path"]
-    if dataset == PHOTOS and repo is not None:
-        base = f"{repo.name}, SHA-256 {hash_of(repo / 'model.safetensors')}"
+    if dataset == PHOTOS:
+        if repo is not None:
+            base = f"{repo.name}, SHA-256 {hash_of(repo / 'model.safetensors')}"
         found = [{**r, **photo_figures(row, tallies, samples)} for r, row in zip(found, tallies, strict=True)]
     return {
         "dataset": dataset,

@@ -35,7 +35,6 @@ from transformers import Dinov2Model, LlavaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent))
 from outputs import new_folder, output_file
-from photo_tower import MEAN, STD, hash_of, tower_folder
 from photos import (
     CARDS,
     CLASSES,
@@ -69,6 +68,7 @@ from train_tiny import (
 from training_run import TrainingRun, add_recipe, autocast, recipe_of, setting, tell, work_folder
 
 from vispruner.conversion.checkpoint_io import atomic_directory, replacing
+from vispruner.conversion.photo_tower import MEAN, STD, hash_of, tower_folder
 
 PATCH = 14
 GRID = PHOTO_SIZE // PATCH
@@ -266,6 +266,7 @@ class Run(TrainingRun):
     def __init__(self, recipe: Recipe, work: Path, features: Path, save_every: int) -> None:
         self.tower = Dinov2Model.from_pretrained(tower_folder(PHOTO_SIZE))
         self.tokenizer = build_tokenizer(corpus())
+        self.tower.config.name_or_path = ""  # a folder of this machine
         self.model = llava_of(self.tower.config, recipe, self.tokenizer, FEATURE_LAYERS)
         self.coder = QuestionCoder(self.tokenizer)
         self.align = Alignment(self.tokenizer, TAGS)

@@ -33,10 +33,9 @@ from .checkpoint_io import (
     has_weights,
     read_tensor_headers,
 )
-from .repo_config import EMBEDDED_PREFIX, is_hub_id
+from .repo_config import EMBEDDED_CONFIGS, EMBEDDED_PREFIX, PHOTO_LLAVA, is_hub_id
 
 ASSETS = Path(__file__).parent / "assets"
-EMBEDDED = ("tiny-llava",)
 
 # What a processor and a tokenizer are made of; whatever of it the base has is copied byte for byte.
 PROCESSOR_FILES = (
@@ -121,15 +120,14 @@ _SUFFIXES = (".safetensors", ".bin")
 
 
 def find_base(name: str, revision: str | None = None) -> BaseCheckpoint:
-    """Find a base by name: a local folder, the embedded one (`embedded/tiny-llava`), or a Hub id at a revision.
+    """Find a base by name: a local folder, an embedded one (`embedded/tiny-llava`), or a Hub id at a revision.
 
     The weights of a Hub repo are not downloaded yet, and the commit is the one that the revision stands for now.
     """
     if name.startswith(EMBEDDED_PREFIX):
-        embedded = name.removeprefix(EMBEDDED_PREFIX)
-        if embedded not in EMBEDDED:
-            raise BuildError(f"{name} is not embedded in this package; {EMBEDDED_PREFIX}{EMBEDDED[0]} is")
-        return BaseCheckpoint(ASSETS / embedded)
+        if name not in EMBEDDED_CONFIGS:
+            raise BuildError(f"{name} is not embedded in this package; {' and '.join(EMBEDDED_CONFIGS)} are")
+        return BaseCheckpoint(_embedded_folder(name))
     folder = Path(name).expanduser()
     refuse_ambiguous(name)
     if folder.is_dir():
@@ -139,6 +137,15 @@ def find_base(name: str, revision: str | None = None) -> BaseCheckpoint:
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         raise BuildError(f"base {name} does not exist: give a checkpoint folder or a Hub id (owner/name)")
     return find_hub_base(name, revision)
+
+
+def _embedded_folder(name: str) -> Path:
+    folder = ASSETS / name.removeprefix(EMBEDDED_PREFIX)
+    if name != PHOTO_LLAVA:
+        return folder
+    from .photo_tower import whole_checkpoint  # imports models, which no other base needs
+
+    return whole_checkpoint(folder)
 
 
 def refuse_ambiguous(name: str) -> None:

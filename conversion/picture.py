@@ -1,7 +1,7 @@
 """Show which patches of an image or a video a pruned model keeps, as the model sees it (resized, cropped, tiled).
 
 A picture has a panel per budget side by side, a text column with the legend on the left, and questions with their
-answers underneath.
+answers underneath. Several photos have a row of panels each, and the legend underneath.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from vispruner.selectors import SELECTORS, kinds_of_kept
 from vispruner.stock_versions import CACHE
 from vispruner.visual_features import TokenView
 
-from .base_checkpoint import resolve_base
 from .checkpoint_io import replacing, writable_file
 from .questions import (
+    PHOTOGRAPHS,
     SCENE,
     WRONG,
     Picture,
@@ -35,8 +35,9 @@ from .questions import (
     load_processor,
     model_inputs,
     questions_about,
+    where_and_how,
 )
-from .repo_config import DEMO_CONFIG, load_repo_config
+from .repo_config import DEMO_CONFIG, PHOTO_LLAVA
 
 # Okabe-Ito orange and blue: told apart with every common colour blindness, and by their brightness in grey. Green is
 # for the one method that has a third reason to keep a patch.
@@ -53,6 +54,7 @@ GONE = (150, 165, 180)  # laid over patches that left within the encoder
 MERGED = (120, 120, 120)  # lines from what was folded together to where it went
 
 PNG = ([".png"], "the picture")
+PictureFile = str | os.PathLike[str]
 GAP = 12
 COLUMN_GAP = 24
 TEXT_SIZE = 20
@@ -60,6 +62,7 @@ LINE_HEIGHT = 26
 TEXT_WIDTH = 372  # of the left column
 TILES_WIDTH = 1536  # shared by the tiles that stand side by side
 TILE_WIDTHS = (320, 720)  # at least, at most
+GRID_WIDTH, GRID_LEAST = 1056, 240  # likewise, where photos have rows
 SMALL_IMAGE = 128
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")  # no kind that runs another program
 FRAMES = 8  # of a video, evenly spaced
@@ -188,49 +191,75 @@ def _evenly_spaced(frames: Sequence[Any]) -> list[Any]:
 
 
 def show(
-    image: str | os.PathLike[str] | None,
+    image: PictureFile | Sequence[PictureFile] | None,
     repo: str | None,
     out: str | os.PathLike[str],
     visual_token_num: int | None = None,
     budgets: Sequence[int] = (),
     question: str | None = None,
     method: str | None = None,
-) -> Path:
-    """Write the picture of the patches that the model in `repo` keeps of the file `image`.
+) -> tuple[Path, dict[str, list[list[list[int]]]]]:
+    """Write the picture of the patches that the model in `repo` keeps of each file in `image`.
 
-    image             a photo; for models that read videos also an animated picture or a folder of frames.
-                      None for the scene in the package, which is asked its own questions unless one is given
-    repo              a built repo, or any stock checkpoint together with a budget; a folder or a Hub id.
-                      Its own code is never run: the installed package reads it. None for the embedded checkpoint
+    image             a photo, or several of different names, which get a row each; for models that read videos also
+                      an animated picture or a folder of frames. None for what ships with the package: the photographs
+                      for `embedded/photo-llava`, else the scene, which is asked its own questions unless one is given
+    repo              a built repo, or any stock checkpoint together with a budget; a folder, a Hub id, or the name of
+                      an embedded checkpoint. Its own code is never run: the installed package reads it. None for the
+                      embedded toy
     visual_token_num  overrides the budget that the repo stores
     budgets           draw these budgets side by side, after the unpruned image
-    question          answer this under every budget, and unpruned; a method may choose by it
+    question          answer this under every budget, and unpruned; a method may choose by it. For one picture
     method            overrides the method that the repo stores; "random" draws by the seed 0
+    returns           the file written, and by the name of a picture the patches that stay: per panel but the unpruned
+                      one and per tile their numbers, row by row
     """
     if visual_token_num is not None and budgets:
         raise ValueError("give either --visual-token-num (one budget) or --budgets (several side by side)")
-    out = writable_file(out, *PNG)
-    path = SCENE if image is None else existing_picture(image)
-    if not path.is_dir():
-        require_picture(path)
+    out, paths = writable_file(out, *PNG), _shown_pictures(image, repo)
+    if len(paths) > 1 and question is not None:
+        raise ValueError(f"--question is answered under one picture, and these are {len(paths)}: give one IMAGE")
     first = budgets[0] if budgets else visual_token_num
     options: dict[str, Any] = {} if first is None else {"visual_token_num": first}
     if method is not None:
         options |= {"method": method, "seed": 0}
-    name, source = (Path(repo).name, repo) if repo is not None else (DEMO_CONFIG, None)
-    if source is None:
-        config = load_repo_config(DEMO_CONFIG)
-        source, options = str(resolve_base(config.base_model)), {**config.vispruner_config, **options}
-    model = load_model(source, **options)
-    processor = load_processor(str(source))
-    picture = open_picture(path, reads_videos=getattr(processor, "video_processor", None) is not None)
-    questions = questions_about(path, question)
-    if budgets or questions or model.model.prunes_in_decoder:
-        panels = view_budgets(model, processor, picture, budgets or [None], questions)
+    source, stored = where_and_how(repo)
+    model, processor = load_model(source, **{**stored, **options}), load_processor(source)
+    reads_videos = getattr(processor, "video_processor", None) is not None
+    pictures = {path.name: open_picture(path, reads_videos) for path in paths}
+    questions = questions_about(paths[0], question) if len(paths) == 1 else []
+    rows = []
+    for picture in pictures.values():
+        if budgets or questions or len(paths) > 1 or model.model.prunes_in_decoder:
+            rows.append(view_budgets(model, processor, picture, budgets or [None], questions))
+        else:
+            rows.append([Panel(view_kept_patches(model, processor, picture))])
+    seen_by = f"as {DEMO_CONFIG if repo is None else Path(repo).name} sees"
+    chosen = f", chosen by {method}" if method is not None else ""
+    if len(paths) > 1:
+        drawn = kept_patches_grid(rows, f"A{seen_by[1:]} them{chosen}")
     else:
-        panels = [Panel(view_kept_patches(model, processor, picture))]
-    caption = f"{path.name} as {name} sees it" + (f", chosen by {method}" if method is not None else "")
-    return save_png(kept_patches_picture(panels, caption, questions), out)
+        drawn = kept_patches_picture(rows[0], f"{paths[0].name} {seen_by} it{chosen}", questions)
+    return save_png(drawn, out), dict(zip(pictures, map(_numbers_of_kept, rows), strict=True))
+
+
+def _shown_pictures(image: PictureFile | Sequence[PictureFile] | None, repo: str | None) -> list[Path]:
+    given = [image] if isinstance(image, str | os.PathLike) else list(image or [])
+    if not given:
+        return list(PHOTOGRAPHS) if repo == PHOTO_LLAVA else [SCENE]
+    paths = [existing_picture(path) for path in given]
+    for path in paths:
+        if not path.is_dir():
+            require_picture(path)
+    if len({path.name for path in paths}) < len(paths):
+        raise ValueError("two pictures have the same name: they could not be told apart")
+    return paths
+
+
+def _numbers_of_kept(panels: Sequence[Panel]) -> list[list[list[int]]]:
+    """Return per panel that dropped something, and per tile of it, the numbers of the patches that stay."""
+    pruned = [panel for panel in panels if any(tile.pruned for tile in panel.tiles)]
+    return [[tile.kept.flatten().nonzero()[:, 0].tolist() for tile in panel.tiles] for panel in pruned]
 
 
 def view_budgets(
@@ -440,6 +469,36 @@ def kept_patches_picture(
     return picture
 
 
+def kept_patches_grid(rows: Sequence[Sequence[Panel]], caption: str = "") -> Image.Image:
+    """Draw a row of panels for each photo; how much is kept stands above them, once where it is the same."""
+    drawn = [[_draw_panel(panel, _tile_width(row, GRID_WIDTH, GRID_LEAST)) for panel in row] for row in rows]
+    widths = [max(row[column].width for row in drawn) for column in range(len(drawn[0]))]
+    lefts = [GAP + sum(widths[:column]) + GAP * column for column in range(len(widths))]
+    labels = [[panel.title + _kept_of_all(panel.tiles) for panel in row] for row in rows]
+    shown = [texts if number == 0 or texts != labels[0] else [] for number, texts in enumerate(labels)]
+    lines = sum(map(bool, shown)) + 2  # with the legend and the caption
+    height = sum(max(image.height for image in row) + GAP for row in drawn) + LINE_HEIGHT * lines
+    picture = Image.new("RGB", (lefts[-1] + widths[-1] + GAP, height + 2 * GAP), BACKGROUND)
+    pen, font, top = ImageDraw.Draw(picture), ImageFont.load_default(TEXT_SIZE), GAP
+    for row, texts in zip(drawn, shown, strict=True):
+        for text, left, width in zip(texts, lefts, widths, strict=False):
+            pen.text((left + width // 2, top), text, fill=INK, font=font, anchor="ma")
+        top += LINE_HEIGHT * bool(texts)
+        for image, left in zip(row, lefts, strict=True):
+            picture.paste(image, (left, top))
+        top += max(image.height for image in row) + GAP
+    left = GAP
+    for text, colour in _legend([panel for row in rows for panel in row]).items():
+        left = _draw_entry(picture, left, top, text, colour) + COLUMN_GAP
+    _write(picture, [caption], GAP, top + LINE_HEIGHT)
+    return picture
+
+
+def _kept_of_all(tiles: Sequence[TileView]) -> str:
+    total, kept = sum(tile.kept.numel() for tile in tiles), sum(int(tile.kept.sum()) for tile in tiles)
+    return f"{kept} of {total} patches" if any(tile.pruned for tile in tiles) else f"all {kept} patches"
+
+
 def _texts(panels: Sequence[Panel], questions: Sequence[Question]) -> list[list[str]]:
     """The table under the panels: what each keeps, then a row per question."""
     rows = [["", *(panel.title + _kept_count(panel.tiles) for panel in panels)]]
@@ -472,9 +531,9 @@ def _colour(kind: str) -> tuple[int, int, int]:
     return COLOURS.get(_name(kind), BLUE)
 
 
-def _tile_width(panels: Sequence[Panel]) -> int:
+def _tile_width(panels: Sequence[Panel], shared: int = TILES_WIDTH, least: int = TILE_WIDTHS[0]) -> int:
     across = sum(1 + max(tile.column for tile in panel.tiles) for panel in panels)
-    return max(TILE_WIDTHS[0], min(TILE_WIDTHS[1], TILES_WIDTH // across))
+    return max(least, min(TILE_WIDTHS[1], shared // across))
 
 
 def _draw_panel(panel: Panel, tile_width: int) -> Image.Image:
@@ -514,24 +573,34 @@ def _draw_tile(tile: TileView, width: int) -> Image.Image:
 
 
 def _draw_legend(picture: Image.Image, panels: Sequence[Panel], caption: str) -> None:
-    """Write the caption and what the colours mean into the left column, as far as they occur."""
+    """Write the caption and what the colours mean into the left column."""
     lines = _wrap(caption, TEXT_WIDTH)
     _write(picture, lines, GAP, GAP)
+    for number, (text, colour) in enumerate(_legend(panels).items()):
+        _draw_entry(picture, GAP, 2 * GAP + LINE_HEIGHT * (len(lines) + number), text, colour)
+
+
+def _legend(panels: Sequence[Panel]) -> dict[str, tuple[int, int, int]]:
+    """Return what the colours mean, as far as they occur."""
     pruned = [tile for panel in panels for tile in panel.tiles if tile.pruned]
     entries = {kind: _colour(kind) for kind in _kinds_in(pruned) or ["kept"] * bool(pruned)}
     if any(tile.left is not None for tile in pruned):
         entries |= {"left within the encoder": GONE}
     if any(tile.merges for tile in pruned):
         entries |= {"folded into": MERGED}
-    top = GAP + LINE_HEIGHT * len(lines) + GAP
-    for text, colour in entries.items():
-        box = (GAP, top, GAP + TEXT_SIZE, top + TEXT_SIZE)
-        if colour == MERGED:
-            ImageDraw.Draw(picture).line(box, fill=colour, width=2)
-        else:
-            ImageDraw.Draw(picture).rectangle(box, outline=colour, width=4)
-        _write(picture, [text], GAP + TEXT_SIZE + GAP // 2, top)
-        top += LINE_HEIGHT
+    return entries
+
+
+def _draw_entry(picture: Image.Image, left: int, top: int, text: str, colour: tuple[int, int, int]) -> int:
+    """Draw a sample of a colour and what it means; return where that ends."""
+    box = (left, top, left + TEXT_SIZE, top + TEXT_SIZE)
+    if colour == MERGED:
+        ImageDraw.Draw(picture).line(box, fill=colour, width=2)
+    else:
+        ImageDraw.Draw(picture).rectangle(box, outline=colour, width=4)
+    left += TEXT_SIZE + GAP // 2
+    _write(picture, [text], left, top)
+    return left + int(ImageFont.load_default(TEXT_SIZE).getlength(text))
 
 
 def _write(picture: Image.Image, lines: Sequence[str], left: int, top: int) -> None:
@@ -558,5 +627,5 @@ def save_png(picture: Image.Image, out: str | os.PathLike[str]) -> Path:
     """Write a PNG that appears only when it is complete."""
     out = writable_file(out, *PNG)
     with replacing(out) as unfinished:
-        picture.save(unfinished, format="PNG")
+        picture.save(unfinished, format="PNG", optimize=True)
     return out

@@ -23,6 +23,13 @@ from vispruner import architecture_of
 COMPUTED_BUFFERS = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 # CLIP and SigLIP towers have lost this level; vLLM and older transformers read names only with it.
 TOWER_LEVEL = "vision_model"
+# DINOv2 towers have had their attention renamed; the names that the Hub has are read by older transformers, too.
+RENAMED = {
+    ".attention.q_proj.": ".attention.attention.query.",
+    ".attention.k_proj.": ".attention.attention.key.",
+    ".attention.v_proj.": ".attention.attention.value.",
+    ".attention.o_proj.": ".attention.output.dense.",
+}
 
 # What a model is made of many times, in the words of all models: `num_hidden_layers`, `n_layer`, `depth` ...
 COUNT_OF_PARTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?)|(encoder|decoder)_layers|depth")
@@ -42,13 +49,14 @@ class ModelLayout:
     shapes  published name -> shape
     tied    published names that may be left out of a checkpoint
     loaded  published name -> name in the state dict of this version of transformers
+    towers  beginning of the names of a part whose names have changed -> how, see `_change`
     """
 
     shapes: dict[str, tuple[int, ...]]
     tied: frozenset[str]
     loaded: dict[str, str]
     model: PreTrainedModel = field(repr=False)
-    towers: tuple[str, ...]
+    towers: dict[str, str]
 
     def published_names(self, names: Iterable[str]) -> dict[str, str]:
         """Return base name -> published name, without the buffers that are not published.
@@ -82,7 +90,7 @@ def model_layout(architecture: str, config: Mapping[str, Any]) -> ModelLayout:
     model_config = classes.config_class.from_dict(copy.deepcopy(dict(config)))
     with torch.device("meta"):
         model = classes.model_class(model_config)
-    towers = tuple(f"{name}." for name, module in model.named_modules() if _lost_a_level(module))
+    towers = {f"{name}.": change for name, module in model.named_modules() if (change := _change(module))}
     state = model.state_dict()
     loaded = {_published(name, towers): name for name in state if not name.endswith(COMPUTED_BUFFERS)}
     return ModelLayout(
@@ -148,17 +156,25 @@ def refuse_endless(config: Mapping[str, Any], tensors: int) -> None:
                 raise LayoutError(f"config.json asks for {name} {value}, and the weights are {tensors} tensors")
 
 
-def _lost_a_level(module: torch.nn.Module) -> bool:
+def _change(module: torch.nn.Module) -> str | None:
+    """Say how the names of a module's tensors differ from the Hub's: "level" or "attention"."""
     if not isinstance(module, PreTrainedModel):
-        return False
+        return None
     changes = get_checkpoint_conversion_mapping(type(module).__name__) or []
-    return any(isinstance(change, PrefixChange) and change.prefix_to_remove == TOWER_LEVEL for change in changes)
+    if any(isinstance(change, PrefixChange) and change.prefix_to_remove == TOWER_LEVEL for change in changes):
+        return "level"
+    sources = [source for change in changes for source in change.source_patterns]
+    return "attention" if "attention.attention.query" in sources else None
 
 
-def _published(loaded: str, towers: tuple[str, ...]) -> str:
-    for tower in towers:
-        if loaded.startswith(tower):
+def _published(loaded: str, towers: Mapping[str, str]) -> str:
+    for tower, change in towers.items():
+        if not loaded.startswith(tower):
+            continue
+        if change == "level":
             return f"{tower}{TOWER_LEVEL}.{loaded.removeprefix(tower).removeprefix(f'{TOWER_LEVEL}.')}"
+        for new, old in RENAMED.items():
+            loaded = loaded.replace(new, old)
     return loaded
 
 

@@ -15,14 +15,17 @@ from transformers import AutoProcessor, PreTrainedModel
 
 import vispruner
 
-from .base_checkpoint import refuse_unsafe
+from .base_checkpoint import refuse_unsafe, resolve_base
 from .checkpoint_io import has_weights, read_json, read_tensor_headers
 from .foreign_code import own_code_only
 from .published_layout import layout_facts, refuse_endless
-from .repo_config import hub_config_names
+from .repo_config import EMBEDDED_CONFIGS, EMBEDDED_PREFIX, TOY, hub_config_names, load_repo_config
 from .verify_worker import VIDEO_EXTRA, needs_video_packages
 
 SCENE = Path(__file__).parent / "assets" / "scene.png"
+# Photographs (assets/README.md), with the names that `embedded/photo-llava` learned for parts of them.
+PHOTOGRAPHS = {SCENE.with_name("chelsea.jpg"): "kitten", SCENE.with_name("astronaut.jpg"): "astronaut"}
+PHOTOGRAPHS[SCENE.with_name("coffee.jpg")] = None
 NEW_TOKENS = 16
 RIGHT, WRONG = "(right)", "(wrong)"
 Picture = Image.Image | Sequence[Image.Image]  # a photo, or the frames of a video
@@ -49,6 +52,21 @@ def questions_about(picture: Path | None, text: str | None = None) -> list[Quest
     if text is None:
         return known
     return [question for question in known if question.text == text] or [Question(text)]
+
+
+def photograph_questions(picture: Path) -> list[Question]:
+    """Return what `embedded/photo-llava` can be asked about a photograph of the package: it knows little else."""
+    name = PHOTOGRAPHS[picture]
+    asked = [Question("Which photograph is behind?", "photograph", name)] if name is not None else []
+    return [*asked, Question("Is the photograph tilted?", "tilt", "no")]
+
+
+def where_and_how(source: str | None) -> tuple[str, dict[str, Any]]:
+    """Return where a model lies, and, where that is embedded in the package (None: the toy), how it is pruned."""
+    name = TOY if source is None else source
+    if not name.startswith(EMBEDDED_PREFIX):
+        return name, {}
+    return str(resolve_base(name)), load_repo_config(EMBEDDED_CONFIGS[name]).vispruner_config
 
 
 def load_model(source: str, **options: Any) -> PreTrainedModel:

@@ -26,6 +26,8 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_PREFIX = "embedded/"
 DEMO_CONFIG = "tiny-llava-vispruner"
+TOY, PHOTO_LLAVA = "embedded/tiny-llava", "embedded/photo-llava"
+EMBEDDED_CONFIGS = {TOY: DEMO_CONFIG, PHOTO_LLAVA: "photo-llava-vispruner"}  # checkpoints, and how each is pruned
 
 FIELDS = (
     "repo_id",

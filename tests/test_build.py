@@ -361,7 +361,10 @@ def test_bin_files_are_downloaded_only_where_there_are_no_safetensors(
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("embedded/other", "embedded/other is not embedded in this package; embedded/tiny-llava is"),
+        (
+            "embedded/other",
+            "embedded/other is not embedded in this package; embedded/tiny-llava and embedded/photo-llava are",
+        ),
         ("./absent", "does not exist: give a checkpoint folder or a Hub id"),
         ("/absent/folder", "does not exist"),
         ("llava-hf/absent", "not in the local Hub cache.*give a checkpoint folder"),

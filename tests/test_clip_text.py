@@ -543,7 +543,7 @@ def test_a_pipeline_and_the_picture_read_the_question(built: Path, tmp_path: Pat
     answer = pipe(text=[{"role": "user", "content": content}], max_new_tokens=2, return_full_text=False)
     assert isinstance(answer[0]["generated_text"], str)
     photo.save(tmp_path / "photo.png")
-    out = show(tmp_path / "photo.png", str(built), tmp_path / "kept.png", question=ASK)
+    out, _ = show(tmp_path / "photo.png", str(built), tmp_path / "kept.png", question=ASK)
     assert Image.open(out).width > 100
 
 

