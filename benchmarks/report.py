@@ -1,4 +1,6 @@
-"""Write a page of test scenes on which the kept patches are drawn, with every answer marked right or wrong.
+"""Write a page of test pictures on which the kept patches are drawn, with every answer marked right or wrong.
+
+They are drawn scenes, or with --dataset photos photographs with things and words on them, asked of the real tower.
 
 One row per selector, one column per budget, one block per scene; above them, how many of these few questions each
 selector got right. The page is a single file without scripts and links: it opens offline. What is drawn is what
@@ -27,8 +29,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import (
     CODEBOOK,
+    CONFIG,
     DENSE,
     DOWNSAMPLE,
+    PHOTO_BUDGETS,
+    PHOTO_CONFIG,
+    PHOTOS,
     BenchmarkError,
     PublishedModel,
     Sample,
@@ -47,6 +53,7 @@ BUDGETS = (50.0, 25.0, 12.5, 6.0)
 RATIOS = (0.0, 0.5)
 SCENES = 6
 MOST_QUESTIONS = 20  # more than any scene has
+SMALL_IMAGE = 128  # whose pixels are part of what it shows
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,9 @@ class Cell:
     important: frozenset[int]
 
 
-def scene_samples(seed: int, scenes: int) -> list[list[Sample]]:
-    """Return the questions of the first scenes of a test set, scene by scene."""
-    asked = questions("scenes", seed, scenes * MOST_QUESTIONS)
+def scene_samples(seed: int, scenes: int, dataset: str = "scenes") -> list[list[Sample]]:
+    """Return the questions of the first scenes, or photographs, of a test set, one by one."""
+    asked = questions(dataset, seed, scenes * MOST_QUESTIONS)
     return [[sample for sample in asked if sample.picture == number] for number in range(scenes)]
 
 
@@ -138,9 +145,9 @@ ol { margin: 0; padding-left: 1.5rem; font-size: .82rem; }
 .key { display: inline-block; width: .8em; height: .8em; border: 3px solid; margin: 0 .3em 0 .8em; }
 .important { stroke: #E69F00; border-color: #E69F00; }
 .diverse { stroke: #0072B2; border-color: #0072B2; }
-svg .important, svg .diverse { fill: none; stroke-width: 1.2; shape-rendering: crispEdges; }
+svg .important, svg .diverse { fill: none; shape-rendering: crispEdges; }
 svg .dropped { fill: #fff; fill-opacity: .72; }
-svg image { image-rendering: pixelated; }
+svg .small { image-rendering: pixelated; }
 </style>
 </head>
 <body>
@@ -180,7 +187,7 @@ def _scene_block(samples: Sequence[Sample], cells: Sequence[Cell], grid: int) ->
     source = _data_uri(samples[0].image)
     symbol = (
         f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="scene {number}"><image id="scene{number}" '
-        f'href="{source}" width="{side}" height="{side}"/></svg>'
+        f'class="{"small" if side <= SMALL_IMAGE else "photo"}" href="{source}" width="{side}" height="{side}"/></svg>'
     )
     asked = "".join(f"<li>{html.escape(s.text)} <b>{html.escape(s.answer)}</b></li>" for s in samples)
     by_variant = {cell.variant: _cell(cell, samples, grid) for cell in cells}
@@ -224,7 +231,7 @@ def _overlay(cell: Cell, sample: Sample, grid: int) -> str:
         return f"<p>{size} x {size} pixels, {cell.variant.visual_token_num} tokens</p>"
     if len(cell.kept) == grid**2:
         return f"<p>{grid**2} tokens</p>"
-    step = side / grid
+    step, stroke = side / grid, side / 80
 
     def squares(patches: frozenset[int], inset: float) -> str:
         edge = step - 2 * inset
@@ -237,8 +244,8 @@ def _overlay(cell: Cell, sample: Sample, grid: int) -> str:
     return (
         f'<svg viewBox="0 0 {side} {side}" role="img" aria-label="{len(cell.kept)} kept patches of scene {number}">'
         f'<use href="#scene{number}"/><path class="dropped" d="{squares(dropped, 0)}"/>'
-        f'<path class="diverse" d="{squares(cell.kept - cell.important, 0.7)}"/>'
-        f'<path class="important" d="{squares(cell.kept & cell.important, 0.7)}"/></svg>'
+        f'<g stroke-width="{stroke:g}"><path class="diverse" d="{squares(cell.kept - cell.important, 0.6 * stroke)}"/>'
+        f'<path class="important" d="{squares(cell.kept & cell.important, 0.6 * stroke)}"/></g></svg>'
     )
 
 
@@ -252,26 +259,31 @@ def write_report(
     out: Path,
     repo: Path | None = None,
     selectors: Sequence[str] | None = None,
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] | None = None,
     seed: int = 0,
     scenes: int = SCENES,
+    dataset: str = "scenes",
 ) -> Path:
     """Answer the scenes and write the page.
 
-    repo       a built repo, a stock LLaVA checkpoint to build one from, or None for the embedded one
+    repo       a built repo, a stock LLaVA checkpoint to build one from, or None for the embedded one of the data set
     selectors  "downsample" and names that the repo registers; all of them by default
     """
     if scenes < 1 or seed < 0:
         raise BenchmarkError(f"--scenes must be at least 1 and --seed at least 0, got {scenes} and {seed}")
-    with published_repo(repo) as folder:
-        published = PublishedModel(folder, CODEBOOK if repo is None else None)
+    is_photos = dataset == PHOTOS
+    if budgets is None:
+        budgets = PHOTO_BUDGETS[1:] if is_photos else BUDGETS
+    with published_repo(repo, PHOTO_CONFIG if is_photos else CONFIG) as folder:
+        published = PublishedModel(folder, CODEBOOK if repo is None and not is_photos else None)
     rows = shown_variants(published, selectors, budgets)
-    samples = scene_samples(seed, scenes)
+    samples = scene_samples(seed, scenes, dataset)
     new_tokens = published.longest_answer(sample.answer for scene in samples for sample in scene)
     cells = [answer_scene(published, scene, rows, new_tokens) for scene in tqdm(samples, unit="scene")]
     about = (
-        f"{scenes} test scenes (seed {seed}), {sum(map(len, samples))} questions, budgets in percent of "
-        f"{published.visual_tokens} visual tokens. Too few to compare selectors: benchmarks/accuracy.py does that."
+        f"Of the test set of {dataset} with seed {seed}, {len(samples)} of the pictures and {sum(map(len, samples))} "
+        f"questions; budgets in percent of {published.visual_tokens} visual tokens. "
+        "Too few to compare selectors: benchmarks/accuracy.py does that."
     )
     text = page(samples, cells, published.grid, about)
     write_text(out, text)
@@ -292,9 +304,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--budgets",
         nargs="+",
         type=float,
-        default=BUDGETS,
         metavar="PERCENT",
-        help=f"visual tokens kept, in percent (default: {' '.join(f'{b:g}' for b in BUDGETS)})",
+        help=f"visual tokens kept, in percent (default: {' '.join(f'{b:g}' for b in BUDGETS)}; of photographs "
+        f"{' '.join(f'{b:g}' for b in PHOTO_BUDGETS[1:])})",
+    )
+    parser.add_argument(
+        "--dataset",
+        choices=("scenes", PHOTOS),
+        default="scenes",
+        help=f"what to show (default: %(default)s); {PHOTOS} needs vispruner[photo]",
     )
     parser.add_argument("--scenes", type=int, default=SCENES, metavar="N", help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="which test set (default: %(default)s)")
@@ -305,7 +323,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     torch.set_num_threads(2)
     try:
-        out = write_report(parsed.out, parsed.repo, parsed.selectors, parsed.budgets, parsed.seed, parsed.scenes)
+        out = write_report(
+            parsed.out, parsed.repo, parsed.selectors, parsed.budgets, parsed.seed, parsed.scenes, parsed.dataset
+        )
     except ValueError as error:  # BenchmarkError, BuildError and what the model refuses
         print(f"report.py: {error}", file=sys.stderr)
         return 2

@@ -119,15 +119,16 @@ def _add_demo(commands: Any) -> None:
         "  vispruner demo --image photo.jpg --visual-token-num 32 --out my-demo\n"
         "  vispruner demo --base path/to/llava-1.5-7b-hf --question 'What is the cat doing?'\n"
         "  vispruner demo --repo path/to/a/built/repo\n"
+        '  vispruner demo --base embedded/photo-llava              a real vision tower: pip install "vispruner[photo]"\n'
         "  vispruner demo --ui                                     in the browser: live patches, both answers\n"
-        "  vispruner demo --ui --repo Qwen/Qwen2.5-VL-3B-Instruct  any repo, built or stock"
+        "  vispruner demo --ui --repo Qwen/Qwen2.5-VL-3B-Instruct  any repo, built or stock, or embedded/photo-llava"
     )
     summary = "build a pruned repo, verify it, load it, answer questions, and show what fell"
     parser = _add_command(commands, "demo", summary, examples, _demo)
     parser.add_argument("--out", metavar="DIR", help="folder to write, default: vispruner-demo")
     parser.add_argument("--image", metavar="PATH", help="photo to ask about (default: the scene in the package)")
     parser.add_argument("--question", metavar="TEXT", help="ask only this (default: the questions of the scene)")
-    parser.add_argument("--base", metavar="ID_OR_PATH", help="build from this checkpoint, not from the embedded one")
+    parser.add_argument("--base", metavar="ID_OR_PATH", help="build from this checkpoint, not from the toy")
     parser.add_argument(
         "--repo",
         metavar="DIR",

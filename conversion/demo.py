@@ -1,6 +1,6 @@
 """The whole path on one picture: build a pruned repo, verify it, load it by the public API, ask, measure what fell.
 
-The embedded checkpoint is asked about the scene in assets/, whose true answers are known, any other about a photo.
+The embedded toy is asked about the scene in assets/, whose true answers are known, any other model about a photo.
 Every figure but the operations (`prefill_cost`) is read off the run: tokens and cache lengths from what `generate`
 returned, times from the model's own modules (the best of several runs, pruned and unpruned taking turns). The unpruned
 figures come from the same model with method="none".
@@ -34,8 +34,17 @@ from .built_folder import holds_a_build, verified_copy
 from .checkpoint_io import read_json, refuse_links, replacing
 from .picture import kept_patches_picture, open_photo, save_png, view_budgets
 from .prefill_cost import kv_cache_bytes, prefill_flops
-from .questions import NEW_TOKENS, SCENE, Question, is_right, judged, model_inputs, questions_about
-from .repo_config import DEMO_CONFIG, EMBEDDED_PREFIX, RepoConfig, load_repo_config
+from .questions import (
+    NEW_TOKENS,
+    SCENE,
+    Question,
+    is_right,
+    judged,
+    model_inputs,
+    photograph_questions,
+    questions_about,
+)
+from .repo_config import DEMO_CONFIG, EMBEDDED_CONFIGS, PHOTO_LLAVA, TOY, RepoConfig, load_repo_config
 from .verify import Report, verify_repo
 
 SAMPLE_PHOTO = Path(__file__).parent / "assets" / "chelsea.jpg"
@@ -102,12 +111,15 @@ def run_demo(
         if visual_token_num is not None:
             pipe.model.set_vispruner_config(visual_token_num=visual_token_num)
         options = pipe.model.config.vispruner_config
-        embedded = str(options["base_model_name_or_path"]).startswith(EMBEDDED_PREFIX)
-        path = Path(image) if image is not None else SCENE if embedded else SAMPLE_PHOTO
+        made_of = options["base_model_name_or_path"]
+        is_toy = made_of == TOY
+        path = Path(image) if image is not None else SCENE if is_toy else SAMPLE_PHOTO
         photo = open_photo(path) if given is None else given
         questions = questions_about(path, question) or [Question(QUESTION)]
+        if made_of == PHOTO_LLAVA and image is None and question is None:
+            questions = photograph_questions(path)
         print("Answering, pruned and unpruned ...", flush=True)
-        with torch_threads(1 if embedded else torch.get_num_threads()):
+        with torch_threads(1 if is_toy else torch.get_num_threads()):
             unpruned, pruned = measure(pipe, photo, questions[0].text)
             require_pruning(unpruned, pruned)
             answers, picture = _answer_and_draw(pipe, photo, path.name, questions)
@@ -124,15 +136,20 @@ def run_demo(
         print(report(unpruned, pruned))
         print(answer_report(answers))
         print(f"\nThe kept patches are drawn in {folder / PICTURE}; the figures are in {folder / RESULTS}.")
-        if embedded:
+        if made_of in LIMITS:
             parameters = sum(parameter.numel() for parameter in pipe.model.parameters())
-            print(TOY.format(millions=parameters / 1e6))
+            print(LIMITS[made_of].format(millions=parameters / 1e6))
     return results
 
 
-TOY = """\
+LIMITS = {
+    TOY: """\
 The embedded model is a toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else.
-One scene is no measure of its accuracy, and its times say little about a real model."""
+One scene is no measure of its accuracy, and its times say little about a real model.""",
+    PHOTO_LLAVA: """\
+The vision tower is a real one; the language model behind it knows drawn things on photographs, and little else.
+What is kept are things: which photograph is behind them is among what VisPruner loses first (docs/evidence.md).""",
+}
 
 
 def _answer_and_draw(
@@ -150,11 +167,11 @@ def _answer_and_draw(
 
 
 def _repo_config(base: str | None, visual_token_num: int | None) -> RepoConfig:
-    config = load_repo_config(DEMO_CONFIG)
+    config = load_repo_config(EMBEDDED_CONFIGS.get(base or TOY, DEMO_CONFIG))
     if visual_token_num is not None:
         options = merge_vispruner_config(config.vispruner_config, {"visual_token_num": visual_token_num})
         config = dataclasses.replace(config, vispruner_config=options)
-    if base is not None:
+    if base is not None and base not in EMBEDDED_CONFIGS:
         model_type = read_json(resolve_base(base) / "config.json").get("model_type", "")
         vispruner.architecture_of(model_type)
         repo_id = f"someone/{Path(base).name}-vispruner"

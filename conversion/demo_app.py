@@ -24,14 +24,23 @@ from transformers import PreTrainedModel
 from vispruner.selectors import SELECTORS
 from vispruner.stock_versions import CACHE
 
-from .base_checkpoint import find_base, resolve_base
+from .base_checkpoint import find_base
 from .checkpoint_io import read_json
-from .demo import SAMPLE_PHOTO, torch_threads
+from .demo import torch_threads
 from .drawn_scenes import draw_scene
 from .methods import all_methods
 from .picture import kept_patches_picture, open_photo, view_choice
-from .questions import SCENE, load_model, load_processor, model_inputs, scene_questions
-from .repo_config import DEMO_CONFIG, is_hub_id, load_repo_config
+from .questions import (
+    PHOTOGRAPHS,
+    SCENE,
+    load_model,
+    load_processor,
+    model_inputs,
+    photograph_questions,
+    scene_questions,
+    where_and_how,
+)
+from .repo_config import PHOTO_LLAVA, TOY, is_hub_id
 
 NEEDS_UI = 'the page needs Gradio: pip install "vispruner[ui]"'
 ANSWER_TOKENS = 64
@@ -44,7 +53,11 @@ ABOUT = """\
 # {name}: which patches stay
 {note}The slider says which share of a picture's visual tokens the language model still reads, and the picture shows
 which. *Stock* is the same model with all of them."""
-TOY = "A toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else, photographs included. "
+NOTES = {
+    TOY: "A toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else, photographs included. ",
+    PHOTO_LLAVA: "Its vision tower is a real one; the language model behind it knows drawn things on photographs, and "
+    "little else. ",
+}
 
 
 @dataclass(frozen=True)
@@ -64,19 +77,18 @@ class Session:
 
     def __init__(self, repo: str | None, visual_token_num: int | None = None) -> None:
         options: dict[str, Any] = {} if visual_token_num is None else {"visual_token_num": visual_token_num}
-        self.is_toy = repo is None
-        source = repo
-        if source is None:
-            config = load_repo_config(DEMO_CONFIG)
-            source, options = str(resolve_base(config.base_model)), {**config.vispruner_config, **options}
-        elif not options and not _stores_a_budget(source):
+        source, stored = where_and_how(repo)
+        options = {**stored, **options}
+        if not options and not _stores_a_budget(source):
             options = {"keep_ratio": DEFAULT_RATIO}
-        self.name = "The embedded toy" if repo is None else Path(repo).name
+        self.name = "The embedded toy" if repo in (None, TOY) else Path(str(repo)).name
         self.processor = load_processor(source)
         self.model: PreTrainedModel = load_model(source, **options)
         if torch.cuda.is_available():
             self.model.to("cuda")
         self.stored = self.model.config.vispruner_config
+        self.made_of = (repo or TOY) if stored else self.stored["base_model_name_or_path"]
+        self.is_toy = self.made_of == TOY
         self._lock, self._is_warm = threading.Lock(), False
         self._folder = tempfile.TemporaryDirectory(prefix="vispruner-demo-")  # of the drawn scenes
 
@@ -107,14 +119,16 @@ class Session:
         return min(100.0, max(0.1, round(100 * (ratio or DEFAULT_RATIO), 1)))
 
     def examples(self) -> list[tuple[str, str]]:
-        """Return pictures with a question each: scenes for the toy, which knows nothing else, else a photo first."""
+        """Return pictures with a question each: scenes first for the toy, which knows nothing else, else photographs."""
         scenes = [(str(SCENE), scene_questions()[0].text)]
         for number in range(DRAWN_SCENES):
             scene, path = draw_scene(0, number, side=384), Path(self._folder.name) / f"scene-{number}.png"
             scene.picture.save(path)
             scenes.append((str(path), scene.questions[0]))
-        photo = (str(SAMPLE_PHOTO), PHOTO_QUESTION)
-        return [*scenes, photo] if self.is_toy else [photo, *scenes]
+        if self.made_of == PHOTO_LLAVA:
+            return [(str(path), photograph_questions(path)[0].text) for path in PHOTOGRAPHS]
+        photographs = [(str(path), PHOTO_QUESTION) for path in PHOTOGRAPHS]
+        return [*scenes, *photographs] if self.is_toy else [*photographs, *scenes]
 
     def draw(self, path: str | None, question: str, percent: float, method: str) -> Image.Image | None:
         """Return the picture with the patches that stay of it; None without a picture."""
@@ -293,7 +307,7 @@ def _page(gradio: Any, session: Session, examples: list[tuple[str, str]]) -> Any
         return nothing
 
     millions = sum(parameter.numel() for parameter in session.model.parameters()) / 1e6
-    note = TOY.format(millions=millions) if session.is_toy else ""
+    note = NOTES.get(session.made_of, "").format(millions=millions)
     with gradio.Blocks(title=f"vispruner: {session.name}", analytics_enabled=False) as app:
         gradio.Markdown(ABOUT.format(name=session.name, note=note))
         with gradio.Row():

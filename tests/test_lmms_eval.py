@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -26,6 +28,8 @@ except importlib.metadata.PackageNotFoundError:
 
 # Appended, not inserted: a folder in it is called lmms_eval like the package.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from datasets import Dataset
+from photos import generate_photo
 from scenes import Question, generate_scene
 
 ROOT = Path(__file__).parent.parent
@@ -87,9 +91,15 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lmms_run(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, list[dict]]:
     """Run the README's command on the first questions; return what was noted, its results and its samples."""
-    work = tmp_path_factory.mktemp("lmms-run")
-    words = [word.replace("pretrained=tiny-llava-vispruner,", f"pretrained={repo},") for word in readme_command()]
-    words += ["--limit", str(QUESTIONS), "--output_path", str(work / "out"), "--log_samples"]
+    return evaluated(repo, "vispruner_scenes", QUESTIONS, tmp_path_factory.mktemp("lmms-run"))
+
+
+def evaluated(repo: Path, task: str, limit: int, work: Path) -> tuple[dict, dict, list[dict]]:
+    changed = {"vispruner_scenes": task, "pretrained=tiny-llava-vispruner,": f"pretrained={repo},"}
+    words = readme_command()
+    for before, after in changed.items():
+        words = [word.replace(before, after) for word in words]
+    words += ["--limit", str(limit), "--output_path", str(work / "out"), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "huggingface")}
     done = subprocess.run(
         [sys.executable, "-c", WATCHED, str(work / "notes.json"), *words],
@@ -117,10 +127,14 @@ def asked() -> list[tuple[Image.Image, Question]]:
 @pytest.fixture(scope="module")
 def transformers_run(repo: Path, asked: list[tuple[Image.Image, Question]]) -> tuple[list[str], list[int]]:
     """Return the answers of the published repo, and the length of every batch's prompt before pruning."""
+    return answered_by_transformers(repo, asked)
+
+
+def answered_by_transformers(repo: Path, asked: list[tuple[Image.Image, Question]]) -> tuple[list[str], list[int]]:
     processor = AutoProcessor.from_pretrained(repo)
     model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
     answers, lengths = [], []
-    for start in range(0, QUESTIONS, BATCH):
+    for start in range(0, len(asked), BATCH):
         batch = asked[start : start + BATCH]
         texts = [f"USER: <image>\n{question.text} ASSISTANT:" for _, question in batch]
         inputs = processor(images=[image for image, _ in batch], text=texts, padding=True, return_tensors="pt")
@@ -156,3 +170,39 @@ def test_lmms_eval_ran_the_pruned_model(
     _, lengths = transformers_run
     assert notes["models"] == [["transformers_modules", "VisPrunerLlavaForConditionalGeneration", "torch.float32"]]
     assert notes["prefills"] == [length - FULL + KEPT for length in lengths]
+
+
+@pytest.mark.photo
+@pytest.mark.parametrize("dataset", ["scenes", "photos"])
+def test_the_task_asks_what_accuracy_asks(dataset: str) -> None:
+    spec = importlib.util.spec_from_file_location("generated_task", TASK / "generated_task.py")
+    task = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(task)
+    chosen = json.loads((TASK / f"{dataset}.json").read_text())
+    assert (chosen["dataset"], chosen["split"], chosen["seed"]) == (dataset, "test", 0)
+    asked = task.questions(Dataset.from_list([{**chosen, "questions": 40}]))
+    expected = importlib.import_module("accuracy").questions(dataset, 0, 40)
+    assert [(row["question"], row["answer"]) for row in asked] == [(sample.text, sample.answer) for sample in expected]
+    assert [task.picture(row)[0].tobytes() for row in asked] == [sample.image.tobytes() for sample in expected]
+
+
+@pytest.mark.slow
+@pytest.mark.photo
+def test_lmms_eval_asks_a_real_tower_about_photographs(tmp_path: Path) -> None:
+    """The recorded run asked as many questions as the task; the first 24 are enough to see that they are the same."""
+    count, kept = 24, 64
+    record = json.loads((ROOT / "benchmarks" / "results" / "photos-seed0.json").read_text())
+    assert record["questions"] == json.loads((TASK / "photos.json").read_text())["questions"]
+    repo = build_repo("photo-llava-vispruner", tmp_path / "repo", show_progress=False)
+    notes, results, samples = evaluated(repo, "vispruner_photos", count, tmp_path)
+    photos = (generate_photo("test", 0, index) for index in range(count))
+    asked = [(photo.image, question) for photo in photos for question in photo.questions][:count]
+    answers, lengths = answered_by_transformers(repo, asked)
+    by_question = sorted(samples, key=lambda sample: sample["doc_id"])
+    assert [sample["input"] for sample in by_question] == [question.text for _, question in asked]
+    assert [sample["filtered_resps"].strip() for sample in by_question] == [answer.strip() for answer in answers]
+    right = sum(answer.strip() == question.answer for answer, (_, question) in zip(answers, asked, strict=True))
+    assert 0 < right < count
+    assert results["results"]["vispruner_photos"]["accuracy,none"] == pytest.approx(right / count, abs=1e-12)
+    assert notes["models"] == [["transformers_modules", "VisPrunerLlavaForConditionalGeneration", "torch.float32"]]
+    assert notes["prefills"] == [length - record["full_visual_tokens"] + kept for length in lengths]

@@ -122,3 +122,18 @@ def test_what_cannot_be_shown_is_refused_and_writes_nothing(
     assert report.main([str(tmp_path / "r.html"), *arguments]) == 2
     assert named in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.photo
+def test_photographs_are_shown_through_the_real_tower(report: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "photos.html"
+    options = ["--dataset", "photos", "--selectors", "vispruner", "downsample", "--budgets", "11.11", "--scenes", "1"]
+    assert report.main([str(out), *options]) == 0
+    text = out.read_text()
+    (samples,) = report.scene_samples(seed=0, scenes=1, dataset="photos")
+    answers = [attrs for _, attrs in Elements(text).found if attrs.get("class") in ("right", "wrong")]
+    assert len(answers) == 4 * len(samples)  # dense, vispruner at two ratios, the smaller picture
+    assert re.findall(r'aria-label="(\d+) kept patches', text) == ["64", "64"] and "112 x 112 pixels" in text
+    assert [attrs["class"] for tag, attrs in Elements(text).found if tag == "image"] == ["photo"]
+    assert "Of the test set of photos with seed 0, 1 of the pictures" in text and "of 576 visual tokens" in text
