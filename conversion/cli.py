@@ -119,7 +119,7 @@ def _add_demo(commands: Any) -> None:
         "  vispruner demo --image photo.jpg --visual-token-num 32 --out my-demo\n"
         "  vispruner demo --base path/to/llava-1.5-7b-hf --question 'What is the cat doing?'\n"
         "  vispruner demo --repo path/to/a/built/repo\n"
-        '  vispruner demo --base embedded/photo-llava              a real vision tower: pip install "vispruner[photo]"\n'
+        "  vispruner demo --base embedded/photo-llava              on a real tower; needs vispruner[photo]\n"
         "  vispruner demo --ui                                     in the browser: live patches, both answers\n"
         "  vispruner demo --ui --repo Qwen/Qwen2.5-VL-3B-Instruct  any repo, built or stock, or embedded/photo-llava"
     )

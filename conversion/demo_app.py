@@ -54,7 +54,7 @@ ABOUT = """\
 {note}The slider says which share of a picture's visual tokens the language model still reads, and the picture shows
 which. *Stock* is the same model with all of them."""
 NOTES = {
-    TOY: "A toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else, photographs included. ",
+    TOY: "A toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else, not even photographs. ",
     PHOTO_LLAVA: "Its vision tower is a real one; the language model behind it knows drawn things on photographs, and "
     "little else. ",
 }
@@ -119,7 +119,7 @@ class Session:
         return min(100.0, max(0.1, round(100 * (ratio or DEFAULT_RATIO), 1)))
 
     def examples(self) -> list[tuple[str, str]]:
-        """Return pictures with a question each: scenes first for the toy, which knows nothing else, else photographs."""
+        """Return pictures with a question each: scenes first for the toy, which knows nothing else."""
         scenes = [(str(SCENE), scene_questions()[0].text)]
         for number in range(DRAWN_SCENES):
             scene, path = draw_scene(0, number, side=384), Path(self._folder.name) / f"scene-{number}.png"

@@ -15,7 +15,10 @@ from safetensors import safe_open
 from vispruner.conversion import cli, photo_tower
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.checkpoint_io import CheckpointError
+from vispruner.conversion.demo import run_demo
+from vispruner.conversion.demo_app import Session
 from vispruner.conversion.model_card import model_card
+from vispruner.conversion.picture import ORANGE, show
 from vispruner.conversion.questions import PHOTOGRAPHS
 from vispruner.conversion.repo_config import RESULTS, load_repo_config
 from vispruner.conversion.verify import verify_repo
@@ -125,3 +128,52 @@ def test_the_recorded_command_draws_the_recorded_picture(
         assert before.size == now.size
         difference = ImageChops.difference(before.convert("RGB"), now.convert("RGB")).convert("L")
     assert sum(difference.histogram()[64:]) < 0.01 * difference.width * difference.height
+
+
+@pytest.mark.slow
+@pytest.mark.photo
+def test_the_demo_builds_it_and_asks_about_a_photograph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = run_demo(tmp_path / "demo", base="embedded/photo-llava")
+    counts = [results[name]["visual_tokens"] for name in ("unpruned", "pruned")]
+    caches = [results[name]["kv_tokens"] for name in ("unpruned", "pruned")]
+    assert counts == [576, 64] and caches[0] - caches[1] == 512
+    assert results["picture"] == "chelsea.jpg"
+    assert [answer["question"]["answer"] for answer in results["answers"]] == ["kitten", "no"]
+    assert results["answers"][0]["unpruned"] == "kitten"
+    assert "The vision tower is a real one" in capsys.readouterr().out
+
+
+@pytest.mark.photo
+def test_the_page_has_the_photographs_as_examples(repo: Path) -> None:
+    """Built or not, and without a network; what stays of them is drawn."""
+    for source in ("embedded/photo-llava", str(repo)):
+        session = Session(source)
+        assert not session.is_toy and session.stored["visual_token_num"] == 64
+        assert session.percent() == pytest.approx(100 * 64 / 576, abs=0.1)
+        assert [Path(path).name for path, _ in session.examples()] == [path.name for path in PHOTOGRAPHS]
+    picture, question = session.examples()[0]
+    assert question == "Which photograph is behind?"
+    drawn = session.draw(picture, question, session.percent(), "vispruner")
+    assert drawn is not None and ORANGE in {color for _, color in drawn.getcolors(2**24) or []}
+
+
+def test_every_page_offers_photographs_and_the_toy_s_begins_with_scenes() -> None:
+    names = [Path(path).name for path, _ in Session(None).examples()]
+    assert names[0] == "scene.png" and set(names) >= {path.name for path in PHOTOGRAPHS}
+
+
+def test_several_photos_have_a_row_each_and_their_names_must_differ(tmp_path: Path) -> None:
+    cat, astronaut, _ = PHOTOGRAPHS
+    out, kept = show([cat, astronaut], None, tmp_path / "kept.png", budgets=[36, 9])
+    assert {name: [len(tiles[0]) for tiles in panels] for name, panels in kept.items()} == {
+        "chelsea.jpg": [36, 9],
+        "astronaut.jpg": [36, 9],
+    }
+    _, kept_alone = show(cat, None, tmp_path / "alone.png", budgets=[36, 9])
+    assert kept_alone["chelsea.jpg"] == kept["chelsea.jpg"]
+    with Image.open(out) as picture:
+        assert picture.height > 2 * picture.width / 3, "two rows of three"
+    with pytest.raises(ValueError, match="two pictures have the same name"):
+        show([cat, cat], None, tmp_path / "kept.png")
+    with pytest.raises(ValueError, match="--question is answered under one picture, and these are 2"):
+        show([cat, astronaut], None, tmp_path / "kept.png", question="What is it?")
