@@ -256,6 +256,44 @@ def test_no_position_is_beyond_what_the_language_model_can_rotate(
     assert max(seen) == 6
 
 
+def test_tokens_stand_where_they_do_in_transformers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the prompt and of the answer. Tiny models hardly heed height and width, so answers would not tell."""
+    if engine.name not in MROPE:
+        pytest.skip("its tokens are numbered one by one")
+    inner, served = engine.model.language_model.model, []
+    forward = inner.forward
+
+    def look(*given: Any, **named: Any) -> Any:
+        served.append((named["positions"] if "positions" in named else given[1]).clone())
+        return forward(*given, **named)
+
+    monkeypatch.setattr(inner, "forward", look)
+    for visual in ([PICTURES[1]], [PICTURES[2]], PICTURES[:2], VIDEO):
+        engine.llm.reset_prefix_cache()
+        served.clear()
+        if visual is VIDEO:
+            engine.ask([], VIDEO)
+            inputs = engine.inputs(VIDEO)
+        else:
+            engine.ask(visual)
+            inputs = engine.inputs(tuple(visual))
+        expected = positions_in_transformers(engine.pruned, inputs)
+        assert torch.cat(served, dim=1).tolist() == expected.tolist()
+
+
+def positions_in_transformers(model: Any, inputs: Any) -> torch.Tensor:
+    """Return time, height and width (3, tokens) of the prompt that stays and of its answer, but for the last token."""
+    seen: list[torch.Tensor] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, given, named: seen.append(named["position_ids"][-3:, 0].clone()), with_kwargs=True
+    )
+    try:
+        model.generate(**inputs, do_sample=False, eos_token_id=None, max_new_tokens=NEW)
+    finally:
+        hook.remove()
+    return torch.cat(seen, dim=1)
+
+
 def test_every_method_keeps_what_it_keeps_in_transformers(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
