@@ -54,7 +54,7 @@ ABOUT = """\
 {note}The slider says which share of a picture's visual tokens the language model still reads, and the picture shows
 which. *Stock* is the same model with all of them."""
 NOTES = {
-    TOY: "A toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else, not even photographs. ",
+    TOY: "A toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing but those. ",
     PHOTO_LLAVA: "Its vision tower is a real one; the language model behind it knows drawn things on photographs, and "
     "little else. ",
 }

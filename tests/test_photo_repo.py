@@ -79,6 +79,9 @@ def test_the_card_has_the_picture_first_then_the_curves_of_photographs() -> None
         rows = {(r["selector"], r["important_ratio"], r["visual_token_num"]): r for r in unstaged}
         own, blind = rows["vispruner", 0.5, 64], rows["no-image", None, 0]
         assert f"**{100 * own['accuracy']:.1f} ± " in card
+        for row in unstaged:
+            if 0 < row["visual_token_num"] < 576 and row["important_ratio"] in (None, 0.0, 0.5):
+                assert f"{100 * row['accuracy']:.1f} ± {50 * (row['ci95'][1] - row['ci95'][0]):.1f}" in card
         assert f"value: {own['accuracy']}" in card
         assert f"without the picture {100 * blind['accuracy']:.1f} ± " in card
     assert f"Drawn on {recorded()['date']} by `{recorded()['command']}`" in card

@@ -75,6 +75,7 @@ def test_the_shipped_configs_cover_every_architecture_and_one_base_without_netwo
     repos = [load_repo_config(name) for name in hub_config_names()]
     assert {repo.architecture for repo in repos} == set(ARCHITECTURES)
     assert [repo.repo_id for repo in repos if repo.base_model.startswith("embedded/")] == [
+        "someone/photo-llava-vispruner",
         "someone/tiny-llava-divprune",
         "someone/tiny-llava-fastv",
         "someone/tiny-llava-vispruner",
