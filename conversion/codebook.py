@@ -27,11 +27,9 @@ from vispruner.codebook_file import KEY, CodebookError
 from vispruner.related_selectors import select_scope
 from vispruner.selector_registry import Selection
 
-from .base_checkpoint import resolve_base
 from .checkpoint_io import replacing, writable_file
 from .picture import existing_picture, open_photo, require_picture
-from .questions import load_model, load_processor
-from .repo_config import load_repo_config
+from .questions import load_model, load_processor, where_and_how
 
 CODEBOOK = ([".safetensors"], "a codebook")
 EMBEDDED = "tiny-llava-vispruner"
@@ -56,7 +54,7 @@ def write_codebook(
     files = list(chain.from_iterable(_picture_files(image) for image in images))
     for file in files:
         require_picture(file)
-    source = str(resolve_base(load_repo_config(EMBEDDED).base_model)) if repo is None else repo
+    source, _ = where_and_how(repo)
     model = load_model(source, method="cls_attention", visual_token_num=1)
     photos = tqdm((open_photo(file) for file in files), total=len(files), desc="encoding", unit="picture")
     codebook = build_codebook(model, load_processor(source), photos, prototypes)

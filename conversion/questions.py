@@ -24,8 +24,11 @@ from .verify_worker import VIDEO_EXTRA, needs_video_packages
 
 SCENE = Path(__file__).parent / "assets" / "scene.png"
 # Photographs (assets/README.md), with the names that `embedded/photo-llava` learned for parts of them.
-PHOTOGRAPHS = {SCENE.with_name("chelsea.jpg"): "kitten", SCENE.with_name("astronaut.jpg"): "astronaut"}
-PHOTOGRAPHS[SCENE.with_name("coffee.jpg")] = None
+PHOTOGRAPHS: dict[Path, str | None] = {
+    SCENE.with_name("chelsea.jpg"): "kitten",
+    SCENE.with_name("astronaut.jpg"): "astronaut",
+    SCENE.with_name("coffee.jpg"): None,
+}
 NEW_TOKENS = 16
 RIGHT, WRONG = "(right)", "(wrong)"
 Picture = Image.Image | Sequence[Image.Image]  # a photo, or the frames of a video
