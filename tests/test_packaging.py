@@ -224,14 +224,27 @@ def test_the_package_brings_its_configs_its_pictures_and_its_checkpoint() -> Non
     assert Path(conversion.__file__).parent.parent / "hub_configs" == HUB_CONFIGS
     folder = Path(conversion.__file__).parent / "assets"
     assets = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    checkpoint = {f"tiny-llava/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
-    assert {"chelsea.jpg", "scene.png", "scene.json", "README.md", *checkpoint} <= assets
+    files = ("config.json", "model.safetensors", "tokenizer.json")
+    checkpoint = {f"{model}/{name}" for model in ("tiny-llava", "photo-llava") for name in files}
+    package_data = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[tool.setuptools.package-data]")[2]
+    assert all(f'"{model}/*"' in package_data for model in ("tiny-llava", "photo-llava"))
+    assert {
+        "chelsea.jpg",
+        "astronaut.jpg",
+        "coffee.jpg",
+        "scene.png",
+        "scene.json",
+        "README.md",
+        *checkpoint,
+    } <= assets
 
 
 def test_the_sample_photo_is_small_and_its_licence_is_stated() -> None:
     assets = ROOT / "conversion" / "assets"
-    assert (assets / "chelsea.jpg").stat().st_size < 150_000
-    assert "CC0" in (assets / "README.md").read_text(encoding="utf-8")
+    about = (assets / "README.md").read_text(encoding="utf-8")
+    for name in ("chelsea.jpg", "astronaut.jpg", "coffee.jpg"):
+        assert (assets / name).stat().st_size < 150_000 and f"`{name}`" in about
+    assert about.count("CC0 1.0") == 2 and "in the public domain" in about
 
 
 def test_the_version_is_one() -> None:
