@@ -155,7 +155,13 @@ class Ceiling:
 
 
 def ceiling(base: Any) -> Ceiling:
-    """Return what a base model can gain at most under its own budget; it may be on the meta device."""
+    """Return what a base model can gain at most under its own budget; it may be on the meta device.
+
+    What leaves before the encoder for its pixels is not counted: only a picture says how much.
+    """
+    if base.vispruner_options.pixel_tolerance is not None:
+        with base.call_with({"encoder_stage": None}):
+            return ceiling(base)
     config, inputs = base.config, example_inputs(base)
     full, kept = map(sum, counts := _token_counts(base, inputs))
     held = [kept] * base.depth

@@ -58,11 +58,11 @@ def choose_each(
     budgets    how many each keeps
     choose_of  what chooses so many from images of one size
     """
-    groups: dict[tuple[int, tuple[int, int] | None, int], list[int]] = {}
+    groups: dict[tuple[int, tuple[int, int] | None, int | None, int], list[int]] = {}
     for number, (image, budget) in enumerate(zip(images, budgets, strict=True)):
-        groups.setdefault((image.features.shape[1], image.grid, budget), []).append(number)
+        groups.setdefault((image.features.shape[1], image.grid, image.left, budget), []).append(number)
     kept: dict[int, Selection] = {}
-    for (_, _, budget), numbers in groups.items():
+    for (*_, budget), numbers in groups.items():
         chosen = choose_of(stacked([images[number] for number in numbers]), budget)
         kept |= dict(zip(numbers, chosen.of_each(), strict=True))
     return [kept[number] for number in range(len(images))]

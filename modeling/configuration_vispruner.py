@@ -34,7 +34,10 @@ class VisPrunerOptions:
                       an image, hence the paper's 8 up to 2,047
     attention_layer   encoder layer that attention is read from; null is the layer that produces the features
     encoder_stage     {"layer": k, "keep_ratio": q}: after encoder layer k, counted from 0, all but the part q of the
-                      patches that were attended most leave, and the method chooses among the rest; null for none
+                      patches that were attended most leave, and the method chooses among the rest; null for none.
+                      Or {"pixel_tolerance": t}, Qwen-VL only: before the first layer the blocks of patches leave of
+                      which no pixel is further than t (in units of `pixel_values`; 0: bit for bit) from what a
+                      neighbour foretells. How many stay then depends on the picture: the budget is the most
     position_policy   null or "renumber": the shorter sequence is numbered anew; "original": kept tokens keep the
                       position they had in the full prompt
     tile_mode         LLaVA-NeXT only: "paper" or "native" packing of the kept tokens
@@ -139,13 +142,24 @@ class VisPrunerOptions:
 
     def _check_encoder_stage(self) -> None:
         stage = self.encoder_stage
-        has_keys = stage is None or (isinstance(stage, dict) and stage.keys() == {"layer", "keep_ratio"})
-        _require(has_keys, "encoder_stage", 'null or {"layer": k, "keep_ratio": q}', stage)
+        forms = ({"layer", "keep_ratio"}, {"pixel_tolerance"})
+        has_keys = stage is None or (isinstance(stage, dict) and stage.keys() in forms)
+        _require(has_keys, "encoder_stage", 'null, {"layer": k, "keep_ratio": q} or {"pixel_tolerance": t}', stage)
         if stage is None:
+            return
+        if "pixel_tolerance" in stage:
+            tolerance = stage["pixel_tolerance"]
+            is_distance = _is_number(tolerance) and 0 <= tolerance < math.inf
+            _require(is_distance, "encoder_stage.pixel_tolerance", "a number from 0 on", tolerance)
             return
         layer, ratio = stage["layer"], stage["keep_ratio"]
         _require(_is_int(layer) and layer >= 0, "encoder_stage.layer", "an encoder layer index, from 0 on", layer)
         _require(_is_number(ratio) and 0 < ratio < 1, "encoder_stage.keep_ratio", "a number between 0 and 1", ratio)
+
+    @property
+    def pixel_tolerance(self) -> float | None:
+        """How far pixels may be from foretold ones for their block not to be encoded; None where all blocks are."""
+        return (self.encoder_stage or {}).get("pixel_tolerance")
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 
 class EncoderStage:
-    """After one layer of an encoder the patches leave that were attended least; how many stay is known beforehand.
+    """After one layer of an encoder, or before the first, some of the patches leave.
 
     layers       all layers of the encoder, each called with (B, rows, C), or (rows, C) where it packs images
-    after        the number of the layer after which they leave
-    ranked_by    what a tap is to read for it, of that layer or one before
-    choose       the saliency (B, N) of patches to those that remain (B, N), as many of each as the others
+    after        the number of the layer after which they leave; -1 for before all
+    ranked_by    what a tap is to read for it, of that layer or one before; None for nothing
+    choose       what was read of the patches (B, N) to those that remain (B, N), as many of each as the others
     count        how many of the N patches of each row remain
     registers    tokens between [CLS] and the patches
     has_cls      whether token 0 is [CLS]
@@ -30,7 +30,7 @@ class EncoderStage:
         layers: Sequence[nn.Module],
         after: int,
         ranked_by: Any,
-        choose: Callable[[torch.Tensor], torch.Tensor],
+        choose: Callable[[Any], torch.Tensor],
         count: int,
         registers: int = 0,
         has_cls: bool = False,
@@ -61,7 +61,7 @@ class EncoderStage:
             if kwargs is None or not is_open():
                 return None
             if self.remain is None:
-                self._decide(saliency()[:, self._registers :])
+                self._decide(None if self.ranked_by is None else saliency()[:, self._registers :])
             return self._cut(args, kwargs, is_first=layer is self._layers[self.after + 1])
 
         def restore(module: nn.Module, args: tuple) -> Any:
@@ -80,7 +80,7 @@ class EncoderStage:
                 "one, as it does not when it is compiled: set encoder_stage to null, or do not compile the encoder"
             )
 
-    def _decide(self, saliency: torch.Tensor) -> None:
+    def _decide(self, saliency: torch.Tensor | None) -> None:
         self.remain = self._choose(saliency)
         self._patches = (~self.remain).int().argsort(dim=1, stable=True)[:, : self.count]
         lead = torch.arange(self._lead, device=self._patches.device).expand(len(self._patches), -1)

@@ -109,7 +109,9 @@ class TowerEncoderMixin(VisPrunerModelMixin):
             if "cls_feature" in selector.needs | selector.uses:
                 further["cls_feature"] = states[:, 0]
         tokens = VisualTokens(features, tap.saliency, tap.layer_saliency, grid, further=further)
-        tokens = replace(tokens.behind(self.register_tokens), remain=None if stage is None else stage.remain)
+        tokens = tokens.behind(self.register_tokens)
+        if stage is not None:
+            tokens = replace(tokens, remain=stage.remain, left=stage.count)
         return outputs, states, tokens
 
     def _stage(self, layers: Sequence[Any], patches: int) -> EncoderStage | None:

@@ -53,6 +53,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     check_prunable       what else must hold, as a ValueError
     project              features (B, N, C) to visual tokens (B, N, D), for the selectors that compare those
     stage_hindrance      why patches cannot leave within its encoder, if they cannot
+    foretells_pixels     whether blocks of pixels can leave before it
     selector_inputs      which of token_selection's FURTHER_INPUTS it can give, if not all
     image_token_counts   per image the placeholders of a full prompt and of a shortened one, before anything runs
     get_image_features   `PrunedImageFeatures`; likewise get_video_features and video_token_counts, where it has videos
@@ -67,6 +68,7 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     budget_unit = "image"
     _keys_to_ignore_on_load_unexpected: Any
     stage_hindrance: str | None = None
+    foretells_pixels = False
     has_common_space = False  # whether patches of its tower have a place in CLIP's common space
     text_tower: TextTower | None = None
     watch_choices = staticmethod(watch_choices)  # of the code that this model runs, which may be a repo's own
@@ -159,11 +161,28 @@ class VisPrunerModelMixin(PrunedForwardMixin):
                 f"vispruner_config.encoder_stage needs a method that chooses behind the encoder, and method "
                 f'"{self.vispruner_options.method}" does not: name one as in "vispruner+fastv", or set it to null'
             )
+        if self.vispruner_options.pixel_tolerance is not None:
+            self._check_pixel_stage()
+            return
         after, layers = self._stage_layer, self.stage_layers
         if after not in layers:
             raise ValueError(
                 f"vispruner_config.encoder_stage.layer must be a layer from {layers.start} to {layers.stop - 1}, "
                 f"with layers behind it that features come from, got {after}"
+            )
+
+    def _check_pixel_stage(self) -> None:
+        if not self.foretells_pixels:
+            raise ValueError(
+                "vispruner_config.encoder_stage.pixel_tolerance is for the Qwen-VL models, whose encoders take any "
+                f"number of blocks of pixels: set encoder_stage to null for {type(self).__name__}, or to "
+                '{"layer": k, "keep_ratio": q}'
+            )
+        if self.prunes_in_decoder:
+            raise ValueError(
+                "vispruner_config.encoder_stage.pixel_tolerance leaves as many tokens as the picture asks for, which "
+                "a budget of decoder layers cannot be counted from: choose a method that prunes behind the encoder "
+                f'alone, not "{self.vispruner_options.method}", or set encoder_stage to null'
             )
 
     @property
@@ -210,6 +229,8 @@ class VisPrunerModelMixin(PrunedForwardMixin):
         missing = sorted(selector.needs - self.selector_inputs - {"codebook"})
         if self.vispruner_options.encoder_stage is not None and "grid" in selector.uses:
             missing.append("grid")  # without one it would take what remains for a line
+        if self.vispruner_options.pixel_tolerance is not None and "videos" in selector.uses:
+            missing.append("videos")  # of whose frames as many would have to be left of each as of the others
         if selector.saliency_layers is not None and selector.saliency_kind == "cls" and not self.has_cls_token:
             missing.append("a [CLS] token")
         if missing:
@@ -274,10 +295,9 @@ class VisPrunerModelMixin(PrunedForwardMixin):
     def select(self, tokens: VisualTokens, visual_token_num: int) -> Selection:
         """Return which tokens stay, T of each image, by the configured method."""
         if tokens.remain is not None:
-            count = tokens.remain.shape[1]
-            part = tokens.remaining(self.remaining_count(count))
+            part = tokens.remaining()
             assert part.numbers is not None
-            return self.select(part, visual_token_num).among(part.numbers, count)
+            return self.select(part, visual_token_num).among(part.numbers, tokens.remain.shape[1])
         options = self.encoder_options
         codebook = self._read_codebook() if "codebook" in SELECTORS[options.method].needs else None
         if self.is_guided:

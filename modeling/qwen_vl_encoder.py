@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from .encoder_stage import EncoderStage
 from .mrope_positions import GRID_IMAGES, GRID_VIDEOS, MRoPE
+from .pixel_prediction import cells_to_encode
 from .prompt_reading import Prompt
 from .pruned_encoder import VisPrunerModelMixin
 from .selector_inputs import most_attended_first
@@ -77,6 +78,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
     position_axes = 3
     has_cls_token = False
     packs_images = True
+    foretells_pixels = True
     budget_unit = "image or frame of a video"
 
     def position_policy(self, name: str | None = None) -> MRoPE:
@@ -114,13 +116,13 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **arguments: Any
     ) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
-        return self._token_counts(image_grid_thw, "image_grid_thw")
+        return self._token_counts(pixel_values, image_grid_thw, "image_grid_thw")
 
     def video_token_counts(
         self, pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor | None = None, **arguments: Any
     ) -> tuple[list[int], list[int]]:
         """Return per frame of all videos the visual tokens of a full prompt and those that are kept."""
-        return self._token_counts(video_grid_thw, "video_grid_thw")
+        return self._token_counts(pixel_values_videos, video_grid_thw, "video_grid_thw")
 
     def token_grids(self, prompt: Prompt) -> dict[int, list[tuple[int, int]]]:
         """Return per placeholder id the rows and columns that the tokens of each image or frame are."""
@@ -129,12 +131,37 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
             raise ValueError("image_grid_thw or video_grid_thw is missing: pass it as the processor returned it")
         return {token: [] if grid is None else self.frames_of(grid) for token, grid in given.items()}
 
-    def _token_counts(self, grid_thw: torch.Tensor | None, name: str) -> tuple[list[int], list[int]]:
+    def _token_counts(
+        self, pixels: torch.Tensor | None, grid_thw: torch.Tensor | None, name: str
+    ) -> tuple[list[int], list[int]]:
         if grid_thw is None:
             raise ValueError(f"{name} is missing: pass all that the processor returned")
         full = [rows * columns for rows, columns in self.frames_of(grid_thw)]
+        budgets = [self.encoder_options.budget(count) for count in full]
+        if not self._foretells:
+            return full, budgets
+        left = _counted(self._tokens_to_encode(pixels, grid_thw))
+        return full, [min(budget, count) for budget, count in zip(budgets, left, strict=True)]
+
+    @property
+    def _foretells(self) -> bool:
+        """Whether blocks whose pixels are foretold leave before the encoder."""
         options = self.encoder_options
-        return full, [options.budget(count) for count in full]
+        return options.method != "none" and options.pixel_tolerance is not None
+
+    def _tokens_to_encode(self, pixels: torch.Tensor | None, grid_thw: torch.Tensor) -> list[torch.Tensor]:
+        """Return per image or frame which of its tokens (N,) must be encoded: by pixels as the encoder gets them."""
+        if pixels is None:
+            raise ValueError(
+                "vispruner_config.encoder_stage.pixel_tolerance: how many visual tokens are kept depends on the "
+                "picture, so pass pixel_values (or pixel_values_videos) as the processor returned them"
+            )
+        side, grids, staying = self.visual.spatial_merge_size, grid_thw.tolist(), list[torch.Tensor]()
+        seen = pixels.detach().to(self.visual.dtype).split([t * h * w for t, h, w in grids])
+        for (t, h, w), patches in zip(grids, seen, strict=True):
+            cells = patches.reshape(t, h // side, w // side, -1)
+            staying += cells_to_encode(cells, self.encoder_options.pixel_tolerance or 0).flatten(1)
+        return staying
 
     def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
         """Return every image, put together again from its patches, with a grid of merged tokens."""
@@ -170,10 +197,35 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         encode = super().get_video_features  # type: ignore[misc]
         return self.encode_pruned(encode, pixel_values_videos, video_grid_thw, **kwargs)
 
-    def _stage(self, counts: list[int]) -> EncoderStage | None:
-        """Return what lets merge blocks leave within the encoder, of images or frames of so many tokens each."""
-        if (left := [self.remaining_count(count) for count in counts]) == counts:
-            return None
+    @property
+    def _mergers(self) -> list[Any]:
+        return [self.visual.merger, *getattr(self.visual, "deepstack_merger_list", ())]
+
+    def _left(
+        self, pixels: torch.Tensor, grid_thw: torch.Tensor, counts: list[int]
+    ) -> tuple[list[int], EncoderStage | None]:
+        """Return how many tokens of each image or frame the encoder hands over, and what lets the others leave.
+
+        counts  how many tokens each has
+        """
+        if self._foretells:
+            staying = self._tokens_to_encode(pixels, grid_thw)
+            left = _counted(staying)
+            return left, None if left == counts else self._stage_before(staying, left, grid_thw)
+        left = [self.remaining_count(count) for count in counts]
+        return left, None if left == counts else self._stage(counts, left)
+
+    def _stage_before(self, staying: Sequence[torch.Tensor], left: list[int], grid_thw: torch.Tensor) -> EncoderStage:
+        """Return what lets all but the tokens that stay leave before the encoder's first layer."""
+        raster, block = torch.cat(list(staying)), self.visual.spatial_merge_size**2
+        places = self.in_raster_order(torch.arange(len(raster), device=raster.device), grid_thw)
+        remain = torch.empty_like(raster).scatter(0, places, raster).repeat_interleave(block)[None]
+        return EncoderStage(
+            self.vision_layers, -1, None, lambda _: remain, sum(left) * block, restored_at=self._mergers
+        )
+
+    def _stage(self, counts: list[int], left: list[int]) -> EncoderStage:
+        """Return what leaves so many of the merge blocks of images or frames within the encoder."""
         block = self.visual.spatial_merge_size**2
         starts = [0, *itertools.accumulate(counts[:-1])]
         first = torch.cat([start + torch.arange(most) for start, most in zip(starts, left, strict=True)])
@@ -187,8 +239,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
             stays = torch.zeros_like(order, dtype=torch.bool)
             return stays.scatter(1, order[:, best], True).repeat_interleave(block, dim=1)
 
-        mergers = [self.visual.merger, *getattr(self.visual, "deepstack_merger_list", ())]
-        return self.stage_behind(self.vision_layers, choose, sum(left) * block, restored_at=mergers)
+        return self.stage_behind(self.vision_layers, choose, sum(left) * block, restored_at=self._mergers)
 
     def encode_pruned(
         self, encode: Any, pixels: torch.Tensor, grid_thw: torch.Tensor | None, **kwargs: Any
@@ -202,19 +253,22 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         frames = self.frames_of(grid_thw)
         counts = [rows * columns for rows, columns in frames]
         kwargs.pop("return_dict", None)
-        if all(map(self.keeps_all, counts)):
+        keeps_all = all(map(self.keeps_all, counts))
+        left, stage = (counts, None) if keeps_all and not self._foretells else self._left(pixels, grid_thw, counts)
+        if keeps_all and stage is None:
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
             outputs.pooler_output = torch.cat(list(outputs.pooler_output)).split(counts)
             everything = self.keep_everything(outputs)
             everything.deepstack_features = _split_levels(outputs, counts)
             return everything
-        with self.open_tap(stage=self._stage(counts)) as tap:
+        with self.open_tap(stage=stage) as tap:
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
         features = torch.cat(list(outputs.pooler_output))
         images = self.images_of(features, tap, grid_thw, frames)
-        if tap.stage is not None and tap.stage.remain is not None:
-            remain = (self._merged(tap.stage.remain.float(), grid_thw) > 0.5).split(counts, dim=-1)
-            images = [replace(image, remain=own) for image, own in zip(images, remain, strict=True)]
+        if stage is not None and stage.remain is not None:
+            remain = (self._merged(stage.remain.float(), grid_thw) > 0.5).split(counts, dim=-1)
+            of_images = zip(images, remain, left, strict=True)
+            images = [replace(image, remain=own, left=count) for image, own, count in of_images]
         kept = self.select_each(images)
         all_kept, numbers = in_a_row(kept, counts), [one.indices.shape[1] for one in kept]
         indices = list(torch.cat([one.indices for one in kept], dim=1)[0].split(numbers))
@@ -233,6 +287,11 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
             deepstack_features=of_levels or None,
             merged_into=_merged_into(kept, counts),
         )
+
+
+def _counted(staying: Sequence[torch.Tensor]) -> list[int]:
+    """Return how many tokens stay of each image or frame; the one time that this waits for the device."""
+    return torch.stack([own.sum() for own in staying]).tolist() if staying else []
 
 
 def _merged_into(kept: Sequence[Selection], counts: list[int]) -> list[torch.Tensor] | None:

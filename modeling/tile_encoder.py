@@ -94,6 +94,7 @@ class TileEncoderMixin(VisPrunerModelMixin):
             projected,
             further,
             remain=self._remain(tap),
+            left=self.remaining_count(features.shape[1]),
         )
         return self.prune(outputs, tokens, kwargs)
 

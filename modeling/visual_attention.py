@@ -88,7 +88,8 @@ class SaliencyTap:
         self._main, self._others, self._seen, self._packed = main, others, seen, packed
         self._further, self.stage = dict(further or {}), stage
         self._hooks: list[Any] = []
-        wanted = [main, *others, *self._further.values(), *([] if stage is None else [stage.ranked_by])]
+        wanted = [main, *others, *self._further.values()]
+        wanted += [] if stage is None or stage.ranked_by is None else [stage.ranked_by]
         self._places = {reading: attentions[reading.layer].config.place for reading in wanted}
         self._recorded: dict[Reading, list[torch.Tensor]] = {reading: [] for reading in self._places}
         self._waiting: dict[Reading, list[tuple[torch.Tensor, torch.Tensor]]] = {r: [] for r in self._places}

@@ -98,6 +98,7 @@ class VisualTokens:
     videos          which video each of B frames is of, the frames of each in order; None where they are no frames
     owners          which image of the call each of B is, or is a part of; None where they are its images, in order
     remain          (B, N) False for what left within the encoder, which nothing may choose; None where nothing did
+    left            how many of the N of each image did not leave, where some did
     numbers         (B, N) which of the encoder's tokens these are, where others left within it; None for all
     """
 
@@ -110,12 +111,13 @@ class VisualTokens:
     videos: tuple[int, ...] | None = None
     owners: tuple[int, ...] | None = None
     remain: torch.Tensor | None = None
+    left: int | None = None
     numbers: torch.Tensor | None = None
 
-    def remaining(self, count: int) -> "VisualTokens":
-        """Return the `count` tokens of each image that did not leave within the encoder."""
+    def remaining(self) -> "VisualTokens":
+        """Return the tokens of each image that did not leave within the encoder."""
         assert self.remain is not None
-        indices = (~self.remain).int().argsort(dim=1, stable=True)[:, :count]
+        indices = (~self.remain).int().argsort(dim=1, stable=True)[:, : self.left]
         images = torch.arange(len(indices), device=indices.device)[:, None]
         projected = None if self.projected is None else self.projected[images, indices]
         part = self.part(images, indices, None)

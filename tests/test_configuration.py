@@ -102,8 +102,8 @@ INVALID = [
     ("dedup_step", (0, -8, 2.0, True, "8"), "an integer >= 1 or null", ""),
     (
         "encoder_stage",
-        (3, {"layer": 1}, {"layer": 1, "keep_ratio": 0.5, "more": 1}),
-        'null or {"layer": k, "keep_ratio": q}',
+        (3, {}, {"layer": 1}, {"layer": 1, "keep_ratio": 0.5, "more": 1}, {"layer": 0, "pixel_tolerance": 0}),
+        'null, {"layer": k, "keep_ratio": q} or {"pixel_tolerance": t}',
         "",
     ),
     ("attention_layer", ("2", 1.0, True, [1]), "an encoder layer index or null", ""),

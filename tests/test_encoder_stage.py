@@ -378,8 +378,8 @@ def test_padding_of_a_tile_leaves_first(deep_models: dict[str, Model], tmp_path:
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"encoder_stage": {"layer": 1}}, r'encoder_stage must be null or {"layer": k, "keep_ratio": q}'),
-    ({"encoder_stage": 3}, r"encoder_stage must be null or"),
+    ({"encoder_stage": {"layer": 1}}, r'encoder_stage must be null, {"layer": k, "keep_ratio": q} or'),
+    ({"encoder_stage": 3}, r"encoder_stage must be null, "),
     ({"encoder_stage": {"layer": -1, "keep_ratio": 0.5}}, r"encoder_stage\.layer must be an encoder layer index"),
     ({"encoder_stage": {"layer": True, "keep_ratio": 0.5}}, r"encoder_stage\.layer must be an encoder layer index"),
     ({"encoder_stage": {"layer": 1, "keep_ratio": 1.0}}, r"encoder_stage\.keep_ratio must be a number between 0"),
