@@ -470,7 +470,7 @@ def _calibrate(out: str | None, **options: Any) -> Done:
 
 def _methods(model: str | None) -> Done:
     from .ceilings import ceiling_at
-    from .methods import all_methods, methods_as_data, model_without_weights, table
+    from .methods import all_methods, count_by_picture, methods_as_data, model_without_weights, table
 
     base, asked = (None, None) if model is None else model_without_weights(model)
     methods = all_methods(base)
@@ -478,8 +478,10 @@ def _methods(model: str | None) -> Done:
     if base is None:
         return Done(table(methods, asked), data)
     limit = ceiling_at(base, 0.25)
-    text = f"{table(methods, asked)}\n\nAt a quarter of the visual tokens: {limit}"
-    return Done(text, {**data, "ceiling_at_a_quarter": asdict(limit)})
+    by_picture = count_by_picture(base)
+    parts = (table(methods, asked), by_picture, f"At a quarter of the visual tokens: {limit}")
+    text = "\n\n".join(part for part in parts if part is not None)
+    return Done(text, {**data, "count_by_picture": by_picture, "ceiling_at_a_quarter": asdict(limit)})
 
 
 def _serve_check(**options: Any) -> Done:

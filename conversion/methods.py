@@ -159,6 +159,16 @@ def _of_checkpoint(folder: Path, stage: dict[str, Any] | None = None) -> Any:
     return _made(content.get("model_type", ""), content, stored if stage is None else stage)
 
 
+def count_by_picture(base: Any) -> str | None:
+    """Say of a base model whether how many tokens a method keeps depends on the picture; None where it does not."""
+    if base.vispruner_options.pixel_tolerance is None:
+        return None
+    return (
+        "Here encoder_stage lets blocks of patches leave whose pixels a neighbour foretells. A method then keeps its "
+        "budget at most: how many, the picture says. What is gained by that no ceiling counts."
+    )
+
+
 def _made(model_type: str, content: dict[str, Any] | None, stage: dict[str, Any] | None = None) -> Any:
     architecture = architecture_of(model_type)
     dense = {"vispruner_config": {"method": "none", "encoder_stage": stage}}

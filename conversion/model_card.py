@@ -246,6 +246,12 @@ def _where(options: Mapping[str, Any]) -> str:
 
 
 def _budget_text(repo: RepoConfig, options: Mapping[str, Any]) -> str:
+    """Return the budget in words; where a picture may have fewer, the most."""
+    by_pixels = VisPrunerOptions.from_dict(dict(options)).pixel_tolerance is not None
+    return "at most " * by_pixels + _exact_budget(repo, options)
+
+
+def _exact_budget(repo: RepoConfig, options: Mapping[str, Any]) -> str:
     per = ARCHITECTURES[repo.architecture].base_class.budget_unit
     if options["method"] == DENSE:
         return "all visual tokens"
@@ -335,8 +341,15 @@ def _option_rows(repo: RepoConfig, held: Sequence[int] | None) -> list[tuple[str
 def _encoder_rows(stage: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     if stage is None:
         return []
+    if "pixel_tolerance" in stage:
+        return [("before the encoder", f"{_foretold(stage['pixel_tolerance'])}; how many depends on the picture")]
     most = f"behind layer {stage['layer']} only the most attended {stage['keep_ratio']:.0%} of the patches go on"
     return [("within the encoder", most)]
+
+
+def _foretold(tolerance: float) -> str:
+    how = "a neighbour foretells bit for bit" if tolerance == 0 else f"a neighbour foretells to within {tolerance:g}"
+    return f"blocks of patches leave whose pixels {how}"
 
 
 def _experimental(method: str) -> str:

@@ -50,7 +50,8 @@ COLOURS = {
 BACKGROUND = (255, 255, 255)
 INK = (30, 30, 30)
 WRONG_INK = (190, 20, 40)
-GONE = (150, 165, 180)  # laid over patches that left within the encoder
+GONE = (150, 165, 180)  # laid over patches that left within the encoder, or before it
+LEFT_WITHIN, LEFT_BEFORE = "left within the encoder", "foretold by a neighbour's pixels"
 MERGED = (120, 120, 120)  # lines from what was folded together to where it went
 
 PNG = ([".png"], "the picture")
@@ -82,7 +83,8 @@ class TileView:
     merges     pairs of patches, by their numbers in the tile: the first was folded into the second
     row, column  place among the other tiles
     pruned     False when the model dropped nothing, so that no choice is there to be drawn
-    left       (rows, columns) True where the patch left within the encoder; None where none did
+    left       (rows, columns) True where the patch left within the encoder, or before it; None where none did
+    left_as    why it did, in words
     """
 
     image: Image.Image
@@ -93,6 +95,7 @@ class TileView:
     pruned: bool = True
     merges: Sequence[tuple[int, int]] = ()
     left: torch.Tensor | None = None
+    left_as: str = LEFT_WITHIN
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,8 @@ def show(
             rows.append([Panel(view_kept_patches(model, processor, picture))])
     seen_by = f"as {DEMO_CONFIG if repo is None else Path(repo).name} sees"
     chosen = f", chosen by {method}" if method is not None else ""
+    if model.model.vispruner_options.pixel_tolerance is not None:
+        chosen += "; how many patches stay depends on the picture"
     if len(paths) > 1:
         drawn = kept_patches_grid(rows, f"A{seen_by[1:]} them{chosen}")
     else:
@@ -365,6 +370,7 @@ class _Shown:
         """Return the tiles with what stays of them: `kept_indices` of each item, for the reason `kind` if given."""
         tiles: list[TileView] = []
         first = 0
+        left_as = LEFT_WITHIN if self.model.model.vispruner_options.pixel_tolerance is None else LEFT_BEFORE
         for number, (views, indices) in enumerate(zip(self.items, kept_indices, strict=True)):
             sizes = [rows * columns for rows, columns in (view.grid for view in views)]
             kept = torch.zeros(sum(sizes), dtype=torch.bool)
@@ -384,7 +390,8 @@ class _Shown:
                 pruned = bool(own or kinds) and not bool(stays.all())
                 merges = merged[place] if merged else ()
                 gone = None if (early := left[place]) is None else early.view(view.grid)
-                tiles.append(TileView(image, stays.view(view.grid), marked, row, column, pruned, merges, gone))
+                stays = stays.view(view.grid)
+                tiles.append(TileView(image, stays, marked, row, column, pruned, merges, gone, left_as))
         return tiles
 
 
@@ -428,7 +435,8 @@ def _kinds_of(
     for pool, view in dict(zip(pools, views, strict=True)).items():
         places = (pool_of == pool).nonzero()[:, 0]
         stays = kept[places].nonzero()[:, 0]
-        if len(stays) in (0, len(places)):  # no choice was made
+        left = looked_at["remain"][places].sum() if "remain" in looked_at else len(places)
+        if len(stays) in (0, left):  # no choice was made
             continue
         given = {name: values[..., places][None] for name, values in looked_at.items()}
         if "merged_into" in given:  # numbers of the item, which the pool has others for
@@ -584,8 +592,7 @@ def _legend(panels: Sequence[Panel]) -> dict[str, tuple[int, int, int]]:
     """Return what the colours mean, as far as they occur."""
     pruned = [tile for panel in panels for tile in panel.tiles if tile.pruned]
     entries = {kind: _colour(kind) for kind in _kinds_in(pruned) or ["kept"] * bool(pruned)}
-    if any(tile.left is not None for tile in pruned):
-        entries |= {"left within the encoder": GONE}
+    entries |= {tile.left_as: GONE for tile in pruned if tile.left is not None}
     if any(tile.merges for tile in pruned):
         entries |= {"folded into": MERGED}
     return entries

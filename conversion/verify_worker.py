@@ -206,14 +206,14 @@ class Worker:
     def _expected_kept(
         self, modality: dict[str, Any], inputs: dict[str, torch.Tensor], placeholders: int
     ) -> int | None:
-        """Count the kept tokens from the budget and the grids alone; None where packing drops or adds tokens."""
+        """Count the kept tokens from the budget and the grids alone; None where packing or pixels change that."""
         views = getattr(self.model.model, f"{modality['name']}_views")
         items = views(inputs[modality["pixels"]], **self._described(modality, inputs))
         tokens = [view.grid[0] * view.grid[1] for views in items for view in views]
         options = self.model.config.vispruner_config
         if options["method"] == "none":
             return placeholders
-        if sum(tokens) != placeholders:
+        if sum(tokens) != placeholders or _goes_by_pixels(self.model.config):
             return None
         count, ratio = options["visual_token_num"], options["keep_ratio"]
         return sum(min(count, n) if count is not None else max(1, int(n * ratio + 0.5)) for n in tokens)
@@ -309,7 +309,9 @@ def keeps_everything(model: Any, image_processor: Any) -> str | None:
     base = model.model
     options, (encoder, decoder) = base.vispruner_options, base.methods
     images = _largest_images(model, image_processor)
-    if (encoder, decoder) == (None, None) or any(_is_pruned(base, *image) for image in images):
+    if (encoder, decoder) == (None, None) or _goes_by_pixels(model.config):
+        return None
+    if any(_is_pruned(base, *image) for image in images):
         return None
     name = next(name for name in BUDGETS if getattr(options, name) is not None)
     in_decoder = encoder is None
@@ -348,6 +350,11 @@ def _largest_images(model: Any, image_processor: Any) -> list[tuple[int, int]]:
     pixels = torch.ones(1, 3, *([side, side] if isinstance(side, int) else side))
     full, _ = base.image_token_counts(pixels[None] if hasattr(config, "scale_factor") else pixels)
     return [(full[0], full[0])]
+
+
+def _goes_by_pixels(config: Any) -> bool:
+    """Say whether how many tokens stay depends on the picture."""
+    return "pixel_tolerance" in (config.vispruner_config.get("encoder_stage") or {})
 
 
 def _is_pruned(base: Any, unit: int, whole: int) -> bool:

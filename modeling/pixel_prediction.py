@@ -1,7 +1,7 @@
 """Which cells of a picture must be encoded: those whose pixels are not foretold by a neighbour's.
 
 A cell is the block of pixels that becomes one visual token. Nothing but pixels decides, so how many stay depends on
-the picture: few of a page of text, all of a photograph.
+the picture: few of a drawing, nearly all of a photograph.
 """
 
 import torch

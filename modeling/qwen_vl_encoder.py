@@ -160,7 +160,8 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         seen = pixels.detach().to(self.visual.dtype).split([t * h * w for t, h, w in grids])
         for (t, h, w), patches in zip(grids, seen, strict=True):
             cells = patches.reshape(t, h // side, w // side, -1)
-            staying += cells_to_encode(cells, self.encoder_options.pixel_tolerance or 0).flatten(1)
+            stays = cells_to_encode(cells, self.encoder_options.pixel_tolerance or 0)
+            staying.extend(stays.flatten(1).unbind())
         return staying
 
     def image_views(self, pixel_values: torch.Tensor, **arguments: Any) -> list[list[TokenView]]:
@@ -201,7 +202,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
     def _mergers(self) -> list[Any]:
         return [self.visual.merger, *getattr(self.visual, "deepstack_merger_list", ())]
 
-    def _left(
+    def _leaving(
         self, pixels: torch.Tensor, grid_thw: torch.Tensor, counts: list[int]
     ) -> tuple[list[int], EncoderStage | None]:
         """Return how many tokens of each image or frame the encoder hands over, and what lets the others leave.
@@ -254,7 +255,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         counts = [rows * columns for rows, columns in frames]
         kwargs.pop("return_dict", None)
         keeps_all = all(map(self.keeps_all, counts))
-        left, stage = (counts, None) if keeps_all and not self._foretells else self._left(pixels, grid_thw, counts)
+        left, stage = (counts, None) if keeps_all and not self._foretells else self._leaving(pixels, grid_thw, counts)
         if keeps_all and stage is None:
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
             outputs.pooler_output = torch.cat(list(outputs.pooler_output)).split(counts)

@@ -22,6 +22,7 @@ MEASURING = {  # what each script calls first once its options are read
     "encoder_stage": "measure",
     "equal_cost": "comparisons",
     "flops": "ceilings_record",
+    "foretold_pixels": "measure",
     "large_checkpoints": "tempfile",
     "latency": "measure",
     "paper": "measure",

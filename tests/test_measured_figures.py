@@ -322,6 +322,42 @@ def stage_times_table() -> list[str]:
     return importlib.import_module("encoder_stage").table(record).splitlines()
 
 
+FORETOLD = ROOT / "benchmarks" / "results" / "foretold-pixels.json"
+
+
+def foretold_table() -> list[str]:
+    return importlib.import_module("foretold_pixels").table(json.loads(FORETOLD.read_text())).splitlines()
+
+
+def test_the_recorded_blocks_of_pixels_are_counted_again() -> None:
+    """But for a few, since what letters look like is Pillow's business."""
+    foretold, record = importlib.import_module("foretold_pixels"), json.loads(FORETOLD.read_text())
+    recorded = {row["picture"]: row for row in record["pictures"]}
+    assert list(recorded) == list(foretold.PICTURES)
+    drawn = ["a page of text", "a slide", "a bar chart"]
+    for row in foretold.measure(drawn)["pictures"]:
+        for model in foretold.MODELS:
+            found, before = row[model], recorded[row["picture"]][model]
+            assert found["tokens"] == before["tokens"]
+            for level, stays in found["stays"].items():
+                assert abs(stays - before["stays"][level]) <= before["tokens"] * 0.02
+
+
+def test_what_is_said_of_foretold_blocks_is_recorded() -> None:
+    record = json.loads(FORETOLD.read_text())
+    model = "Qwen3-VL"
+    left = {row["picture"]: 1 - row[model]["stays"]["0"] / row[model]["tokens"] for row in record["pictures"]}
+    *_, portrait, table, cat, launch, eye = left.values()
+    assert max(portrait, table, cat, launch) < 0.01 < eye < 0.1
+    page = " ".join(PAGES["configuration.md"].split())
+    for said in (
+        f"{left['a page of text']:.0%} of a page of text leave",
+        f"{left['a bar chart']:.0%} of a bar chart",
+        "of photographs and scans next to none",
+    ):
+        assert said in page, said
+
+
 def test_what_is_said_of_stages_is_recorded() -> None:
     record = json.loads((ROOT / "benchmarks" / "results" / "encoder-stage.json").read_text())
     gains = {
@@ -388,6 +424,7 @@ def test_every_yaml_of_a_released_model_has_a_ceiling() -> None:
         two_places_table,
         photo_table,
         stage_times_table,
+        foretold_table,
         methods_accuracy_table,
         ceilings_table,
     ],

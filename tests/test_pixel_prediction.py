@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,17 @@ from PIL import Image as Picture
 from PIL import ImageDraw
 from rows import noise
 from rows._qwen_vl import IMAGE, MERGE, PATCH, VIDEO
-from transformers import AttentionInterface, AttentionMaskInterface
+from tiny_processors import write_processor
+from transformers import AttentionInterface, AttentionMaskInterface, BatchFeature
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vispruner
-from vispruner.conversion.ceilings import ceiling
+from vispruner.conversion import cli
+from vispruner.conversion.build import build_repo
+from vispruner.conversion.ceilings import ceiling, ceiling_of_config
+from vispruner.conversion.picture import GONE, LEFT_BEFORE, Panel, kept_patches_picture, show, view_kept_patches
+from vispruner.conversion.verify import verify_repo
 from vispruner.pixel_prediction import cells_to_encode
 from vispruner.selectors import ENCODER_METHODS, SELECTORS, select_tokens
 
@@ -391,6 +397,25 @@ def test_images_encoded_once_answer_the_same_and_hold_to_their_tolerance(model: 
         answers(model.pruned, {**given, "encoded_images": images})
 
 
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["qwen2_5_vl"], indirect=True)
+def test_a_compiled_model_answers_as_it_does_uncompiled(model: Model) -> None:
+    """A short prompt with the positions of the full one, as for any budget."""
+    given: list[torch.Tensor] = []
+    hook = model.pruned.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    inputs = repetitive(model.prompt(ONE))
+    logits(model.pruned, inputs)
+    hook.remove()
+    short = {**model.row.shortened(inputs, model.counts(inputs)[1]), "position_ids": given[0][-3:]}
+    expected = model.pruned.model(**short).last_hidden_state
+    torch._dynamo.reset()
+    compiled = torch.compile(model.pruned.model.forward, backend="eager")
+    torch.testing.assert_close(compiled(**short).last_hidden_state, expected, **TOLERANCE)
+
+
 def test_training_goes_through(model: Model) -> None:
     pruned, inputs = copy.deepcopy(model.pruned).train(), repetitive(model.prompt(ONE))
     pruned(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -498,8 +523,111 @@ def test_gradient_checkpointing_is_refused(model: Model) -> None:
         pruned(**inputs, labels=inputs["input_ids"])
 
 
+class PageProcessor:
+    """As much of a Qwen-VL processor as a picture of kept patches asks for; stock's needs torchvision."""
+
+    def __init__(self, model: Model) -> None:
+        self.image_processor, self.row = of_a_page(model)[0], model.row
+
+    def apply_chat_template(self, *conversation: Any, **options: Any) -> str:
+        return ""
+
+    def __call__(self, text: str, images: Picture.Image, return_tensors: str) -> BatchFeature:
+        pixels = self.image_processor(images, return_tensors=return_tensors)
+        _, h, w = pixels["image_grid_thw"][0].tolist()
+        ids = torch.tensor([[11, *self.row.written(IMAGE, 1, h * w // BLOCK), 12]])
+        return BatchFeature({**pixels, "input_ids": ids, "mm_token_type_ids": (ids == IMAGE).long()})
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.07])
+def test_a_picture_shows_what_left_and_why(model: Model, ratio: float) -> None:
+    model.pruned.set_vispruner_config(keep_ratio=ratio)
+    (tile,) = view_kept_patches(model.pruned, PageProcessor(model), drawn_page())
+    assert tile.left_as == LEFT_BEFORE and int((~tile.left).sum()) == 6 and not (tile.left & tile.kept).any()
+    assert int(tile.kept.sum()) == min(6, int(48 * ratio + 0.5))
+    marked = torch.stack(list(tile.kinds.values())).any(0)
+    assert torch.equal(marked, tile.kept if ratio < 1 else torch.zeros_like(tile.kept)), "nothing was chosen"
+    picture = kept_patches_picture([Panel([tile])])
+    within = kept_patches_picture([Panel([dataclasses.replace(tile, left_as="left within the encoder")])])
+    assert GONE in {colour for _, colour in picture.crop((0, 0, 372, picture.height)).getcolors(2**24)}
+    assert picture.tobytes() != within.tobytes(), "it says why"
+
+
+def test_show_says_that_the_picture_decides(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+    monkeypatch.setattr("vispruner.conversion.picture.load_model", lambda *_, **__: model.pruned)
+    monkeypatch.setattr("vispruner.conversion.picture.load_processor", lambda _: PageProcessor(model))
+    monkeypatch.setattr(
+        "vispruner.conversion.picture.kept_patches_picture",
+        lambda panels, caption, questions: captions.append(caption) or drawn_page(),
+    )
+    drawn_page().save(tmp_path / "page.png")
+    PageProcessor.video_processor = None  # type: ignore[attr-defined]
+    show(tmp_path / "page.png", str(model.folder), tmp_path / "kept.png")
+    model.pruned.set_vispruner_config(encoder_stage=None)
+    show(tmp_path / "page.png", str(model.folder), tmp_path / "kept.png")
+    assert ["; how many patches stay depends on the picture" in caption for caption in captions] == [True, False]
+
+
+def write_yaml(model: Model, folder: Path, tolerance: float = 0, **budget: Any) -> Path:
+    if not (model.folder / "preprocessor_config.json").exists():
+        write_processor(model.row, model.folder)
+    content = {
+        "repo_id": "someone/pruned",
+        "base_model": str(model.folder),
+        "architecture": model.row.model_type,
+        "vispruner_config": {**budget, "encoder_stage": {"pixel_tolerance": tolerance}},
+        "weights": "full",
+        "card": {"license": "apache-2.0", "note": "How saliency is defined here is said by the note."},
+    }
+    path = folder / "pixels.yaml"
+    path.write_text(json.dumps(content), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+@pytest.mark.parametrize("tolerance, how", [(0, "bit for bit"), (0.25, "to within 0.25")])
+@pytest.mark.parametrize("budget", [{"keep_ratio": 1.0}, {"keep_ratio": 0.25}, {"visual_token_num": 3}])
+@pytest.mark.parametrize("model", ["qwen2_5_vl"], indirect=True)
+def test_the_card_says_that_the_picture_decides(
+    model: Model, tmp_path: Path, budget: dict, tolerance: float, how: str
+) -> None:
+    built = build_repo(write_yaml(model, tmp_path, tolerance, **budget), tmp_path / "built", show_progress=False)
+    card = (built / "README.md").read_text(encoding="utf-8")
+    assert f"blocks of patches leave whose pixels a neighbour foretells {how}; how many depends on the picture" in card
+    words = "3 visual tokens" if "visual_token_num" in budget else f"{100 * budget['keep_ratio']:g} % of the visual"
+    assert f"reads at most {words}" in card and f"| at most {words}" in card
+
+
+@pytest.mark.video
+@pytest.mark.parametrize("model", ["qwen2_5_vl"], indirect=True)
+def test_a_repo_in_which_pixels_alone_decide_is_verified(model: Model, tmp_path: Path) -> None:
+    built = build_repo(write_yaml(model, tmp_path, keep_ratio=1.0), tmp_path / "built", show_progress=False)
+    report = verify_repo(built, base=model.folder)
+    assert {check.status for check in report.checks} == {"pass"}, report.table()
+
+
+def test_the_methods_of_a_repo_say_that_the_picture_decides(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml = str(write_yaml(model, tmp_path, keep_ratio=0.5))
+    assert cli.main(["methods", "--for", yaml, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    refused = {row["name"]: row["refused"] for row in said["methods"]}
+    assert "keeps its budget at most: how many, the picture says" in said["count_by_picture"]
+    for name in ("hiprune", "uniform_grid", "evs", "vidcom2", "fastv", "todre"):
+        assert refused[name], name
+    assert refused["vispruner"] is None and refused["divprune"] is None
+    assert cli.main(["methods", "--for", yaml]) == 0
+    assert said["count_by_picture"] in capsys.readouterr().out
+    assert cli.main(["methods", "--for", model.row.model_type, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["count_by_picture"] is None
+
+
 def test_no_ceiling_counts_it(model: Model) -> None:
     model.pruned.set_vispruner_config(keep_ratio=0.25)
     with_stage = ceiling(model.pruned.model)
     model.pruned.set_vispruner_config(encoder_stage=None)
-    assert dataclasses.asdict(with_stage) == dataclasses.asdict(ceiling(model.pruned.model))
+    without = ceiling(model.pruned.model)
+    assert with_stage == without
+    content = {**model.pruned.config.to_dict(), "vispruner_config": {"keep_ratio": 0.25, "encoder_stage": STAGE}}
+    assert ceiling_of_config(content) == without

@@ -158,6 +158,7 @@ def test_a_launch_changes_the_budget_and_nothing_else_of_the_repo(
         ({"method": "bogus"}, "method must be one of"),
         ({"position_policy": "original"}, 'position_policy "original" cannot be served'),
         ({"encoder_stage": {"layer": 0, "keep_ratio": 0.5}}, "encoder_stage is not served: .*set it to null"),
+        ({"encoder_stage": {"pixel_tolerance": 0}}, "encoder_stage is not served: .*set it to null"),
         ({"attention_layer": 3}, "from the first 3 encoder layers, not from 3"),
         ({"attention_layer": -1}, "from the first 3 encoder layers, not from -1"),
         ({"attention_layer": -5}, "from the first 3 encoder layers, not from -5"),
