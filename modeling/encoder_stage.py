@@ -1,4 +1,4 @@
-"""Let patches leave between two layers of an encoder, so that the layers behind run on fewer rows.
+"""Let patches leave between two layers of an encoder, or before all, so that the layers behind run on fewer rows.
 
 While a tap with a stage is open, the layers behind are given fewer rows, and everything beside them that has as many
 rows is cut alike. Whoever needs all rows again is given 0 for those that left, which nothing may choose any more.
