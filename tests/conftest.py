@@ -23,9 +23,9 @@ from pathlib import Path
 import pytest
 import torch
 from browser import CAN_BROWSE
-from cases import CASES, Case, all_cases
-from matrix import model, models  # noqa: F401  (fixtures)
+from matrix import Model, lent, made
 from PIL import Image
+from quick_set import COLLECTED, keep_it_quick
 from tiny_llava import write_tiny_llava, write_tiny_llava_next
 
 from vispruner import conversion
@@ -33,7 +33,10 @@ from vispruner import conversion
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses among them
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    keep_it_quick(items)
+    config.stash[COLLECTED] = list(items)
     missing = {}
     if not torch.cuda.is_available():
         missing["gpu"] = "no accelerator on this machine"
@@ -77,17 +80,17 @@ def photo() -> Image.Image:
 
 
 @pytest.fixture(scope="session")
-def cases(
-    tiny_llava_repo: Path, tiny_llava_next_repo: Path, tmp_path_factory: pytest.TempPathFactory, photo: Image.Image
-) -> dict[str, Case]:
-    """Every pruned architecture with its stock model and processor."""
-    return all_cases(tiny_llava_repo, tiny_llava_next_repo, tmp_path_factory.mktemp("mistral"), photo)
+def models() -> dict[str, Model]:
+    """Those that were made, by name."""
+    return {}
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, cases: dict[str, Case]) -> Iterator[Case]:
-    """One of them; what a test changes in its vispruner_config is undone."""
-    case = cases[request.param]
-    before = dict(case.model.config.vispruner_config)
-    yield case
-    case.model.config.vispruner_config = before
+@pytest.fixture
+def model(
+    request: pytest.FixtureRequest, models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Model]:
+    """The tiny models of the row that the test's parameter names, or else `MODEL` in its file; see tests/matrix.py."""
+    name = getattr(request, "param", None) or request.module.MODEL
+    if name not in models:
+        models[name] = made(name, tmp_path_factory.mktemp(name) / "base")
+    yield from lent(models[name])

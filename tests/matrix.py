@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from rows import Image, Row, Video, draw_weights, rows
+from rows import Image, Row, Video, draw_weights, rows, variants
 
 import vispruner
 
 ROWS = {row.model_type: row for row in rows()}
+VARIANTS = variants()
+EVERY = ROWS | VARIANTS
+LLAVAS = [name for name in EVERY if name.partition("-")[0] in ("llava", "llava_next")]
+# In the paper's tile mode every patch is a token, those of the padding too: it cannot equal stock's packing, and such
+# tokens have no position in a full prompt.
+PACKED_AS_STOCK = [name for name, row in EVERY.items() if row.options.get("tile_mode") != "paper"]
+RENUMBERED = [name for name in PACKED_AS_STOCK if EVERY[name].positions == "renumber"]
 NEW = 6
 # Padding and batching change the order of sums in matrix products; activations are of order 1 to 10.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -30,12 +36,16 @@ TEXT = [[*HELLO, *ASK]]
 
 @dataclass
 class Model:
-    """A tiny stock checkpoint, the stock model with eager attention, and the pruned one."""
+    """A tiny stock checkpoint, the stock model and the pruned one, both with the row's attention."""
 
     row: Row
     folder: Path
     stock: Any
     pruned: Any
+
+    @property
+    def attention(self) -> str:
+        return attention_of(self.row)
 
     def prompt(self, *prompts: list) -> dict[str, Any]:
         return self.row.inputs(prompts)
@@ -43,19 +53,33 @@ class Model:
     def counts(self, inputs: dict[str, Any]) -> tuple[dict, dict]:
         return self.pruned.model.count_visual_tokens(inputs)
 
+    def pixels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The images of a prompt as `get_image_features` and `encode_images` take them."""
+        image = self.pruned.modalities[0]
+        return {name: inputs[name] for name in (image.pixels, *image.described_by) if name in inputs}
+
+    def shortened(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The same prompts as a processor that knows the budget would write them."""
+        return self.row.shortened(inputs, self.counts(inputs)[1])
+
     def prompts(self) -> list[list]:
         """A batch that has all there is: one image, several of different sizes, text alone, videos."""
         return [ONE, SEVERAL, TEXT, *([CLIP, MIXED] if "video" in self.row.modalities else [])]
 
 
+def attention_of(row: Row) -> str:
+    return getattr(row, "attention", "eager")
+
+
 def made(name: str, folder: Path, config: Any = None, **options: Any) -> Model:
     """Write a row's checkpoint into `folder` and load it, by another config or under other options where given."""
-    row = ROWS[name]
+    row = EVERY[name]
+    attention = attention_of(row)
     stock = row.stock_class(row.config() if config is None else config).eval()
     draw_weights(stock)
     stock.save_pretrained(folder)
-    stock = row.stock_class.from_pretrained(folder, attn_implementation="eager").eval()
-    pruned = vispruner.load(folder, **(options or row.options), attn_implementation="eager").eval()
+    stock = row.stock_class.from_pretrained(folder, attn_implementation=attention).eval()
+    pruned = vispruner.load(folder, **(options or row.options), attn_implementation=attention).eval()
     return Model(row, folder, stock, pruned)
 
 
@@ -71,21 +95,6 @@ def pair(row: Row, change: dict[str, Any] | None = None, **options: Any) -> tupl
     pruned = architecture.model_class(architecture.config_class.from_dict(own)).eval()
     pruned.load_state_dict(stock.state_dict())
     return stock, pruned
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    return {}
-
-
-@pytest.fixture
-def model(
-    request: pytest.FixtureRequest, models: dict[str, Model], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Model]:
-    name = request.param
-    if name not in models:
-        models[name] = made(name, tmp_path_factory.mktemp(name) / "base")
-    yield from lent(models[name])
 
 
 def lent(model: Model) -> Iterator[Model]:
@@ -128,9 +137,11 @@ def dropped_columns(inputs: dict[str, Any], kept: dict[int, list]) -> torch.Tens
 
 
 def reference_of(model: Model, inputs: dict[str, Any]) -> tuple[dict[int, list], dict[int, list]]:
-    """Return per id and item the tokens that stay; and which placeholders they stand for, of how many."""
+    """Return per id and item the tokens that stay; and which placeholders they stand for, of how many (or nothing)."""
     found = model.row.reference(model.stock, inputs, model.pruned.config.vispruner_config)
     full = model.counts(inputs)[0]
+    if any(item[1] is None for items in found.values() for item in items):
+        return {token: [item[0] for item in items] for token, items in found.items()}, {}
     stays = {
         token: [(set(item[1].tolist()), count) for item, count in zip(items, full[token], strict=True)]
         for token, items in found.items()
@@ -141,6 +152,8 @@ def reference_of(model: Model, inputs: dict[str, Any]) -> tuple[dict[int, list],
 def greedy_reference(model: Model, inputs: dict[str, Any]) -> tuple[list[int], torch.Tensor]:
     """Answer one prompt by hand on the stock model, without a cache: new ids, logits at the end of the prompt."""
     tokens, stays = reference_of(model, inputs)
+    if not stays:  # such tokens stand in a prompt of their number alone
+        inputs = model.row.shortened(inputs, {token: list(map(len, items)) for token, items in tokens.items()})
     dropped = dropped_columns(inputs, stays)
     if model.row.positions == "original":
         return masked_run(model.stock, inputs, dropped, tokens)

@@ -37,55 +37,65 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, photo: Image.Image) -> Pa
     return folder
 
 
-def projected_and_saliency(case, picture):
+@pytest.fixture(scope="module", params=["llava", "llava_next"])
+def pruned(request, tiny_llava_repo, tiny_llava_next_repo):
+    """A model whose tiles are pruned whole, and its processor."""
+    base, options = {"llava": (tiny_llava_repo, {}), "llava_next": (tiny_llava_next_repo, {"tile_mode": "paper"})}[
+        request.param
+    ]
+    return vispruner.load(base, visual_token_num=9, **options).eval(), AutoProcessor.from_pretrained(base)
+
+
+def projected_and_saliency(model, processor, picture):
     """(tiles, N, D) and (tiles, N), from the parts of the stock model."""
-    pixels = case.inputs("<image>", [picture])["pixel_values"].flatten(0, -4)
-    model = case.model.model
-    outputs = model.vision_tower(pixels, output_hidden_states=True)
-    projected = model.multi_modal_projector(outputs.hidden_states[model.config.vision_feature_layer][:, 1:])
-    case.model.set_vispruner_config(method="cls_attention")
-    return projected, model.encode(pixels, None)[1].saliency
+    pixels = processor(images=picture, text="<image>", return_tensors="pt")["pixel_values"].flatten(0, -4)
+    base = model.model
+    outputs = base.vision_tower(pixels, output_hidden_states=True)
+    projected = base.multi_modal_projector(outputs.hidden_states[base.config.vision_feature_layer][:, 1:])
+    before = dict(model.config.vispruner_config)
+    model.set_vispruner_config(method="cls_attention")
+    saliency = base.encode(pixels, None)[1].saliency
+    model.config.vispruner_config = before
+    return projected, saliency
 
 
 class TestBuilding:
-    @pytest.mark.parametrize("case", ["llava", "next-paper"], indirect=True)
-    def test_prototypes_are_the_visual_tokens_that_are_attended_to_least(self, case):
-        before, picture = dict(case.model.config.vispruner_config), case.pictures[0]
-        built = build_codebook(case.model, case.processor, [picture], prototypes=5)
-        assert case.model.config.vispruner_config == before and "select" not in vars(case.model.model)
+    def test_prototypes_are_the_visual_tokens_that_are_attended_to_least(self, pruned, photo):
+        model, processor = pruned
+        before = dict(model.config.vispruner_config)
+        built = build_codebook(model, processor, [photo], prototypes=5)
+        assert model.config.vispruner_config == before and "select" not in vars(model.model)
 
         with torch.no_grad():
-            projected, saliency = projected_and_saliency(case, picture)
+            projected, saliency = projected_and_saliency(model, processor, photo)
         assert built.dtype == torch.float32 and built.shape == (5, projected.shape[-1])
         distance = torch.cdist(built, projected.flatten(0, 1), compute_mode="donot_use_mm_for_euclid_dist")
         assert (distance.min(dim=-1).values < 1e-4).all(), "each is a token of the picture"
         rank = saliency.argsort(dim=-1).argsort(dim=-1).flatten()  # 0: attended to least in its tile
         assert (rank[distance.argmin(dim=-1)] < saliency.shape[1] // 2).all()
 
-    def test_more_prototypes_resemble_the_redundant_tokens_better(self, case):
+    def test_more_prototypes_resemble_the_redundant_tokens_better(self, pruned, photo):
         with torch.no_grad():
-            projected, _ = projected_and_saliency(case, case.pictures[0])
-        mean = [
-            redundancy(projected, build_codebook(case.model, case.processor, case.pictures[:1], count)).mean()
-            for count in (1, 4, 8)
-        ]
+            projected, _ = projected_and_saliency(*pruned, photo)
+        mean = [redundancy(projected, build_codebook(*pruned, [photo], count)).mean() for count in (1, 4, 8)]
         assert mean == sorted(mean) and mean[0] < mean[-1]
 
-    def test_of_many_tokens_an_even_sample_is_compared(self, cases, monkeypatch):
-        case = cases["llava"]
-        everything = build_codebook(case.model, case.processor, case.pictures, 8)
+    @pytest.mark.parametrize("pruned", ["llava"], indirect=True)
+    def test_of_many_tokens_an_even_sample_is_compared(self, pruned, photo, monkeypatch):
+        pictures = [photo, photo.rotate(90), photo.crop((60, 40, 260, 240))]
+        everything = build_codebook(*pruned, pictures, 8)
         monkeypatch.setattr(codebook, "MOST_COMPARED", 16)
-        sample = build_codebook(case.model, case.processor, case.pictures, 8)
+        sample = build_codebook(*pruned, pictures, 8)
         assert sample.shape == everything.shape and not torch.equal(sample, everything)
-        assert torch.equal(sample, build_codebook(case.model, case.processor, case.pictures, 8)), "deterministic"
+        assert torch.equal(sample, build_codebook(*pruned, pictures, 8)), "deterministic"
 
+    @pytest.mark.parametrize("pruned", ["llava"], indirect=True)
     @pytest.mark.parametrize(
         "count, message", [(0, "at least one prototype, got 0"), (33, "33 prototypes need .* got 32: give more pictu")]
     )
-    def test_a_count_that_cannot_be_had_is_refused(self, cases, count, message):
-        case = cases["llava"]
+    def test_a_count_that_cannot_be_had_is_refused(self, pruned, photo, count, message):
         with pytest.raises(CodebookError, match=message):
-            build_codebook(case.model, case.processor, case.pictures[:1], count)
+            build_codebook(*pruned, [photo], count)
 
 
 class TestFiles:

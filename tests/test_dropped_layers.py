@@ -8,11 +8,11 @@ import logging
 import pytest
 import torch
 from bases import HUB_BASE, in_cache, write_yaml
-from cases import NONE, ONE, TWO, generate
 from huggingface_hub import constants
+from matrix import LLAVAS, ONE, SEVERAL, TEXT, generate, logits
 from safetensors import safe_open
 from tiny_llava import write_tiny_llava
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlavaForConditionalGeneration
 
 import vispruner
 from vispruner.configuration_vispruner import drop_unused_vision_layers, used_vision_layers
@@ -68,49 +68,50 @@ class TestConfig:
         assert config.to_dict() == once
 
 
+every_llava = pytest.mark.parametrize("model", LLAVAS, indirect=True)
+
+
+def without_the_last_layer(model, **options):
+    return vispruner.load(
+        model.folder,
+        drop_unused_vision_layers=True,
+        attn_implementation=model.attention,
+        **model.row.options,
+        **options,
+    ).eval()
+
+
 class TestLoading:
-    def test_the_answers_are_the_same_bit_for_bit(self, case):
-        short = vispruner.load(
-            case.repo, visual_token_num=case.budget, drop_unused_vision_layers=True, **case.options
-        ).eval()
-        assert len(short.model.vision_layers) == len(case.model.model.vision_layers) - 1
-        require_equal_outputs(case, short, case.model)
-        for model in (short, case.model):
-            model.set_vispruner_config(method="none")
-        require_equal_outputs(case, short, case.stock)
+    @every_llava
+    def test_the_answers_are_the_same_bit_for_bit(self, model):
+        short = without_the_last_layer(model)
+        assert len(short.model.vision_layers) == len(model.pruned.model.vision_layers) - 1
+        require_equal_outputs(prompts_of(model), short, model.pruned)
+        for pruned in (short, model.pruned):
+            pruned.set_vispruner_config(method="none")
+        require_equal_outputs(prompts_of(model), short, model.stock)
 
+    @every_llava
     @pytest.mark.parametrize("method", ["prumerge", "prumerge_plus"])
-    def test_a_method_that_reads_the_last_layer_keeps_it(self, case, method, tmp_path):
-        options = {**case.options, "method": method, "visual_token_num": case.budget}
+    def test_a_method_that_reads_the_last_layer_keeps_it(self, model, method):
+        options = {**model.row.options, "method": method}
         with pytest.raises(ValueError, match=f'method "{method}" reads the last layer'):
-            vispruner.load(case.repo, drop_unused_vision_layers=True, **options)
-        yaml = tmp_path / "away.yaml"
-        architecture = case.model.config.model_type
-        yaml.write_text(
-            f"repo_id: someone/tiny\nbase_model: {case.repo}\narchitecture: {architecture}\n"
-            f"vispruner_config: {json.dumps(options)}\ndrop_unused_vision_layers: true\n"
-        )
-        with pytest.raises(ValueError, match=f'method "{method}" reads the last layer.*build without'):
-            build_repo(yaml, tmp_path / "repo")
+            vispruner.load(model.folder, drop_unused_vision_layers=True, **options)
 
-    def test_an_attention_layer_counted_from_the_end_stays_the_same_one(self, case):
-        case.model.set_vispruner_config(attention_layer=-3)
-        short = vispruner.load(
-            case.repo,
-            visual_token_num=case.budget,
-            attention_layer=-3,
-            drop_unused_vision_layers=True,
-            **case.options,
-        ).eval()
+    @every_llava
+    def test_an_attention_layer_counted_from_the_end_stays_the_same_one(self, model):
+        model.pruned.set_vispruner_config(attention_layer=-3)
+        short = without_the_last_layer(model, attention_layer=-3)
         assert short.config.vispruner_config["attention_layer"] == -2
-        require_equal_outputs(case, short, case.model)
+        require_equal_outputs(prompts_of(model), short, model.pruned)
 
-    def test_it_says_nothing_of_the_layers_left_out_and_misses_none_below(self, case, tmp_path, caplog):
+    @every_llava
+    def test_it_says_nothing_of_the_layers_left_out_and_misses_none_below(self, model, tmp_path, caplog):
         logger = logging.getLogger("transformers")
         logger.addHandler(caplog.handler)
         try:
             short, info = vispruner.load(
-                case.repo, visual_token_num=3, drop_unused_vision_layers=True, output_loading_info=True
+                model.folder, visual_token_num=3, drop_unused_vision_layers=True, output_loading_info=True
             )
         finally:
             logger.removeHandler(caplog.handler)
@@ -131,13 +132,12 @@ class TestLoading:
         _, info = model_class.from_pretrained(tiny_llava_repo, config=config, output_loading_info=True)
         assert info["unexpected_keys"]
 
-    def test_a_saved_model_is_a_repo_of_fewer_layers(self, case, tmp_path):
-        short = vispruner.load(
-            case.repo, visual_token_num=case.budget, drop_unused_vision_layers=True, **case.options
-        ).eval()
+    @every_llava
+    def test_a_saved_model_is_a_repo_of_fewer_layers(self, model, tmp_path):
+        short = without_the_last_layer(model)
         short.save_pretrained(tmp_path)
-        again = vispruner.load(tmp_path).eval()
-        require_equal_outputs(case, again, short)
+        again = vispruner.load(tmp_path, attn_implementation=model.attention).eval()
+        require_equal_outputs(prompts_of(model), again, short)
 
     def test_several_feature_layers(self, tmp_path):
         """Only layers above all of them go."""
@@ -167,12 +167,22 @@ def several_feature_layers(folder, layers):
     return model
 
 
-def require_equal_outputs(case, left, right):
-    for texts, count in (([ONE], 1), ([TWO, ONE, NONE], 3)):
-        inputs = case.inputs(texts, case.pictures[:count])
-        with torch.no_grad():
-            assert torch.equal(left(**inputs).logits, right(**inputs).logits)
-    assert torch.equal(generate(left, inputs), generate(right, inputs))
+def prompts_of(model):
+    return [model.prompt(ONE), model.prompt(SEVERAL, ONE, TEXT)]
+
+
+def processed(base, photo):
+    """Prompts for a repo that has a processor."""
+    processor = AutoProcessor.from_pretrained(base)
+    one, two = "USER: <image>\nWhat is this? ASSISTANT:", "USER: <image> and <image>\nDo they differ? ASSISTANT:"
+    batches = [([one], [photo]), ([two, one], [photo, photo.rotate(90), photo.crop((60, 40, 260, 240))])]
+    return [processor(images=images, text=text, return_tensors="pt", padding=True) for text, images in batches]
+
+
+def require_equal_outputs(prompts, left, right):
+    for inputs in prompts:
+        assert torch.equal(logits(left, dict(inputs)), logits(right, dict(inputs)))
+        assert torch.equal(generate(left, dict(inputs)), generate(right, dict(inputs)))
 
 
 class TestBuilding:
@@ -209,24 +219,26 @@ class TestBuilding:
         assert all(f"vision_model.encoder.layers.{layers[1]}." in name for name in names[0] - names[1])
         assert any("post_layernorm" in name for name in names[1])  # the stock class has it, used or not
 
-    def test_it_is_verified_and_answers_as_before_pruned_and_dense(self, base, yaml, tmp_path, cases):
+    def test_it_is_verified_and_answers_as_before_pruned_and_dense(self, base, yaml, tmp_path, photo):
         yaml.write_text(yaml.read_text().replace(", attention_layer: -2", ""))
         repo = build_repo(yaml, tmp_path / "repo", drop_unused_vision_layers=True, show_progress=False)
         found = verify_repo(repo, base=base)
         assert found.passed, found.table()
-        case = cases["llava" if "next" not in str(base) else "next-paper"]
         pruned = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True).eval()
         assert type(pruned).__name__.startswith("VisPruner")
-        before = dict(case.model.config.vispruner_config)
-        try:
-            case.model.set_vispruner_config(visual_token_num=5)
-            require_equal_outputs(case, pruned, case.model)
-        finally:
-            case.model.config.vispruner_config = before
+        prompts = processed(base, photo)
+        require_equal_outputs(prompts, pruned, vispruner.load(base, visual_token_num=5).eval())
         dense, info = AutoModelForImageTextToText.from_pretrained(repo, output_loading_info=True)
         assert not type(dense).__name__.startswith("VisPruner")
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        require_equal_outputs(case, dense.eval(), case.stock)
+        require_equal_outputs(prompts, dense.eval(), AutoModelForImageTextToText.from_pretrained(base).eval())
+
+    @pytest.mark.parametrize("method", ["prumerge", "prumerge_plus"])
+    def test_a_method_that_reads_the_last_layer_keeps_it(self, yaml, method, tmp_path):
+        changed = yaml.read_text().replace(", attention_layer: -2", f", method: {method}")
+        yaml.write_text(changed + "drop_unused_vision_layers: true\n")
+        with pytest.raises(ValueError, match=f'method "{method}" reads the last layer.*build without'):
+            build_repo(yaml, tmp_path / "repo")
 
     def test_the_yaml_asks_for_it_too(self, yaml, tmp_path, capsys):
         assert main(["build", str(yaml), "--out", str(tmp_path / "by-option"), "--drop-unused-vision-layers"]) == 0
@@ -267,12 +279,12 @@ class TestThinRepos:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         return in_cache(cache, HUB_BASE, tiny_llava_repo)
 
-    def test_one_built_without_the_layer_loads_verifies_and_answers_as_before(self, cases, tmp_path):
-        case = cases["llava"]
+    def test_one_built_without_the_layer_loads_verifies_and_answers_as_before(self, tiny_llava_repo, tmp_path, photo):
+        whole = vispruner.load(tiny_llava_repo, visual_token_num=9).eval()
         yaml = write_yaml(
             tmp_path,
             base_model=HUB_BASE,
-            vispruner_config={"visual_token_num": case.budget},
+            vispruner_config={"visual_token_num": 9},
             drop_unused_vision_layers=True,
         )
         repo = build_repo(yaml, tmp_path / "thin", thin=True, show_progress=False)
@@ -281,15 +293,15 @@ class TestThinRepos:
             repo, trust_remote_code=True, output_loading_info=True
         )
         assert not info["unexpected_keys"] and not info["missing_keys"]
-        assert len(model.model.vision_layers) == len(case.model.model.vision_layers) - 1
-        require_equal_outputs(case, model.eval(), case.model)
+        assert len(model.model.vision_layers) == len(whole.model.vision_layers) - 1
+        require_equal_outputs(processed(tiny_llava_repo, photo), model.eval(), whole)
         found = verify_repo(repo)
         assert found.passed, found.table()
 
-    def test_one_that_has_the_layer_can_be_loaded_without(self, cases, tmp_path):
-        case = cases["llava"]
-        yaml = write_yaml(tmp_path, base_model=HUB_BASE, vispruner_config={"visual_token_num": case.budget})
+    def test_one_that_has_the_layer_can_be_loaded_without(self, tiny_llava_repo, tmp_path, photo):
+        whole = vispruner.load(tiny_llava_repo, visual_token_num=9).eval()
+        yaml = write_yaml(tmp_path, base_model=HUB_BASE, vispruner_config={"visual_token_num": 9})
         repo = build_repo(yaml, tmp_path / "thin", thin=True, show_progress=False)
         short = vispruner.load(repo, drop_unused_vision_layers=True).eval()
-        assert len(short.model.vision_layers) == len(case.model.model.vision_layers) - 1
-        require_equal_outputs(case, short, case.model)
+        assert len(short.model.vision_layers) == len(whole.model.vision_layers) - 1
+        require_equal_outputs(processed(tiny_llava_repo, photo), short, whole)

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import NEW, NONE, ONE, TWO, answers, generate, packed_as_stock
+from matrix import ASK, HELLO, LLAVAS, NEW, ONE, PACKED_AS_STOCK, SEVERAL, TEXT, answers, generate
+from rows import Image
 from transformers import StaticCache
 
 from vispruner.pruning_mixin import VisPrunerMixin
@@ -14,22 +15,26 @@ from vispruner.selectors import SELECTORS
 from vispruner.stock_versions import SLICES_FEATURES, TAKES_FEATURES
 from vispruner.visual_features import PrunedImageFeatures, tokens_of
 
-WHY = "USER: <image>\nWhy is it so? ASSISTANT:"
+PICTURE = Image((56, 84), seed=1)  # that of `ONE`
+WHY = [[25, 26], PICTURE, [27]]
+FIRST, SECOND = SEVERAL[1], SEVERAL[3]
+
+every_llava = pytest.mark.parametrize("model", LLAVAS, indirect=True)
+packed_as_stock = pytest.mark.parametrize("model", [name for name in LLAVAS if name in PACKED_AS_STOCK], indirect=True)
 
 
-def split(case, texts, pictures, model=None):
-    """The processor's tensors without pixels, the encoded images, and the same prompts with pixels."""
-    inputs = dict(case.inputs(texts, pictures))
+def split(model, *prompts):
+    """The tensors of prompts without pixels, the encoded images, and the same prompts with pixels."""
+    inputs = model.prompt(*prompts)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    return text, (model or case.model).encode_images(**pixels), inputs
+    return text, model.pruned.encode_images(**model.pixels(inputs)), inputs
 
 
 @contextmanager
-def counted(case, monkeypatch):
+def counted(model, monkeypatch):
     """Count the runs of the encoder, the projector and the configured selector."""
     runs = {"encoder": 0, "projector": 0, "selector": 0}
-    model = case.model.model
+    base = model.pruned.model
 
     def counter(name):
         def count(*args):
@@ -37,14 +42,14 @@ def counted(case, monkeypatch):
 
         return count
 
-    method = case.model.config.vispruner_config["method"]
+    method = model.pruned.config.vispruner_config["method"]
     selector = SELECTORS[method]
 
     def select(*args, **kwargs):
         runs["selector"] += 1
         return selector.function(*args, **kwargs)
 
-    watched = {"encoder": model.vision_tower, "projector": model.multi_modal_projector}
+    watched = {"encoder": base.vision_tower, "projector": base.multi_modal_projector}
     hooks = [module.register_forward_hook(counter(name)) for name, module in watched.items()]
     try:
         with monkeypatch.context() as patch:
@@ -55,74 +60,63 @@ def counted(case, monkeypatch):
             hook.remove()
 
 
-def stock_repeats_features_in_order(case) -> bool:
+def stock_repeats_features_in_order(model) -> bool:
     """False where 5.17 repeats none and 5.18 mixes up those of a row with several images."""
     if not TAKES_FEATURES:
         return False
-    token = case.model.config.image_token_id
+    token = model.pruned.config.image_token_id
     features = PrunedImageFeatures(pooler_output=[torch.zeros(1, 1), torch.ones(1, 1)])
-    expand = super(VisPrunerMixin, case.model)._expand_inputs_for_generation
+    expand = super(VisPrunerMixin, model.pruned)._expand_inputs_for_generation
     given = {"input_ids": torch.tensor([[token, token]]), "mm_encoder_outputs": {"image": features}}
     made = tokens_of(expand(2, **given)[1]["mm_encoder_outputs"]["image"])
     return [float(one) for one in made] == [0.0, 1.0, 0.0, 1.0]
 
 
+@every_llava
 class TestQuestions:
-    def test_a_second_question_pays_neither_encoder_nor_selection(self, case, monkeypatch):
-        with counted(case, monkeypatch) as runs:
-            text, images, _ = split(case, ONE, case.pictures[:1])
+    def test_a_second_question_pays_neither_encoder_nor_selection(self, model, monkeypatch):
+        with counted(model, monkeypatch) as runs:
+            text, images, _ = split(model, ONE)
             paid = dict(runs)
             assert paid["encoder"] == paid["projector"] == 1 and paid["selector"] >= 1
-            generate(case.model, text, encoded_images=images)
-            other = case.inputs(WHY, case.pictures[:1])
-            generate(case.model, {"input_ids": other["input_ids"]}, encoded_images=images, num_beams=2)
+            generate(model.pruned, text, encoded_images=images)
+            other = model.prompt(WHY)
+            generate(model.pruned, {"input_ids": other["input_ids"]}, encoded_images=images, num_beams=2)
             with torch.no_grad():
-                case.model(**text, encoded_images=images)
+                model.pruned(**text, encoded_images=images)
             assert runs == paid
 
     @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"use_cache": False}])
-    def test_answers_equal_those_from_pixels(self, case, options):
-        text, images, inputs = split(case, [TWO, ONE, NONE], case.pictures)
-        expected = answers(case.model, inputs, eos_token_id=None, **options)
+    def test_answers_equal_those_from_pixels(self, model, options):
+        text, images, inputs = split(model, SEVERAL, ONE, TEXT)
+        expected = answers(model.pruned, inputs, **options)
         for _ in range(2):  # what generate does with features must not change the images
-            result = generate(case.model, text, encoded_images=images, eos_token_id=None, **options)
+            result = generate(model.pruned, text, encoded_images=images, **options)
             assert torch.equal(result[:, text["input_ids"].shape[1] :], expected)
         assert len(images) == 3
 
-    def test_logits_and_loss_equal_those_from_pixels(self, case):
-        text, images, inputs = split(case, [TWO, ONE], case.pictures)
+    def test_logits_and_loss_equal_those_from_pixels(self, model):
+        text, images, inputs = split(model, SEVERAL, ONE)
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         with torch.no_grad():
-            expected = case.model(**inputs, labels=labels)
-            result = case.model(**text, labels=labels, encoded_images=images)
+            expected = model.pruned(**inputs, labels=labels)
+            result = model.pruned(**text, labels=labels, encoded_images=images)
         assert torch.equal(result.logits, expected.logits) and torch.equal(result.loss, expected.loss)
 
-    @packed_as_stock
-    def test_original_positions(self, case):
-        case.model.set_vispruner_config(position_policy="original")
-        text, images, inputs = split(case, [TWO, ONE], case.pictures)
-        for options in ({}, {"num_beams": 2}):
-            expected = answers(case.model, inputs, eos_token_id=None, **options)
-            assert torch.equal(
-                answers(case.model, text, encoded_images=images, eos_token_id=None, **options), expected
-            )
-        with torch.no_grad():
-            assert torch.equal(case.model(**text, encoded_images=images).logits, case.model(**inputs).logits)
-
-    def test_each_beam_of_several_images_has_them_in_order(self, case):
+    def test_each_beam_of_several_images_has_them_in_order(self, model):
         """Stock 5.18 gives a row's copies its first image twice, then its second twice."""
-        _, images, _ = split(case, [TWO, ONE], case.pictures)
+        _, images, _ = split(model, SEVERAL, ONE)
         first, second, third = images.kept_counts
-        short = torch.full((2, first + second), case.model.config.image_token_id)
+        short = torch.full((2, first + second), model.pruned.config.image_token_id)
         short[1, third:] = 1
         features = {"image": images.to_features()}
-        _, expanded = case.model._expand_inputs_for_generation(3, input_ids=short, mm_encoder_outputs=features)
+        _, expanded = model.pruned._expand_inputs_for_generation(3, input_ids=short, mm_encoder_outputs=features)
         made = tokens_of(expanded["mm_encoder_outputs"]["image"])
         expected = [images.tokens[number] for number in [0, 1] * 3 + [2] * 3]
         assert all(torch.equal(found, own) for found, own in zip(made, expected, strict=True))
 
-    def test_sampling_static_cache_and_chunked_prefill(self, case):
-        text, images, inputs = split(case, ONE, case.pictures[:1])
+    def test_sampling_static_cache_and_chunked_prefill(self, model):
+        text, images, inputs = split(model, ONE)
         ways = [
             {"do_sample": True, "num_return_sequences": 3},
             {"cache_implementation": "static", "disable_compile": True},
@@ -134,94 +128,107 @@ class TestQuestions:
             results = []
             for prompt in (inputs, {**text, "encoded_images": images}):
                 torch.manual_seed(0)
-                results.append(answers(case.model, prompt, eos_token_id=None, **options))
+                results.append(answers(model.pruned, prompt, **options))
             assert torch.equal(*results)
 
-    def test_a_later_turn_takes_them_or_its_cache(self, case):
-        text, images, inputs = split(case, ONE, case.pictures[:1])
-        first = generate(case.model, text, encoded_images=images, return_dict_in_generate=True, eos_token_id=None)
+    def test_a_later_turn_takes_them_or_its_cache(self, model):
+        text, images, inputs = split(model, ONE)
+        first = generate(model.pruned, text, encoded_images=images, return_dict_in_generate=True)
         longer = {"input_ids": torch.cat([first.sequences, first.sequences[:, -4:]], dim=1)}
         longer["attention_mask"] = torch.ones_like(longer["input_ids"])
-        expected = answers(case.model, {**inputs, **longer}, eos_token_id=None)
-        again = answers(case.model, longer, encoded_images=images, eos_token_id=None)
-        cached = answers(
-            case.model, longer, encoded_images=images, past_key_values=first.past_key_values, eos_token_id=None
-        )
+        expected = answers(model.pruned, {**inputs, **longer})
+        again = answers(model.pruned, longer, encoded_images=images)
+        cached = answers(model.pruned, longer, encoded_images=images, past_key_values=first.past_key_values)
         assert torch.equal(again, expected) and torch.equal(cached, expected)
 
-    def test_a_prompt_of_kept_placeholders_needs_no_image_processor(self, case):
-        text, images, _ = split(case, ONE, case.pictures[:1])
-        (kept,) = images.kept_counts
-        case.processor.tokenizer.padding_side = "left"
-        short = case.processor.tokenizer(ONE.replace("<image>", "<image>" * kept), return_tensors="pt")
+    def test_a_prompt_of_kept_placeholders_is_the_same(self, model):
+        text, images, inputs = split(model, ONE)
+        short = model.shortened(inputs)
+        short = {name: short[name] for name in text}
         assert torch.equal(
-            answers(case.model, dict(short), encoded_images=images, eos_token_id=None),
-            answers(case.model, text, encoded_images=images, eos_token_id=None),
+            answers(model.pruned, short, encoded_images=images), answers(model.pruned, text, encoded_images=images)
         )
 
-    def test_the_dense_model_reuses_images_too(self, case):
-        case.model.set_vispruner_config(method="none")
-        text, images, inputs = split(case, [TWO, ONE], case.pictures)
+    def test_the_dense_model_reuses_images_too(self, model):
+        model.pruned.set_vispruner_config(method="none")
+        text, images, inputs = split(model, SEVERAL, ONE)
         assert images.kept_counts == images.full_counts
         for options in ({}, {"num_beams": 2}):
-            if options and not stock_repeats_features_in_order(case):
+            if options and not stock_repeats_features_in_order(model):
                 continue
-            expected = answers(case.stock, inputs, eos_token_id=None, **options)
-            assert torch.equal(
-                answers(case.model, text, encoded_images=images, eos_token_id=None, **options), expected
-            )
+            expected = answers(model.stock, inputs, **options)
+            assert torch.equal(answers(model.pruned, text, encoded_images=images, **options), expected)
         with torch.no_grad():
-            assert torch.equal(case.model(**text, encoded_images=images).logits, case.stock(**inputs).logits)
+            assert torch.equal(model.pruned(**text, encoded_images=images).logits, model.stock(**inputs).logits)
 
-    def test_a_static_cache_is_as_long_as_the_short_prompt(self, case, monkeypatch):
-        monkeypatch.setattr(case.model, "_previous_max_cache_length", -1, raising=False)  # of earlier, longer prompts
-        text, images, _ = split(case, ONE, case.pictures[:1])
+    def test_a_static_cache_is_as_long_as_the_short_prompt(self, model, monkeypatch):
+        monkeypatch.setattr(
+            model.pruned, "_previous_max_cache_length", -1, raising=False
+        )  # of earlier, longer prompts
+        text, images, _ = split(model, ONE)
         options = {"cache_implementation": "static", "disable_compile": True, "return_dict_in_generate": True}
-        cache = generate(case.model, text, encoded_images=images, eos_token_id=None, **options).past_key_values
+        cache = generate(model.pruned, text, encoded_images=images, **options).past_key_values
         short = text["input_ids"].shape[1] - sum(images.full_counts) + sum(images.kept_counts)
         assert isinstance(cache, StaticCache)
         assert cache.layers[0].keys.shape[-2] == short + NEW - 1
 
 
-class TestSequence:
-    def test_several_questions_about_one_image_in_a_batch(self, case):
-        texts = [ONE, WHY, "USER: <image>\nHow many? ASSISTANT:"]
-        text, _, _ = split(case, texts, case.pictures[:1] * 3)
-        _, images, _ = split(case, ONE, case.pictures[:1])
-        batch = answers(case.model, text, encoded_images=images[[0] * 3], eos_token_id=None)
-        for row, question in zip(batch, texts, strict=True):
-            assert torch.equal(
-                row, answers(case.model, case.inputs(question, case.pictures[:1]), eos_token_id=None)[0]
-            )
+@packed_as_stock
+class TestOriginalPositions:
+    def test_answers_equal_those_from_pixels(self, model):
+        model.pruned.set_vispruner_config(position_policy="original")
+        text, images, inputs = split(model, SEVERAL, ONE)
+        for options in ({}, {"num_beams": 2}):
+            expected = answers(model.pruned, inputs, **options)
+            assert torch.equal(answers(model.pruned, text, encoded_images=images, **options), expected)
+        with torch.no_grad():
+            assert torch.equal(model.pruned(**text, encoded_images=images).logits, model.pruned(**inputs).logits)
 
-    def test_images_are_chosen_and_joined_in_prompt_order(self, case):
-        _, three, _ = split(case, [TWO, ONE], case.pictures)
-        text, _, inputs = split(case, TWO, [case.pictures[2], case.pictures[0]])
-        expected = answers(case.model, inputs, eos_token_id=None)
-        one_by_one = [split(case, ONE, [picture])[1] for picture in case.pictures]
+    def test_another_position_policy_is_none_of_their_business(self, model):
+        text, images, inputs = split(model, ONE)
+        model.pruned.set_vispruner_config(position_policy="original")
+        assert torch.equal(
+            answers(model.pruned, text, encoded_images=images),
+            answers(model.pruned, inputs),
+        )
+
+
+@every_llava
+class TestSequence:
+    def test_several_questions_about_one_image_in_a_batch(self, model):
+        prompts = [ONE, WHY, [HELLO, PICTURE, [28, 29]]]
+        text, _, _ = split(model, *prompts)
+        _, images, _ = split(model, ONE)
+        batch = answers(model.pruned, text, encoded_images=images[[0] * 3])
+        for row, prompt in zip(batch, prompts, strict=True):
+            assert torch.equal(row, answers(model.pruned, model.prompt(prompt))[0])
+
+    def test_images_are_chosen_and_joined_in_prompt_order(self, model):
+        _, three, _ = split(model, SEVERAL, ONE)
+        text, _, inputs = split(model, [HELLO, PICTURE, [18], FIRST, ASK])
+        expected = answers(model.pruned, inputs)
+        one_by_one = [split(model, [HELLO, picture, ASK])[1] for picture in (FIRST, SECOND, PICTURE)]
         for images in (three[[2, 0]], three[2] + three[-3], three[2:] + three[:1], one_by_one[2] + one_by_one[0]):
             assert len(images) == 2
-            assert torch.equal(answers(case.model, text, encoded_images=images, eos_token_id=None), expected)
+            assert torch.equal(answers(model.pruned, text, encoded_images=images), expected)
         with pytest.raises(IndexError):
             three[3]
 
-    def test_they_say_what_was_kept(self, case):
-        inputs = case.inputs([TWO, ONE], case.pictures)
-        full, kept = case.counts(inputs)
-        _, images, _ = split(case, [TWO, ONE], case.pictures)
+    def test_they_say_what_was_kept(self, model):
+        inputs = model.prompt(SEVERAL, ONE)
+        ((full,), (kept,)) = (of.values() for of in model.counts(inputs))
+        _, images, _ = split(model, SEVERAL, ONE)
         assert list(images.full_counts) == full and list(images.kept_counts) == kept
         assert [len(indices) for indices in images.kept_indices] == kept
-        assert images.vispruner_config == case.model.config.vispruner_config
+        assert images.vispruner_config == model.pruned.config.vispruner_config
 
-    def test_they_hold_no_gradients_and_nothing_as_large_as_the_encoder_output(self, case):
-        inputs = case.inputs(ONE, case.pictures[:1])
-        pixels = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-        images = case.model.encode_images(**pixels)
+    def test_they_hold_no_gradients_and_nothing_as_large_as_the_encoder_output(self, model):
+        images = model.pruned.encode_images(**model.pixels(model.prompt(ONE)))
         assert not any(tokens.requires_grad for tokens in images.tokens)
         assert {tensor.shape[0] for tensor in (*images.tokens, *images.kept_indices)} == set(images.kept_counts)
 
-    def test_they_move_between_devices_and_dtypes(self, case):
-        text, images, inputs = split(case, ONE, case.pictures[:1])
+    def test_they_move_between_devices_and_dtypes(self, model):
+        text, images, inputs = split(model, ONE)
         away = images.to("meta")
         held = [*away.tokens, *away.kept_indices, *away.placeholders]
         assert {tensor.device.type for tensor in held if tensor is not None} == {"meta"}
@@ -229,58 +236,50 @@ class TestSequence:
         assert half.tokens[0].dtype == torch.bfloat16 and half.kept_indices[0].dtype == torch.int64
         doubled = images.to(torch.float64)
         assert torch.equal(
-            answers(case.model, text, encoded_images=doubled, eos_token_id=None),
-            answers(case.model, inputs, eos_token_id=None),
+            answers(model.pruned, text, encoded_images=doubled),
+            answers(model.pruned, inputs),
         )
 
 
+@every_llava
 class TestRefusals:
-    def both_calls(self, case):
-        return (lambda **inputs: case.model(**inputs)), (lambda **inputs: generate(case.model, inputs))
+    def both_calls(self, model):
+        return (lambda **inputs: model.pruned(**inputs)), (lambda **inputs: generate(model.pruned, inputs))
 
     @pytest.mark.parametrize("change", [{"visual_token_num": 3}, {"keep_ratio": 0.5}, {"method": "cls_attention"}])
-    def test_a_changed_budget_or_method_is_named(self, case, change):
-        text, images, inputs = split(case, ONE, case.pictures[:1])
-        case.model.set_vispruner_config(**change)
+    def test_a_changed_budget_or_method_is_named(self, model, change):
+        text, images, inputs = split(model, ONE)
+        model.pruned.set_vispruner_config(**change)
         (field,) = change
-        for call in self.both_calls(case):
+        for call in self.both_calls(model):
             with pytest.raises(ValueError, match=rf"encoded_images were made with vispruner_config .*{field}"):
                 call(**text, encoded_images=images)
-        _, other, _ = split(case, ONE, case.pictures[:1])
+        _, other, _ = split(model, ONE)
         with pytest.raises(ValueError, match=field):
             images + other
-        assert torch.equal(answers(case.model, text, encoded_images=other), answers(case.model, inputs))
+        assert torch.equal(answers(model.pruned, text, encoded_images=other), answers(model.pruned, inputs))
 
-    def test_the_dense_model_refuses_pruned_images(self, case):
-        text, images, _ = split(case, ONE, case.pictures[:1])
-        case.model.set_vispruner_config(method="none")
-        for call in self.both_calls(case):
+    def test_the_dense_model_refuses_pruned_images(self, model):
+        text, images, _ = split(model, ONE)
+        model.pruned.set_vispruner_config(method="none")
+        for call in self.both_calls(model):
             with pytest.raises(ValueError, match="method='vispruner'"):
                 call(**text, encoded_images=images)
 
-    @packed_as_stock
-    def test_another_position_policy_is_none_of_their_business(self, case):
-        text, images, inputs = split(case, ONE, case.pictures[:1])
-        case.model.set_vispruner_config(position_policy="original")
-        assert torch.equal(
-            answers(case.model, text, encoded_images=images, eos_token_id=None),
-            answers(case.model, inputs, eos_token_id=None),
-        )
-
-    def test_pixels_beside_them_are_refused(self, case):
-        _, images, inputs = split(case, ONE, case.pictures[:1])
-        for call in self.both_calls(case):
+    def test_pixels_beside_them_are_refused(self, model):
+        _, images, inputs = split(model, ONE)
+        for call in self.both_calls(model):
             with pytest.raises(ValueError, match="stand in place of pixel_values"):
                 call(**inputs, encoded_images=images)
 
-    def test_another_number_of_images_is_refused(self, case):
-        text, images, _ = split(case, TWO, case.pictures[:2])
-        for call in self.both_calls(case):
+    def test_another_number_of_images_is_refused(self, model):
+        text, images, _ = split(model, SEVERAL)
+        for call in self.both_calls(model):
             with pytest.raises(ValueError, match="image placeholders"):
                 call(**text, encoded_images=images[0])
 
-    def test_anything_else_is_refused(self, case):
-        text, images, _ = split(case, ONE, case.pictures[:1])
-        for call in self.both_calls(case):
+    def test_anything_else_is_refused(self, model):
+        text, images, _ = split(model, ONE)
+        for call in self.both_calls(model):
             with pytest.raises(TypeError, match="encode_images returns"):
                 call(**text, encoded_images=list(images.tokens))

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from cases import NEW, ONE, TWO, Case, answers, generate
+from matrix import LLAVAS, NEW, ONE, SEVERAL, Model, answers, attention_of, generate
 from oracle import vispruner_oracle
 
 import vispruner
+from vispruner.stock_versions import CACHE
 from vispruner.token_selection import select_vispruner
 
 pytestmark = pytest.mark.gpu
+every_llava = pytest.mark.parametrize("model", LLAVAS, indirect=True)
+
+
+def on_the_device(model: Model, **options: Any) -> Any:
+    attention = attention_of(model.row)
+    return vispruner.load(
+        model.folder, device_map="cuda", attn_implementation=attention, **model.row.options, **options
+    ).eval()
+
+
+def moved(inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return {name: value.to("cuda", dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+
+def counts(model: Model, inputs: dict[str, Any]) -> list[int]:
+    return [sum(map(sum, of.values())) for of in model.counts(inputs)]
 
 
 def test_selection_on_the_device_equals_the_oracle_without_synchronising() -> None:
@@ -31,23 +48,22 @@ def test_selection_on_the_device_equals_the_oracle_without_synchronising() -> No
     assert kept.cpu().tolist() == expected
 
 
-def test_a_pruned_model_answers_on_the_device(case: Case) -> None:
-    model = vispruner.load(Path(case.repo), visual_token_num=case.budget, device_map="cuda", **case.options).eval()
-    inputs = case.inputs(ONE, case.pictures[:1]).to("cuda")
-    (full,), (kept,) = case.counts(inputs)
-    result = generate(model, inputs, return_dict_in_generate=True, eos_token_id=None)
-    assert result.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] - full + kept + NEW - 1
-    short = {name: value.cuda() for name, value in case.shortened(case.inputs(ONE, case.pictures[:1])).items()}
-    assert torch.equal(answers(model, inputs, eos_token_id=None), answers(model, short, eos_token_id=None))
+@every_llava
+def test_a_pruned_model_answers_on_the_device(model: Model) -> None:
+    device, inputs = on_the_device(model), model.prompt(ONE)
+    full, kept = counts(model, inputs)
+    result = generate(device, moved(inputs), return_dict_in_generate=True)
+    assert result[CACHE].get_seq_length() == inputs["input_ids"].shape[1] - full + kept + NEW - 1
+    assert torch.equal(answers(device, moved(inputs)), answers(device, moved(model.shortened(inputs))))
 
 
+@every_llava
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_prunes_by_the_same_count(case: Case, dtype: torch.dtype) -> None:
-    model = vispruner.load(case.repo, visual_token_num=case.budget, device_map="cuda", dtype=dtype, **case.options)
-    inputs = case.inputs(ONE, case.pictures[:1]).to("cuda", dtype)
-    features = model.get_image_features(**{k: inputs[k] for k in ("pixel_values", "image_sizes") if k in inputs})
-    assert [len(image) for image in features.pooler_output] == case.counts(inputs)[1]
-    assert torch.isfinite(model(**inputs).logits).all()
+def test_half_precision_prunes_by_the_same_count(model: Model, dtype: torch.dtype) -> None:
+    device, inputs = on_the_device(model, dtype=dtype), model.prompt(ONE)
+    features = device.get_image_features(**moved(model.pixels(inputs), dtype))
+    assert sum(map(len, features.pooler_output)) == counts(model, inputs)[1]
+    assert torch.isfinite(device(**moved(inputs, dtype)).logits).all()
 
 
 def synchronisations(model, inputs, run):
@@ -63,34 +79,34 @@ def synchronisations(model, inputs, run):
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
+@every_llava
 @pytest.mark.parametrize("count", [1, 3])
-def test_shortening_waits_for_the_device_no_more_often_than_stock(case: Case, count: int) -> None:
-    model = vispruner.load(case.repo, visual_token_num=case.budget, device_map="cuda", **case.options).eval()
-    stock = case.stock_class.from_pretrained(case.repo, device_map="cuda").eval()
-    inputs = case.inputs([ONE] if count == 1 else [TWO, ONE], case.pictures[:count]).to("cuda")
+def test_shortening_waits_for_the_device_no_more_often_than_stock(model: Model, count: int) -> None:
+    device = on_the_device(model)
+    stock = model.row.stock_class.from_pretrained(model.folder, device_map="cuda").eval()
+    inputs = moved(model.prompt(*([ONE] if count == 1 else [SEVERAL, ONE])))
 
     def forward(model, inputs):
         with torch.no_grad():
             model(**inputs)
 
-    for run in (forward, lambda model, inputs: generate(model, inputs, eos_token_id=None)):
-        assert synchronisations(model, inputs, run) <= synchronisations(stock, inputs, run)
+    for run in (forward, generate):
+        assert synchronisations(device, inputs, run) <= synchronisations(stock, inputs, run)
 
 
-def test_encoded_images_wait_on_the_cpu_for_a_question(case: Case) -> None:
-    model = vispruner.load(case.repo, visual_token_num=case.budget, device_map="cuda", **case.options).eval()
-    inputs = dict(case.inputs([TWO, ONE], case.pictures).to("cuda"))
-    expected = answers(model, inputs, eos_token_id=None)
-    pixels = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes") if name in inputs}
-    images = model.encode_images(**pixels).to("cpu")
-    assert torch.equal(answers(model, inputs, encoded_images=images, eos_token_id=None), expected)
+@every_llava
+def test_encoded_images_wait_on_the_cpu_for_a_question(model: Model) -> None:
+    device, inputs = on_the_device(model), moved(model.prompt(SEVERAL, ONE))
+    expected = answers(device, inputs)
+    pixels = {name: inputs.pop(name) for name in model.pixels(inputs)}
+    images = device.encode_images(**pixels).to("cpu")
+    assert torch.equal(answers(device, inputs, encoded_images=images), expected)
 
 
-def test_static_cache_and_compiled_decoding(case: Case) -> None:
-    model = vispruner.load(case.repo, visual_token_num=case.budget, device_map="cuda", **case.options).eval()
-    inputs = case.inputs(ONE, case.pictures[:1]).to("cuda")
-    options = {"cache_implementation": "static", "return_dict_in_generate": True, "eos_token_id": None}
-    result = generate(model, inputs, **options)
-    (full,), (kept,) = case.counts(inputs)
-    assert result.past_key_values.layers[0].max_cache_len == inputs["input_ids"].shape[1] - full + kept + NEW - 1
-    assert torch.equal(result.sequences, generate(model, inputs, eos_token_id=None))
+@every_llava
+def test_static_cache_and_compiled_decoding(model: Model) -> None:
+    device, inputs = on_the_device(model), model.prompt(ONE)
+    result = generate(device, moved(inputs), cache_implementation="static", return_dict_in_generate=True)
+    full, kept = counts(model, inputs)
+    assert result[CACHE].layers[0].max_cache_len == inputs["input_ids"].shape[1] - full + kept + NEW - 1
+    assert torch.equal(result.sequences, generate(device, moved(inputs)))

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from matrix import ONE, TOLERANCE, Model, logits
-from rows import draw_weights
 from rows.paligemma import PATCHES, ROW
 
-import vispruner
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    stock = ROW.stock_class(ROW.config()).eval()
-    draw_weights(stock)
-    folder: Path = tmp_path_factory.mktemp("paligemma") / "base"
-    stock.save_pretrained(folder)
-    return Model(ROW, folder, stock, vispruner.load(folder, **ROW.options).eval())
+MODEL = "paligemma"
 
 
 def test_the_prefix_is_seen_in_both_directions_after_pruning_too(model: Model) -> None:

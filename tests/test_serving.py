@@ -18,9 +18,8 @@ from typing import Any
 import pytest
 import torch
 from bases import write_yaml
-from cases import ONE, TWO, Case
 from documents import PAGES
-from matrix import ROWS, pair
+from matrix import ROWS, Model, pair
 from PIL import Image
 from rows import Image as DrawnImage
 from rows import Row
@@ -258,13 +257,14 @@ def test_native_tiles_are_refused(llava_next_config: Any) -> None:
         merged_options(llava_next_config, {"visual_token_num": 4, "tile_mode": "native"}, None)
 
 
-def test_an_image_of_tiles_takes_what_the_model_returns(cases: dict[str, Case]) -> None:
-    case = cases["next-paper"]
-    inputs = [case.processor(images=image, text=ONE, return_tensors="pt") for image in case.pictures]
-    options = merged_options(case.model.config, case.model.config.vispruner_config, None)
-    for image, one in zip(case.pictures, inputs, strict=True):
-        _, kept = case.model.visual_token_counts(one["pixel_values"], one["image_sizes"])
-        assert [kept_count(case.model.config, options, 0, Picture(image.height, image.width))] == kept
+@pytest.mark.parametrize("model", ["llava_next-paper"], indirect=True)
+def test_an_image_of_tiles_takes_what_the_model_returns(model: Model) -> None:
+    config = model.pruned.config
+    options = merged_options(config, config.vispruner_config, None)
+    for size in ((56, 84), (112, 56), (300, 40), (40, 300)):
+        inputs = model.prompt([[11], DrawnImage(size), [12]])
+        _, kept = model.pruned.visual_token_counts(inputs["pixel_values"], inputs["image_sizes"])
+        assert [kept_count(config, options, 0, Picture(*size))] == kept
 
 
 @pytest.mark.parametrize(
@@ -420,6 +420,9 @@ def test_a_launch_that_allows_what_makes_no_sense_is_refused(block: Any, message
 
 
 # Without the plugin: the repo's own processor and code
+
+ONE = "USER: <image>\nWhat is this? ASSISTANT:"
+TWO = "USER: <image> and <image>\nDo these two pictures differ? ASSISTANT:"
 
 
 @pytest.fixture(scope="module")

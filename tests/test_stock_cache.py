@@ -20,6 +20,7 @@ from matrix import (
     ASK,
     CLIP,
     HELLO,
+    NEW,
     ONE,
     ROWS,
     TEXT,
@@ -32,7 +33,7 @@ from matrix import (
     type_of_new_tokens,
 )
 from rows import PLAIN
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
 from vispruner.pruned_forward import _require_length
@@ -161,6 +162,19 @@ def test_a_step_by_forward_takes_the_cache_by_either_name(model: Model, name: st
     sequences = torch.cat([inputs["input_ids"], step], dim=1)
     expected = logits(model.pruned, extended(model, inputs, sequences, []))[0, -1]
     torch.testing.assert_close(stepped, expected, **TOLERANCE)
+
+
+@every_model
+def test_a_loop_of_forward_calls_on_the_callers_cache(model: Model) -> None:
+    inputs = model.prompt(ONE)
+    new, cache, current = [], DynamicCache(), dict(inputs)
+    for _ in range(NEW):
+        with torch.no_grad():
+            step = model.pruned(**current, **{CACHE: cache}, use_cache=True).logits[:, -1:].argmax(-1)
+        new.append(int(step))
+        types = {types: torch.full_like(step, type_of_new_tokens(model)) for types in TOKEN_TYPES & inputs.keys()}
+        current = {"input_ids": step, **types}
+    assert new == answers(model.pruned, inputs)[0].tolist()
 
 
 @every_model

@@ -7,6 +7,7 @@ row alone, the base model against the model, a loss against one that is computed
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,11 +40,15 @@ from torch.func import functional_call, grad
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
+from vispruner.configuration_vispruner import CLIP_INPUTS
 from vispruner.stock_versions import CACHE
+from vispruner.visual_features import tokens_of
 
 every_model = pytest.mark.parametrize("model", ROWS, indirect=True)
 ANSWER, LONGER = [20, 21, 22, 23], [24, 25]
 IGNORED = -100
+# Of `forward`, beside stock's; newer stock has the first itself.
+OWN_INPUTS = ("mm_encoder_outputs", "encoded_images", "vispruner_config", "prompt_lengths", "visual_importance")
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +139,24 @@ class TestShapes:
         some = model.pruned(**copy.copy(inputs), logits_to_keep=columns).logits
         torch.testing.assert_close(some, every[:, columns] if kept == "columns" else every[:, -kept:])
 
+    def test_forward_takes_by_place_what_stock_does_and_nothing_twice(self, model: Model) -> None:
+        inputs = model.prompt(ONE)
+        ours, stock = (list(inspect.signature(which.forward).parameters) for which in (model.pruned, model.stock))
+        added = (*OWN_INPUTS, *CLIP_INPUTS)
+        assert [name for name in ours if name not in added] == [name for name in stock if name not in added]
+        by_place = [inputs.get(name) for name in stock[: 1 + max(stock.index(name) for name in inputs)]]
+        assert torch.equal(model.pruned(*by_place).logits, logits(model.pruned, inputs))
+        with pytest.raises(TypeError, match="input_ids twice"):
+            model.pruned(inputs["input_ids"], **inputs)
+        with pytest.raises(TypeError, match=r"forward takes \d+ inputs by place, got 40"):
+            model.pruned(*[None] * 40)
+
+    def test_a_mask_of_another_shape_is_refused_for_a_full_prompt(self, model: Model) -> None:
+        inputs = model.prompt(ONE)
+        inputs["attention_mask"] = inputs["attention_mask"][:, :-1]
+        with pytest.raises(ValueError, match="attention_mask must be 2-D"):
+            model.pruned(**inputs)
+
     def test_no_call_takes_more_memory_than_stock(self, model: Model) -> None:
         inputs = model.prompt(*model.prompts())
         peaks = []
@@ -205,6 +228,8 @@ class TestScores:
             positions, _ = model.stock.model.get_rope_index(whole["input_ids"], **{n: whole[n] for n in names})
             later["position_ids"] = positions[..., -1:]
         torch.testing.assert_close(model.pruned(**later).logits[:, -1], expected, **TOLERANCE)
+        with pytest.raises(ValueError, match="attention_mask has 3 columns"):
+            model.pruned(input_ids=step, attention_mask=whole["attention_mask"][:, :3], **{CACHE: output[CACHE]})
 
 
 @every_model
@@ -451,6 +476,25 @@ class TestPlaceholdersWithoutImage:
 
 
 @every_model
+class TestImagesWithoutPlaceholders:
+    def test_are_refused(self, model: Model) -> None:
+        text = {**model.prompt(TEXT), **model.pixels(model.prompt(ONE))}
+        for call in (model.pruned, model.pruned.generate):
+            with pytest.raises(ValueError, match="put one <image> per image"):
+                call(**copy.copy(text))
+
+    def test_an_image_spread_over_two_rows_is_refused(self, model: Model) -> None:
+        inputs = model.prompt(ONE, ONE)
+        row, other = inputs["input_ids"]
+        placeholders = is_placeholder(model, row).nonzero()
+        row[placeholders[0]], other[placeholders[0] - 1] = HELLO[0], row[placeholders[0]].clone()
+        said = "two rows" if model.row.positions == "renumber" else None  # stock fails first where it counts axes
+        for call in (model.pruned, model.pruned.generate):
+            with pytest.raises((ValueError, RuntimeError), match=said):
+                call(**copy.copy(inputs))
+
+
+@every_model
 class TestPackedSamples:
     def test_do_not_see_each_other(self, model: Model) -> None:
         """Two samples in one row, told apart by positions that start anew, without a mask."""
@@ -653,6 +697,40 @@ class TestGenerate:
 
 
 @every_model
+class TestImageFeatures:
+    def test_are_as_many_as_is_counted(self, model: Model) -> None:
+        inputs = model.prompt(ONE)
+        full, kept = (sum(map(sum, of.values())) for of in model.counts(inputs))
+        features = model.pruned.get_image_features(**model.pixels(inputs))
+        assert sum(map(len, tokens_of(features))) == sum(map(len, features.kept_indices)) == kept
+        assert sum(features.full_counts) == full
+        assert type(model.pruned.get_image_features(**model.pixels(inputs), return_dict=False)) is tuple
+
+    def test_of_a_smaller_budget_are_fewer(self, model: Model) -> None:
+        inputs, lengths = model.prompt(ONE), []
+        for keep_ratio in (0.2, 0.7, 0.2):
+            model.pruned.set_vispruner_config(keep_ratio=keep_ratio)
+            lengths.append(cached_tokens(model.pruned, inputs))
+        assert lengths[0] == lengths[2] < lengths[1]
+
+    @pytest.mark.parametrize("change", [{"method": "none"}, {"keep_ratio": 1.0}])
+    def test_of_all_describe_themselves_as_pruned_ones_do(self, model: Model, change: dict[str, Any]) -> None:
+        model.pruned.set_vispruner_config(**change)
+        features = model.pruned.get_image_features(**model.pixels(model.prompt(ONE)))
+        counts = list(features.full_counts)
+        assert [len(image) for image in tokens_of(features)] == [len(kept) for kept in features.kept_indices] == counts
+        for places, count in zip(features.placeholders or [], counts, strict=False):
+            assert torch.equal(places, torch.arange(count))
+
+    def test_with_cls_cannot_be_asked_for(self, model: Model) -> None:
+        if getattr(model.pruned.config, "vision_feature_select_strategy", "full") == "full":
+            pytest.skip("there is none to leave out")
+        pixels = model.pixels(model.prompt(ONE))
+        with pytest.raises(ValueError, match="vision_feature_select_strategy"):
+            model.pruned.get_image_features(**pixels, vision_feature_select_strategy="full")
+
+
+@every_model
 def test_get_image_features_gives_what_stock_gives_beside_the_tokens(model: Model) -> None:
     inputs = model.prompt(ONE)
     image = model.pruned.modalities[0]
@@ -668,6 +746,10 @@ def test_get_image_features_gives_what_stock_gives_beside_the_tokens(model: Mode
             for name in ("hidden_states", "attentions"):
                 found = [None if part is None else part.shape for part in pruned[name]]
                 assert found == [None if part is None else part.shape for part in stock[name]], name
+            theirs, ours = stock.hidden_states, pruned.hidden_states
+            assert all(torch.equal(*pair) for pair in zip(theirs, ours, strict=True) if None not in pair)
+        else:
+            assert pruned.hidden_states is None or stock.hidden_states is not None
 
 
 @every_model

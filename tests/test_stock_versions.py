@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from cases import Case
+from matrix import Model
 
 import vispruner
 from vispruner import stock_versions
@@ -207,9 +207,9 @@ assert type(model).__module__.startswith("transformers_modules")
 """
 
 
-@pytest.mark.parametrize("case", ["llava", "next-native"], indirect=True)
-def test_a_repo_warns_in_a_process_of_its_own(case: Case, tmp_path: Path) -> None:
-    case.model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("model", ["llava", "llava_next"], indirect=True)
+def test_a_repo_warns_in_a_process_of_its_own(model: Model, tmp_path: Path) -> None:
+    model.pruned.save_pretrained(tmp_path)
     tested, newer = f"{NEWEST_TESTED}.3", f"{int(NEWEST_TESTED.split('.')[0]) + 1}.0.0"
     command = [sys.executable, "-c", BY_ITS_OWN_CODE, str(tmp_path), tested, newer]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from counting import cached_tokens
 from matrix import ASK, CLIP, HELLO, MIXED, ONE, Model, answers, logits
-from rows import Video, draw_weights, noise
+from rows import Video, noise
 from rows.video_llava import IMAGE, PATCHES, PIXELS, ROW, SIZE, VIDEO
 from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor
 
@@ -18,16 +17,7 @@ import vispruner
 from vispruner.conversion.repo_config import load_repo_config
 
 NAMES = ("pixel_values", "pixel_values_images")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    folder: Path = tmp_path_factory.mktemp("video_llava") / "base"
-    stock = ROW.stock_class(ROW.config()).eval()
-    draw_weights(stock)
-    stock.save_pretrained(folder)
-    stock = ROW.stock_class.from_pretrained(folder, attn_implementation="eager").eval()
-    return Model(ROW, folder, stock, vispruner.load(folder, **ROW.options, attn_implementation="eager").eval())
+MODEL = "video_llava"
 
 
 def test_frames_are_ranked_by_the_video_tower_and_images_by_the_image_tower(model: Model) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
-from cases import NONE, ONE, TWO, generate, packed_as_stock
 from counting import HostReads, OperationCounts, PeakBytes
+from matrix import LLAVAS, ONE, PACKED_AS_STOCK, SEVERAL, TEXT, generate
+from rows.llava_next import tiles_of
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -18,9 +20,8 @@ from transformers import (
 import vispruner
 from vispruner.selectors import SELECTORS, Selector
 
-
-def pixels_of(inputs):
-    return {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
+every_llava = pytest.mark.parametrize("model", LLAVAS, indirect=True)
+packed_as_stock = pytest.mark.parametrize("model", [name for name in LLAVAS if name in PACKED_AS_STOCK], indirect=True)
 
 
 @pytest.fixture
@@ -34,22 +35,23 @@ def leading_tokens(monkeypatch):
 
 
 class TestEncoding:
+    @every_llava
     @pytest.mark.parametrize("count", [1, 3])
-    def test_the_tower_runs_once_for_all_images_and_tiles(self, case, count):
+    def test_the_tower_runs_once_for_all_images_and_tiles(self, model, count):
         """...of a forward and of a whole generation, and no layer of it more often than that."""
-        inputs = case.inputs([ONE] if count == 1 else [TWO, ONE], case.pictures[:count])
+        inputs = model.prompt(*([ONE] if count == 1 else [SEVERAL, ONE]))
         tiles = [len(image) for image in inputs["pixel_values"]] if "image_sizes" in inputs else [1] * count
         if "image_sizes" in inputs:
-            tiles = [case.tiles(size) for size in inputs["image_sizes"]]
+            tiles = [1 + math.prod(tiles_of(size)) for size in inputs["image_sizes"].tolist()]
         seen = []
-        model = case.model.model
-        watched = [model.vision_tower, model.vision_layers[0].self_attn]
+        base = model.pruned.model
+        watched = [base.vision_tower, base.vision_layers[0].self_attn]
         hooks = [
             module.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[0]))
             for module in watched
         ]
         try:
-            for call in (lambda: case.model(**inputs), lambda: generate(case.model, inputs)):
+            for call in (lambda: model.pruned(**inputs), lambda: generate(model.pruned, inputs)):
                 seen.clear()
                 with torch.no_grad():
                     call()
@@ -58,26 +60,29 @@ class TestEncoding:
             for hook in hooks:
                 hook.remove()
 
-    def test_only_kept_rows_are_projected(self, case):
-        inputs = case.inputs([TWO, ONE], case.pictures)
+    @every_llava
+    def test_only_kept_rows_are_projected(self, model):
+        inputs = model.prompt(SEVERAL, ONE)
         rows = []
-        projector = case.model.model.multi_modal_projector
+        projector = model.pruned.model.multi_modal_projector
         hook = projector.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[:-1].numel()))
         try:
-            features = case.model.get_image_features(**pixels_of(inputs))
+            features = model.pruned.get_image_features(**model.pixels(inputs))
         finally:
             hook.remove()
         newlines = sum(int((image == -1).sum()) for image in features.kept_indices)
-        assert rows == [sum(case.counts(inputs)[1]) - newlines]
+        ((kept,),) = (model.counts(inputs)[1].values(),)
+        assert rows == [sum(kept) - newlines]
 
-    def test_saliency_adds_a_dozen_small_operations_to_the_tower(self, case):
+    @every_llava
+    def test_saliency_adds_a_dozen_small_operations_to_the_tower(self, model):
         """One row of one layer's attention: two slices and casts, a product, its softmax and its mean over heads."""
-        pixels = case.inputs(ONE, case.pictures[:1])["pixel_values"].flatten(0, -4)
-        tower = case.model.model.vision_tower
+        pixels = model.prompt(ONE)["pixel_values"].flatten(0, -4)
+        tower = model.pruned.model.vision_tower
         with torch.no_grad(), OperationCounts() as stock:
             tower(pixels, output_hidden_states=True)
         with torch.no_grad(), OperationCounts() as ours:
-            case.model.model.encode(pixels, None)
+            model.pruned.model.encode(pixels, None)
         assert not stock.counts - ours.counts
         extra = ours.counts - stock.counts
         assert extra["bmm"] == extra["_softmax"] == extra["mean"] == 1
@@ -144,77 +149,81 @@ def real_geometry(architecture, layers, dtype, width=256):
 class TestWaitsForTheDevice:
     """Operations whose result the host must read before it can go on; see counting.HostReads."""
 
-    def reads(self, case, inputs, run):
+    def reads(self, model, inputs, run):
         """Those of the pruned and of the stock model."""
         totals = []
-        for model in (case.model, case.stock):
-            model._previous_max_cache_length = -1  # a static cache is as long as that of any earlier prompt
-            with torch.no_grad(), HostReads(dict(inputs), list(model.parameters())) as reads:
-                run(model)
+        for which in (model.pruned, model.stock):
+            which._previous_max_cache_length = -1  # a static cache is as long as that of any earlier prompt
+            with torch.no_grad(), HostReads(dict(inputs), list(which.parameters())) as reads:
+                run(which)
             totals.append(reads.total)
         return totals
 
-    def generation_reads(self, case, inputs, cache, new=4):
-        options = {"eos_token_id": None, "cache_implementation": cache, "disable_compile": True, "max_new_tokens": new}
-        return self.reads(case, inputs, lambda model: generate(model, inputs, **options))
+    def generation_reads(self, model, inputs, cache, new=4):
+        options = {"cache_implementation": cache, "disable_compile": True, "max_new_tokens": new}
+        return self.reads(model, inputs, lambda which: generate(which, inputs, **options))
 
+    @every_llava
     @pytest.mark.parametrize("count", [1, 3])
-    def test_a_forward_waits_no_more_often_than_stock(self, case, leading_tokens, count):
-        case.model.set_vispruner_config(method="leading")
-        inputs = case.inputs([ONE] if count == 1 else [TWO, ONE], case.pictures[:count])
-        ours, stock = self.reads(case, inputs, lambda model: model(**inputs))
+    def test_a_forward_waits_no_more_often_than_stock(self, model, leading_tokens, count):
+        model.pruned.set_vispruner_config(method="leading")
+        inputs = model.prompt(*([ONE] if count == 1 else [SEVERAL, ONE]))
+        ours, stock = self.reads(model, inputs, lambda which: which(**inputs))
         assert 0 < ours <= stock
 
+    @every_llava
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
     @pytest.mark.parametrize("count", [1, 3])
-    def test_a_generation_waits_no_more_often_than_stock(self, case, leading_tokens, count, cache):
+    def test_a_generation_waits_no_more_often_than_stock(self, model, leading_tokens, count, cache):
         """...before the first token as for every later one."""
-        case.model.set_vispruner_config(method="leading")
-        inputs = case.inputs([ONE] if count == 1 else [TWO, ONE], case.pictures[:count])
+        model.pruned.set_vispruner_config(method="leading")
+        inputs = model.prompt(*([ONE] if count == 1 else [SEVERAL, ONE]))
         for new in (1, 5):
-            ours, stock = self.generation_reads(case, inputs, cache, new)
+            ours, stock = self.generation_reads(model, inputs, cache, new)
             assert 0 < ours <= stock
 
     @packed_as_stock
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
-    def test_original_positions_wait_twice_more_at_most(self, case, leading_tokens, cache):
+    def test_original_positions_wait_twice_more_at_most(self, model, leading_tokens, cache):
         """Stock itself looks at position ids that have gaps."""
-        case.model.set_vispruner_config(method="leading", position_policy="original")
-        ours, stock = self.generation_reads(case, case.inputs(ONE, case.pictures[:1]), cache)
+        model.pruned.set_vispruner_config(method="leading", position_policy="original")
+        ours, stock = self.generation_reads(model, model.prompt(ONE), cache)
         assert ours <= stock + 2
 
     @packed_as_stock
-    def test_encoded_images_wait_no_more_often(self, case, leading_tokens):
-        case.model.set_vispruner_config(method="leading")
-        inputs = dict(case.inputs([TWO, ONE], case.pictures))
+    def test_encoded_images_wait_no_more_often(self, model, leading_tokens):
+        model.pruned.set_vispruner_config(method="leading")
+        inputs = model.prompt(SEVERAL, ONE)
         text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        images = case.model.encode_images(**pixels_of(inputs))
+        images = model.pruned.encode_images(**model.pixels(inputs))
         for new in (1, 5):
-            _, stock = self.generation_reads(case, inputs, "dynamic", new)
-            with torch.no_grad(), HostReads(text, list(images.tokens), list(case.model.parameters())) as ours:
-                generate(case.model, text, encoded_images=images, max_new_tokens=new, eos_token_id=None)
+            _, stock = self.generation_reads(model, inputs, "dynamic", new)
+            with torch.no_grad(), HostReads(text, list(images.tokens), list(model.pruned.parameters())) as ours:
+                generate(model.pruned, text, encoded_images=images, max_new_tokens=new)
             assert 0 < ours.total <= stock
 
-    def test_a_later_turn_waits_three_times_more_at_most(self, case, leading_tokens):
+    @every_llava
+    def test_a_later_turn_waits_three_times_more_at_most(self, model, leading_tokens):
         """It looks at its prompt, and where the images end that its cache must hold."""
-        case.model.set_vispruner_config(method="leading")
-        inputs = dict(case.inputs(ONE, case.pictures[:1]))
+        model.pruned.set_vispruner_config(method="leading")
+        inputs = model.prompt(ONE)
         totals = []
-        for model in (case.model, case.stock):
-            first = generate(model, inputs, return_dict_in_generate=True, eos_token_id=None)
+        for which in (model.pruned, model.stock):
+            first = generate(which, inputs, return_dict_in_generate=True)
             ids = torch.cat([first.sequences, first.sequences[:, -4:]], dim=1)
             turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            with torch.no_grad(), HostReads(turn, list(model.parameters())) as reads:
-                generate(model, turn, past_key_values=first.past_key_values, eos_token_id=None)
+            with torch.no_grad(), HostReads(turn, list(which.parameters())) as reads:
+                generate(which, turn, past_key_values=first.past_key_values)
             totals.append(reads.total)
         assert totals[0] <= totals[1] + 3
 
-    def test_text_alone_waits_once_more_in_generate(self, case):
+    @every_llava
+    def test_text_alone_waits_once_more_in_generate(self, model):
         """To tell it from a prompt whose image was forgotten, which stock would answer without a word."""
-        inputs = case.inputs(NONE)
-        ours, stock = self.reads(case, inputs, lambda model: model(**inputs))
+        inputs = model.prompt(TEXT)
+        ours, stock = self.reads(model, inputs, lambda which: which(**inputs))
         assert ours == stock
-        ours, stock = self.reads(case, inputs, lambda model: generate(model, inputs, eos_token_id=None))
+        ours, stock = self.reads(model, inputs, lambda which: generate(which, inputs))
         assert ours == stock + 1
 
     def test_reads_are_seen(self):

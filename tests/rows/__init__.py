@@ -1,7 +1,8 @@
 """One row per architecture for the property matrix: a tiny model, prompts for it, and what pruning must compute.
 
-A row's file is named after its model_type and defines `ROW`. Prompts are written by hand as the stock processor would,
-so that no processor (and no torchvision) is needed.
+A row's file is named after its model_type and defines `ROW`, and where an architecture can be set up in ways that
+matter, by name `VARIANTS` of it. Prompts are written by hand as the stock processor would, so that no processor (and
+no torchvision) is needed.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Row(Protocol):
     options     of vispruner_config with which it is tested; they drop tokens of every image and video below
     modalities  of "image" and "video" those it has
     positions   "renumber" or "original": what kept tokens get by default
+    attention   of both models, where it is not "eager"
     inputs      any size of image and 8 frames of video must do; the ids of `PLAIN` mean nothing special
     """
 
@@ -66,6 +68,12 @@ class Row(Protocol):
 def rows() -> Iterator[Row]:
     for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
         yield import_module(f"rows.{file.stem}").ROW
+
+
+def variants() -> dict[str, Row]:
+    """Return by name the rows that differ from an architecture's own in how it is set up."""
+    modules = [import_module(f"rows.{row.model_type}") for row in rows()]
+    return {name: row for module in modules for name, row in getattr(module, "VARIANTS", {}).items()}
 
 
 @torch.no_grad()
@@ -104,7 +112,10 @@ def shortened(
     kept: Mapping[int, Sequence[int]],
     pad: int,
 ) -> dict[str, Any]:
-    """Leave the first `kept[id][j]` of the `full[id][j]` placeholders of each item j, padding anew on the left."""
+    """Leave the first `kept[id][j]` of the `full[id][j]` placeholders of each item j, padding anew on the left.
+
+    Where more are kept than there were, the last one stands as often as that takes.
+    """
     left = {token: [list(counts) for counts in zip(full[token], kept[token], strict=True)] for token in full}
     rows = []
     for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
@@ -116,10 +127,12 @@ def shortened(
                 counts = left[token][0]
                 counts[0] -= 1
                 counts[1] -= 1
+                more = counts[1] if counts[0] == 0 else 0
                 if counts[0] == 0:
                     left[token].pop(0)
                 if counts[1] < 0:
                     continue
+                row += [(token, column)] * more
             row.append((token, column))
         rows.append(row)
     width = max(map(len, rows))

@@ -6,12 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from rows import Image, Part, Reference, left_padded, noise, shortened
+from rows._tiles import with_attention_maps
 from vispruner.selectors import select_tokens
 
 IMAGE, PAD, PATCHES = 90, 0, 64
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 class LlavaRow:
@@ -33,20 +44,12 @@ class LlavaRow:
             projection_dim=32,
         )
 
+    def text_config(self) -> Any:
+        return LlamaConfig(**TEXT, num_key_value_heads=2)
+
     def config(self) -> LlavaConfig:
-        text = LlamaConfig(
-            vocab_size=100,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            pad_token_id=PAD,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
         tokens = self.registers + PATCHES
-        vision = self.vision_config()
+        vision, text = self.vision_config(), self.text_config()
         return LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, image_seq_length=tokens)
 
     def inputs(self, prompts: Sequence[Sequence[Part]]) -> dict[str, torch.Tensor]:
@@ -66,7 +69,7 @@ class LlavaRow:
 
     @torch.no_grad()
     def reference(self, stock: Any, inputs: Mapping[str, torch.Tensor], options: Mapping[str, Any]) -> Reference:
-        tower, items, behind = stock.model.vision_tower, [], 1 + self.registers
+        tower, items, behind = with_attention_maps(stock.model.vision_tower), [], 1 + self.registers
         for pixels in inputs["pixel_values"]:
             outputs = tower(pixels[None], output_hidden_states=True, output_attentions=True)
             features = outputs.hidden_states[-2][:, behind:]
@@ -76,4 +79,18 @@ class LlavaRow:
         return {IMAGE: items}
 
 
+class Mistral:
+    """Another language model, with fewer heads for keys than for queries, and SDPA attention in both models."""
+
+    attention = "sdpa"
+
+    def text_config(self) -> Any:
+        return MistralConfig(**TEXT, num_key_value_heads=1, sliding_window=None)
+
+
+class LlavaMistralRow(Mistral, LlavaRow):
+    options = {"visual_token_num": 6}
+
+
 ROW = LlavaRow()
+VARIANTS = {"llava-mistral": LlavaMistralRow()}

@@ -176,6 +176,8 @@ def encode(stock: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 def choose(features: torch.Tensor, saliency: torch.Tensor, options: Mapping[str, Any], tiles: int = 1) -> list[int]:
     """Which of a pool's tokens stay: T for each of its tiles, or a fraction of all."""
+    if len(features) == 0:
+        return []
     if options["visual_token_num"] is None:
         budget = max(1, math.floor(len(features) * options["keep_ratio"] + 0.5))
     else:
