@@ -6,7 +6,7 @@ check: ## linters and types, as CI runs them
 	ruff format --check .
 	rm -rf build/typed && pip install --quiet --no-deps --target build/typed . && mypy build/typed/vispruner
 
-test: ## the tests that take less than ten seconds each
+test: ## the quick ones: some architectures stand for all
 	pytest -m "not slow"
 
 demo: ## the newcomer's path, without network
