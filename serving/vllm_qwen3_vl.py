@@ -1,5 +1,7 @@
 """Qwen3-VL in vLLM with visual token pruning: deepstack features stay with their tokens."""
 
+from typing import Any
+
 from vllm.model_executor.models.qwen3_vl import (
     Qwen3VLDummyInputsBuilder,
     Qwen3VLForConditionalGeneration,
@@ -20,3 +22,7 @@ class VisPrunerQwen3VLMultiModalProcessor(PrunedGridPrompts, Qwen3VLMultiModalPr
 )
 class VisPrunerQwen3VLForConditionalGeneration(PrunedGrids, Qwen3VLForConditionalGeneration):
     """vLLM's Qwen3-VL that keeps the visual tokens its `vispruner_config` says (arXiv 2412.01818)."""
+
+    def seconds_factor(self, inputs: Any, number: int) -> float:
+        """Frames stand apart, each behind its time as text, and begin where that ends."""
+        return 0.0
