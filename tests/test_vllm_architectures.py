@@ -229,12 +229,30 @@ def encoder_call(engine: Engine, image: Image.Image) -> dict[str, Any]:
     return given
 
 
-def test_counts_that_do_not_agree_end_the_profiling_run(engine: Engine) -> None:
-    """vLLM encodes a dummy picture before it serves; where its placeholders are not its tokens, that is the end."""
+def test_counts_that_do_not_agree_are_an_error(engine: Engine) -> None:
     given = encoder_call(engine, picture(90, 60, seed=78))
     given["vispruner_image_budgets"][:, 2] += 1
     with pytest.raises(RuntimeError, match=r"placeholders in their prompts have .* visual tokens"):
         engine.model.embed_multimodal(**given)
+
+
+def test_they_end_the_profiling_run(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of every start but those on the CPU with a KV cache of a given size, hence called here."""
+    core = engine.llm.llm_engine.engine_core.engine_core
+    runner, embed = core.model_executor.driver_worker.worker.model_runner, engine.model.embed_multimodal
+
+    def disagree(**given: Any) -> Any:
+        for name in [name for name in given if name.startswith("vispruner_")]:
+            given[name] = given[name] + torch.tensor([0.0, 0.0, 1.0])
+        return embed(**given)
+
+    try:
+        runner.profile_run()
+        monkeypatch.setattr(engine.model, "embed_multimodal", disagree)
+        with pytest.raises(RuntimeError, match=r"placeholders in their prompts have .* visual tokens"):
+            runner.profile_run()
+    finally:
+        engine.llm.llm_engine.reset_encoder_cache()
 
 
 def test_no_position_is_beyond_what_the_language_model_can_rotate(
