@@ -14,6 +14,7 @@ from transformers import Dinov2Config, Dinov2WithRegistersConfig, SiglipVisionCo
 
 import vispruner
 from vispruner.choosing import watch_choices
+from vispruner.conversion.published_layout import model_layout
 from vispruner.selectors import ENCODER_METHODS, SELECTORS
 
 REGISTERS = 3
@@ -121,6 +122,19 @@ def test_a_checkpoint_is_read_and_saved(model: Model, tmp_path: Path) -> None:
     pruned.save_pretrained(tmp_path / "saved")
     again = vispruner.load(tmp_path / "saved")
     torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tower", ["dinov2", "dinov2_with_registers"])
+def test_a_repo_has_the_names_that_all_versions_read(tower: str) -> None:
+    """Newer transformers call DINOv2's projections otherwise; a base may have either name, and becomes the older."""
+    config = pair(TowerRow(TOWERS[tower]))[1].config.to_dict()
+    layout = model_layout("llava", config)
+    queries = [name for name in layout.shapes if ".vision_tower." in name and ".query.weight" in name]
+    assert len(queries) == 3 and all(name.endswith(".attention.attention.query.weight") for name in queries)
+    assert not any("_proj." in name for name in layout.shapes if ".vision_tower." in name)
+    for name in (*layout.shapes, *layout.loaded.values()):
+        (published,) = layout.published_names([name]).values()
+        assert published in layout.shapes
 
 
 def test_layers_that_nothing_is_read_from_are_left_out(model: Model, tmp_path: Path) -> None:
