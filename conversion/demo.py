@@ -36,18 +36,19 @@ from .picture import kept_patches_picture, open_photo, save_png, view_budgets
 from .prefill_cost import kv_cache_bytes, prefill_flops
 from .questions import (
     NEW_TOKENS,
+    PHOTOGRAPH_QUESTION,
+    PHOTOGRAPHS,
     SCENE,
     Question,
     is_right,
     judged,
     model_inputs,
-    photograph_questions,
     questions_about,
 )
 from .repo_config import DEMO_CONFIG, EMBEDDED_CONFIGS, PHOTO_LLAVA, TOY, RepoConfig, load_repo_config
 from .verify import Report, verify_repo
 
-SAMPLE_PHOTO = Path(__file__).parent / "assets" / "chelsea.jpg"
+SAMPLE_PHOTO = PHOTOGRAPHS[0]
 QUESTION = "What is in this picture?"
 RESULTS, PICTURE, REPO = "demo.json", "demo.png", "repo"
 MADE_BY = "vispruner demo"
@@ -115,9 +116,8 @@ def run_demo(
         is_toy = made_of == TOY
         path = Path(image) if image is not None else SCENE if is_toy else SAMPLE_PHOTO
         photo = open_photo(path) if given is None else given
-        questions = questions_about(path, question) or [Question(QUESTION)]
-        if made_of == PHOTO_LLAVA and image is None and question is None:
-            questions = photograph_questions(path)
+        usual = PHOTOGRAPH_QUESTION if made_of == PHOTO_LLAVA else QUESTION
+        questions = questions_about(path, question) or [Question(usual)]
         print("Answering, pruned and unpruned ...", flush=True)
         with torch_threads(1 if is_toy else torch.get_num_threads()):
             unpruned, pruned = measure(pipe, photo, questions[0].text)
@@ -147,8 +147,8 @@ LIMITS = {
 The embedded model is a toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing else.
 One scene is no measure of its accuracy, and its times say little about a real model.""",
     PHOTO_LLAVA: """\
-The vision tower is a real one; the language model behind it knows drawn things on photographs, and little else.
-What is kept are things: which photograph is behind them is among what VisPruner loses first (docs/evidence.md).""",
+The vision tower is a real one: look at what is kept. The language model behind it learned drawn things on photographs;
+what it says of other pictures means little.""",
 }
 
 

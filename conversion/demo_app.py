@@ -31,12 +31,12 @@ from .drawn_scenes import draw_scene
 from .methods import all_methods
 from .picture import kept_patches_picture, open_photo, view_choice
 from .questions import (
+    PHOTOGRAPH_QUESTION,
     PHOTOGRAPHS,
     SCENE,
     load_model,
     load_processor,
     model_inputs,
-    photograph_questions,
     scene_questions,
     where_and_how,
 )
@@ -55,8 +55,8 @@ ABOUT = """\
 which. *Stock* is the same model with all of them."""
 NOTES = {
     TOY: "A toy of {millions:.1f} M parameters, trained on drawn scenes: it knows nothing but those. ",
-    PHOTO_LLAVA: "Its vision tower is a real one; the language model behind it knows drawn things on photographs, and "
-    "little else. ",
+    PHOTO_LLAVA: "Its vision tower is a real one: look at what is kept. The language model behind it learned drawn "
+    "things on photographs; what it says of other pictures means little. ",
 }
 
 
@@ -126,7 +126,7 @@ class Session:
             scene.picture.save(path)
             scenes.append((str(path), scene.questions[0]))
         if self.made_of == PHOTO_LLAVA:
-            return [(str(path), photograph_questions(path)[0].text) for path in PHOTOGRAPHS]
+            return [(str(path), PHOTOGRAPH_QUESTION) for path in PHOTOGRAPHS]
         photographs = [(str(path), PHOTO_QUESTION) for path in PHOTOGRAPHS]
         return [*scenes, *photographs] if self.is_toy else [*photographs, *scenes]
 

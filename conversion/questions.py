@@ -23,12 +23,8 @@ from .repo_config import EMBEDDED_CONFIGS, EMBEDDED_PREFIX, TOY, hub_config_name
 from .verify_worker import VIDEO_EXTRA, needs_video_packages
 
 SCENE = Path(__file__).parent / "assets" / "scene.png"
-# Photographs (assets/README.md), with the names that `embedded/photo-llava` learned for parts of them.
-PHOTOGRAPHS: dict[Path, str | None] = {
-    SCENE.with_name("chelsea.jpg"): "kitten",
-    SCENE.with_name("astronaut.jpg"): "astronaut",
-    SCENE.with_name("coffee.jpg"): None,
-}
+PHOTOGRAPHS = tuple(SCENE.with_name(name) for name in ("chelsea.jpg", "astronaut.jpg", "coffee.jpg"))
+PHOTOGRAPH_QUESTION = "Is the photograph tilted?"  # of few that `embedded/photo-llava` learned about any photograph
 NEW_TOKENS = 16
 RIGHT, WRONG = "(right)", "(wrong)"
 Picture = Image.Image | Sequence[Image.Image]  # a photo, or the frames of a video
@@ -55,13 +51,6 @@ def questions_about(picture: Path | None, text: str | None = None) -> list[Quest
     if text is None:
         return known
     return [question for question in known if question.text == text] or [Question(text)]
-
-
-def photograph_questions(picture: Path) -> list[Question]:
-    """Return what `embedded/photo-llava` can be asked about a photograph of the package: it knows little else."""
-    name = PHOTOGRAPHS[picture]
-    asked = [Question("Which photograph is behind?", "photograph", name)] if name is not None else []
-    return [*asked, Question("Is the photograph tilted?", "tilt", "no")]
 
 
 def where_and_how(source: str | None) -> tuple[str, dict[str, Any]]:
