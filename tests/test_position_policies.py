@@ -23,6 +23,7 @@ from matrix import (
     answers,
     generate,
     logits,
+    type_of_new_tokens,
 )
 
 from vispruner.stock_versions import CACHE
@@ -61,7 +62,7 @@ class TestRenumbered:
 
     def test_positions_of_a_later_step_are_counted_as_the_caller_counts(self, model: Model) -> None:
         inputs, step = model.prompt(ONE, TEXT), torch.tensor([[20], [21]])
-        types = {name: torch.zeros_like(step) for name in TOKEN_TYPES & inputs.keys()}
+        types = {name: torch.full_like(step, type_of_new_tokens(model)) for name in TOKEN_TYPES & inputs.keys()}
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
         positions = positions_of({"attention_mask": mask})
         joined = {name: torch.cat([inputs[name], new], dim=1) for name, new in {"input_ids": step, **types}.items()}
@@ -111,6 +112,8 @@ class TestOriginal:
 
     def test_an_image_on_a_cache_of_text_goes_on_counting(self, original: Model) -> None:
         text, image = original.prompt([HELLO]), original.prompt(ONE)
+        if "token_type_ids" in image:
+            pytest.skip("behind a cache stock lets no image see itself in both directions")
         by_column = {"input_ids"} | TOKEN_TYPES & image.keys()
         whole = {**image, **{name: torch.cat([text[name], image[name]], dim=1) for name in by_column}}
         del image["attention_mask"], whole["attention_mask"]
@@ -122,7 +125,7 @@ class TestOriginal:
     @pytest.mark.parametrize("as_dict", [True, False])
     def test_a_step_by_forward_goes_on_behind_the_full_prompt(self, original: Model, as_dict: bool) -> None:
         inputs, step = original.prompt(ONE), torch.tensor([[20]])
-        types = {name: torch.zeros_like(step) for name in TOKEN_TYPES & inputs.keys()}
+        types = {name: torch.full_like(step, type_of_new_tokens(original)) for name in TOKEN_TYPES & inputs.keys()}
         joined = {name: torch.cat([inputs[name], new], dim=1) for name, new in {"input_ids": step, **types}.items()}
         whole = {**inputs, **joined}
         del whole["attention_mask"]
