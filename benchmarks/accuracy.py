@@ -74,6 +74,7 @@ CONFIG = "tiny-llava-vispruner"
 CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpoint
 PHOTOS = "photos"
 PHOTO_CONFIG = "photo-llava-vispruner"
+PHOTO_LLAVA = ASSETS / "photo-llava"  # what train_photo.py wrote, without its tower
 DATASETS = ("scenes", "easy-vqa", PHOTOS)
 KINDS = tuple(dict.fromkeys((*QUESTION_TYPES, *PHOTO_QUESTION_TYPES)))
 DENSE, DOWNSAMPLE, NO_IMAGE = "none", "downsample", "no-image"

@@ -168,7 +168,7 @@ def with_tower(folder: Path, out: Path, cache: Path | None = None) -> None:
     tensors = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
     out.mkdir(exist_ok=True)
     for file in folder.iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
+        if file.name != "config.json" and file.suffix != ".safetensors":
             shutil.copyfile(file, out / file.name)
     (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
     tensors |= {f"vision_tower.{name}": value for name, value in tower.items()}
