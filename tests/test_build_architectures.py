@@ -180,6 +180,7 @@ def test_every_tensor_is_found_from_the_names_that_transformers_saves_and_from_p
 
 
 @pytest.mark.parametrize("name", VERIFIED)
+@pytest.mark.core
 def test_a_repo_whose_processor_needs_nothing_more_verifies(name: str, published: dict[str, Published]) -> None:
     it = published[name]
     for repo in (it.full, it.thin) if name == VERIFIED[0] else (it.full,):

@@ -402,6 +402,7 @@ def test_json_is_all_there_is_on_stdout(
 
 
 @pytest.mark.parametrize("module", ["vispruner", "vispruner.conversion"])
+@pytest.mark.core
 def test_it_runs_as_a_module(module: str) -> None:
     command = [sys.executable, "-m", module, "build", "no-such-config", "--out", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -483,6 +484,7 @@ def test_methods_names_the_model_that_was_meant(name: str, meant: str, capsys: p
     )
 
 
+@pytest.mark.core
 def test_methods_advises_against_nothing_that_nobody_chose() -> None:
     """In a process of its own, because transformers says a thing once."""
     command = [sys.executable, "-m", "vispruner", "methods", "--for", "llava"]

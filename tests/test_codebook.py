@@ -275,6 +275,7 @@ class TestInARepo:
         again.save_pretrained(saved)  # onto itself
         assert (saved / book.name).read_bytes() == book.read_bytes()
 
+    @pytest.mark.core
     def test_a_build_ships_it_and_verify_reads_it(self, yaml_of, with_book, book, tmp_path, kept):
         repo = build_repo(yaml_of(), tmp_path / "repo", show_progress=False)
         assert (repo / book.name).read_bytes() == book.read_bytes()

@@ -403,6 +403,7 @@ print(json.dumps(blocks))
 """
 
 
+@pytest.mark.core
 def test_the_auto_classes_merge_alike_from_remote_code(saved_repo: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(

@@ -848,6 +848,7 @@ class TestMemory:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA covers what is needed here on Linux only")
     @pytest.mark.parametrize("form", ["safetensors", "bin"])
+    @pytest.mark.core
     def test_a_process_that_may_use_three_shards_converts_six(self, tmp_path: Path, form: str) -> None:
         src = tmp_path / "src"
         assert big_original(src) > 5 * 32_000_000

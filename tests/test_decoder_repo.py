@@ -26,6 +26,7 @@ def repo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_repo(NAME, tmp_path_factory.mktemp("decoder") / NAME, show_progress=False)
 
 
+@pytest.mark.core
 def test_verify_counts_what_every_layer_caches(repo: Path) -> None:
     report = verify_repo(repo)
     assert report.passed, report.table()
@@ -60,6 +61,7 @@ def test_a_picture_has_a_panel_for_each_stage(repo: Path) -> None:
     assert [sum(int(tile.kept.sum()) for tile in panel.tiles) for panel in (dense, encoder, decoder)] == [144, 72, 30]
 
 
+@pytest.mark.core
 def test_a_repo_of_a_calibrated_method_is_built_verified_and_drawn(tmp_path: Path) -> None:
     options = {"method_options": {"cell": 4, "global_threshold": 2.0, "stage_shares": [0.5, 0.5]}}
     config = write_yaml(

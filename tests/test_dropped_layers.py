@@ -219,6 +219,7 @@ class TestBuilding:
         assert all(f"vision_model.encoder.layers.{layers[1]}." in name for name in names[0] - names[1])
         assert any("post_layernorm" in name for name in names[1])  # the stock class has it, used or not
 
+    @pytest.mark.core
     def test_it_is_verified_and_answers_as_before_pruned_and_dense(self, base, yaml, tmp_path, photo):
         yaml.write_text(yaml.read_text().replace(", attention_layer: -2", ""))
         repo = build_repo(yaml, tmp_path / "repo", drop_unused_vision_layers=True, show_progress=False)
@@ -279,6 +280,7 @@ class TestThinRepos:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         return in_cache(cache, HUB_BASE, tiny_llava_repo)
 
+    @pytest.mark.core
     def test_one_built_without_the_layer_loads_verifies_and_answers_as_before(self, tiny_llava_repo, tmp_path, photo):
         whole = vispruner.load(tiny_llava_repo, visual_token_num=9).eval()
         yaml = write_yaml(

@@ -453,6 +453,7 @@ def test_images_encoded_with_another_stage_are_refused(llava: Model) -> None:
         answers(llava.pruned, {**inputs, "encoded_images": images})
 
 
+@pytest.mark.core
 def test_a_repo_with_a_stage_is_built_verified_and_described(tmp_path: Path) -> None:
     shipped = (HUB_CONFIGS / "tiny-llava-vispruner.yaml").read_text(encoding="utf-8")
     yaml = tmp_path / "staged.yaml"

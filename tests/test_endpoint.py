@@ -86,6 +86,7 @@ def request(image: str | None, **parameters: Any) -> dict[str, Any]:
     return {"inputs": inputs, "parameters": {"max_new_tokens": 4, **parameters}}
 
 
+@pytest.mark.core
 def test_the_repo_carries_the_two_files_and_is_verified_and_published_with_them(repo: Path) -> None:
     assert (repo / "handler.py").read_bytes() == SOURCE.read_bytes()
     assert verify_repo(repo).passed

@@ -144,6 +144,7 @@ def test_a_rule_is_what_it_says(method: str, tokens: int, budget: int) -> None:
 
 
 @pytest.mark.parametrize("method", EXPERIMENTAL)
+@pytest.mark.core
 def test_a_repo_is_built_verified_and_loaded_and_says_that_it_is_experimental(method: str, tmp_path: Path) -> None:
     budget, held = REPOS[method]
     config = write_yaml(

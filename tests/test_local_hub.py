@@ -741,6 +741,7 @@ print(type(model).__name__, model.config.vispruner_config["visual_token_num"])
 """
 
 
+@pytest.mark.core
 def test_a_private_repo_loads_by_name_and_branch_then_offline(
     hub: LocalHub, ada: HfApi, tiny_llava_repo: Path, tmp_path: Path
 ) -> None:

@@ -569,12 +569,14 @@ def test_the_snippets_run_without_the_package(tiny_card: tuple[str, Run]) -> Non
     assert printed[0].strip() == printed[2].strip() != "", "the pipeline answers as the model does"
 
 
+@pytest.mark.core
 def test_the_packages_snippet_loads_the_repo_without_its_code(tiny_card: tuple[str, Run]) -> None:
     card, run = tiny_card
     (block,) = (block for block in python_blocks(card) if "import vispruner" in block)
     assert reported(run(with_reports([block]))) == [["VisPrunerLlavaForConditionalGeneration", "vispruner", 18]]
 
 
+@pytest.mark.core
 def test_without_trust_remote_code_a_full_repo_is_silently_dense_and_the_check_raises(
     tiny_card: tuple[str, Run],
 ) -> None:
@@ -603,6 +605,7 @@ def thin_card(hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return (built / "README.md").read_text(encoding="utf-8"), reader_of(hub, folder / "home")
 
 
+@pytest.mark.core
 def test_the_snippets_of_a_thin_repo_run(thin_card: tuple[str, Run]) -> None:
     card, run = thin_card
     blocks = [block for block in python_blocks(card) if "import vispruner" not in block]
@@ -615,12 +618,14 @@ def test_the_snippets_of_a_thin_repo_run(thin_card: tuple[str, Run]) -> None:
     assert printed[0].strip() == printed[2].strip() != ""
 
 
+@pytest.mark.core
 def test_the_packages_snippet_loads_a_thin_repo(thin_card: tuple[str, Run]) -> None:
     card, run = thin_card
     (block,) = (block for block in python_blocks(card) if "import vispruner" in block)
     assert reported(run(with_reports([block]))) == [["VisPrunerLlavaForConditionalGeneration", "vispruner", 18]]
 
 
+@pytest.mark.core
 def test_without_trust_remote_code_a_thin_repo_is_an_error_about_its_weights(thin_card: tuple[str, Run]) -> None:
     card, run = thin_card
     load = python_blocks(card)[0].replace(", trust_remote_code=True", "")

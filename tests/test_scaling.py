@@ -149,6 +149,7 @@ def test_the_encoder_runs_once_and_the_method_once_per_size(row, tile_mode, monk
     assert calls[1] == [(3 * images, tokens) for images, tokens in calls[0]]
 
 
+@pytest.mark.core
 def test_the_quick_mode_fills_every_table(tmp_path):
     out, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -310,6 +311,7 @@ def test_comparing_hashes_reads_every_stored_tensor_once_and_holds_one(tmp_path,
     assert most <= 2  # the next one is read while the loop still names the last
 
 
+@pytest.mark.core
 def test_a_thin_build_of_a_large_base_reads_headers_alone(tmp_path):
     """The shards are holes of 1.3 GB: reading them would take that much, and the process may not."""
     size = hollow_base(tmp_path / "base")
@@ -395,6 +397,7 @@ def test_the_recorded_run_holds_no_more_than_the_bound(recorded):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is known on Linux")
+@pytest.mark.core
 def test_memory_alone_can_be_measured_anew_in_a_record(tmp_path):
     """...of some methods, in a process of its own each; nothing else of the record changes."""
     quick = scaling.parse(["--quick", "--features", "random", "--sizes", "64"])

@@ -569,6 +569,7 @@ def test_the_benchmark_times_every_method(tmp_path):
     assert rows["cls_attention"]["operations"] < rows["hiprune"]["operations"] < rows["divprune"]["operations"]
 
 
+@pytest.mark.core
 def test_the_benchmark_measures_forms_that_choose_alike(tmp_path):
     benchmark = str(Path(__file__).parent.parent / "benchmarks" / "selection.py")
     out = tmp_path / "selection.json"
@@ -589,6 +590,7 @@ def test_the_benchmark_measures_forms_that_choose_alike(tmp_path):
     assert os.listdir(out.parent) == ["selection.json"]
 
 
+@pytest.mark.core
 def test_the_benchmark_times_an_earlier_version_beside_this_one(tmp_path):
     """Of a folder with the files of this one: the same tokens. Of one that keeps others: nothing is timed."""
     tests = Path(__file__).parent

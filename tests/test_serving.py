@@ -444,6 +444,7 @@ def engine_repo(
     return build_repo(yaml, folder / "repo", base=base, show_progress=False)
 
 
+@pytest.mark.core
 def test_the_option_adds_one_entry_to_the_processor_files(engine_repo: Path, tmp_path: Path) -> None:
     architecture = json.loads((engine_repo / "config.json").read_text())["model_type"]
     config = json.loads((engine_repo / "processor_config.json").read_text())

@@ -208,6 +208,7 @@ assert type(model).__module__.startswith("transformers_modules")
 
 
 @pytest.mark.parametrize("model", ["llava", "llava_next"], indirect=True)
+@pytest.mark.core
 def test_a_repo_warns_in_a_process_of_its_own(model: Model, tmp_path: Path) -> None:
     model.pruned.save_pretrained(tmp_path)
     tested, newer = f"{NEWEST_TESTED}.3", f"{int(NEWEST_TESTED.split('.')[0]) + 1}.0.0"

@@ -649,6 +649,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.core
 def test_a_thin_build_reads_the_headers_of_the_weights_and_no_more(
     hub: LocalHub, tiny_llava_repo: Path, tmp_path: Path
 ) -> None:
@@ -677,6 +678,7 @@ def test_a_thin_build_reads_the_headers_of_the_weights_and_no_more(
     assert {request.headers.get("Range") for request in fetched} == {"bytes=0-100000"}
 
 
+@pytest.mark.core
 def test_a_base_of_bin_files_is_downloaded_to_be_checked_and_that_is_said(
     hub: LocalHub, tiny_llava_repo: Path, tmp_path: Path
 ) -> None:
@@ -715,6 +717,7 @@ def load_many(hub: LocalHub, home: Path, repos: list[tuple[str, dict[str, Any]]]
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.core
 def test_over_http_a_base_loads_or_is_named(hub: LocalHub, thin: Path, tiny_llava_repo: Path, tmp_path: Path) -> None:
     commit = hub.refs(HUB_BASE)["main"]
     bases = {
@@ -773,6 +776,7 @@ def test_over_http_a_base_loads_or_is_named(hub: LocalHub, thin: Path, tiny_llav
     assert len(hub.log) == seen
 
 
+@pytest.mark.core
 def test_the_token_and_the_weights_never_meet_on_the_storage_host(hub: LocalHub, thin: Path, tmp_path: Path) -> None:
     edit_options(thin, base_model_revision=hub.refs(HUB_BASE)["main"])
     hub.add_repo("ada/thin", private=True)
@@ -787,6 +791,7 @@ def test_the_token_and_the_weights_never_meet_on_the_storage_host(hub: LocalHub,
 # Verify
 
 
+@pytest.mark.core
 def test_verify_loads_a_thin_repo_with_its_base_and_says_thin(base: Path, thin: Path, tiny_llava_repo: Path) -> None:
     report = verify_repo(thin, base=tiny_llava_repo)
     assert report.passed, report.table()
@@ -799,6 +804,7 @@ def test_verify_loads_a_thin_repo_with_its_base_and_says_thin(base: Path, thin: 
 
 
 @pytest.mark.parametrize("write", [legacy_with_old_buffers, legacy_bin_in_shards])
+@pytest.mark.core
 def test_verify_reads_bases_of_other_layouts(
     write: Any, cache: Path, tiny_llava_repo: Path, thin: Path, tmp_path: Path
 ) -> None:

@@ -769,6 +769,7 @@ def test_a_repo_fresh_from_the_website_is_not_foreign(
     assert run("--push")[0] == 0
 
 
+@pytest.mark.core
 def test_exit_status_and_endpoint_of_a_real_process(hub: LocalHub, config: Path, tmp_path: Path) -> None:
     environment = hub.client_env(tmp_path, "hf_mistyped", HF_ENDPOINT="http://127.0.0.1:9")
     done = subprocess.run(

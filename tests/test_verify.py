@@ -110,6 +110,7 @@ def test_a_good_repo_passes_every_check(good_repo: Path, tiny_llava_repo: Path) 
     assert report.table().splitlines()[-1] == f"verified: {good_repo} ({len(names)} passed, 0 failed)"
 
 
+@pytest.mark.core
 def test_llava_next_in_bfloat16_passes_in_paper_mode(tiny_llava_next_repo: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_llava_next_repo, tmp_path / "base"))
     LlavaNextForConditionalGeneration.from_pretrained(base).to(torch.bfloat16).save_pretrained(base)
@@ -117,6 +118,7 @@ def test_llava_next_in_bfloat16_passes_in_paper_mode(tiny_llava_next_repo: Path,
     assert set(statuses(report).values()) == {"pass"}, report.table()
 
 
+@pytest.mark.core
 def test_a_repo_that_keeps_all_tokens_is_shown_to_prune_when_told(tiny_llava_repo: Path, tmp_path: Path) -> None:
     report = verify_repo(build(tiny_llava_repo, tmp_path, method="none"))
     assert report.passed, report.table()
@@ -332,6 +334,7 @@ def test_code_of_another_version_is_refused_by_its_name(repo: Path) -> None:
     assert f"vispruner 0.0.9 built the repo and this is {vispruner.__version__}: verify it with that" in failure.detail
 
 
+@pytest.mark.core
 def test_a_repo_of_an_older_release_is_verified_by_what_is_on_record_of_it(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +431,7 @@ def test_the_first_failure_in_the_fresh_process_ends_it_and_says_why(repo: Path)
         ("import time; time.sleep(60)", 0.5, "no end after 0.5 s"),
     ],
 )
+@pytest.mark.core
 def test_a_process_that_dies_or_hangs_is_a_failure(
     script: str, timeout: float, detail: str, good_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,6 +443,7 @@ def test_a_process_that_dies_or_hangs_is_a_failure(
     assert failure.name == "fresh process" and failure.detail.startswith(detail)
 
 
+@pytest.mark.core
 def test_the_process_starts_elsewhere_offline_and_with_caches_of_its_own(
     good_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

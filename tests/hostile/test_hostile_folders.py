@@ -303,6 +303,7 @@ Path(sys.argv[-1]).write_text(json.dumps([("curious", "fail" if problems else "p
 """
 
 
+@pytest.mark.core
 def test_the_fresh_process_has_no_network_no_tokens_and_an_empty_folder(
     good_repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

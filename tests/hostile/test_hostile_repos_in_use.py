@@ -246,6 +246,7 @@ def test_a_kernel_that_the_caller_names_is_the_caller_s_choice(
 # What a base brings along is not handed on
 
 
+@pytest.mark.core
 def test_a_build_leaves_out_what_a_base_says_about_code(
     tiny_llava_repo: Path,
     attack_on: Callable[[Path], Attack],
