@@ -628,6 +628,7 @@ def test_every_depth_has_layers_to_ask_for(declared):
         "selectors",
     ],
 )
+@pytest.mark.core
 def test_every_method_is_registered_whichever_file_is_imported_first(first):
     code = f"import vispruner.{first}; from vispruner.selectors import SELECTORS; print(*SELECTORS)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -321,6 +321,7 @@ def test_the_fresh_process_has_no_network_no_tokens_and_an_empty_folder(
     assert [check.status for check in report.checks if check.name == "curious"] == ["pass"]
 
 
+@pytest.mark.core
 def test_what_is_swapped_while_it_is_verified_is_not_what_runs_and_is_noticed(
     good_repo: Path, attack_on: Callable[[Path], Attack], monkeypatch: pytest.MonkeyPatch
 ) -> None:

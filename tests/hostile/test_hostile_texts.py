@@ -131,6 +131,7 @@ def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("never_loaded")
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.core
 def test_verify_refuses_what_its_own_fields_cannot_hold_and_never_raises(
     name: str, good_repo: Path, attack_on: Callable[[Path], Attack]
 ) -> None:
