@@ -249,6 +249,7 @@ def test_decoding_equals_scoring_the_whole_in_one_pass(model: Model) -> None:
 
 
 @covers("compile")
+@pytest.mark.core
 def test_generating_with_a_compiled_forward_gives_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     inputs = model.prompt(ONE)

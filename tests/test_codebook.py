@@ -309,6 +309,7 @@ class TestInARepo:
         assert not (thin / "model.safetensors").exists()
         assert kept(vispruner.load(thin)) == kept(with_book)
 
+    @pytest.mark.core
     def test_it_is_fetched_at_the_revision_and_pushed_along(self, yaml_of, book, tmp_path, width):
         """In a process of its own, because the Hub's address is read when its library is imported."""
         repo = build_repo(yaml_of(), tmp_path / "repo", show_progress=False)

@@ -74,6 +74,7 @@ def test_what_prunes_one_token_or_says_that_it_prunes_none_is_built(tiny_llava_r
 
 @pytest.mark.parametrize("name", ["count", "ratio", "in the language model"])
 @pytest.mark.parametrize("memory", [None, 2**20], ids=["run", "too large to run"])
+@pytest.mark.core
 def test_verify_refuses_what_keeps_everything(name: str, memory: int | None, good: Path, tmp_path: Path) -> None:
     repo = Path(shutil.copytree(good, tmp_path / "repo"))
     config = json.loads((repo / "config.json").read_text())

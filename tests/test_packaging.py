@@ -317,6 +317,7 @@ def test_continuous_integration_holds_torch_and_users_do_not() -> None:
         assert "cp .ci/constraints.txt" in text and "PIP_CONSTRAINT=" in text
 
 
+@pytest.mark.core
 def test_importing_the_package_needs_no_test_dependency() -> None:
     blocked = ("pytest", "hypothesis", "skimage", "matplotlib", "peft", "scipy", "sklearn", "easy_vqa")
     script = (

@@ -847,6 +847,7 @@ def base_is_a_folder(thin: Path, base: Path) -> None:
         (base_is_a_folder, "base_model_name_or_path must be a Hub id"),
     ],
 )
+@pytest.mark.core
 def test_verify_refuses_a_thin_repo_that_could_not_be_loaded(
     spoil: Callable[[Path, Path], None], reason: str, base: Path, thin: Path
 ) -> None:

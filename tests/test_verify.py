@@ -126,6 +126,7 @@ def test_a_repo_that_keeps_all_tokens_is_shown_to_prune_when_told(tiny_llava_rep
     assert "64 -> 16" in kv.detail and "the stored budget keeps all" in kv.detail
 
 
+@pytest.mark.core
 def test_a_model_too_large_to_run_is_checked_without_and_says_so(good_repo: Path) -> None:
     report = verify_repo(good_repo, available_memory=2**20)
     assert report.passed, report.table()
@@ -415,6 +416,7 @@ def test_hashing_alone_finds_weights_that_cannot_be_right(
 # The fresh process
 
 
+@pytest.mark.core
 def test_the_first_failure_in_the_fresh_process_ends_it_and_says_why(repo: Path) -> None:
     (repo / "tokenizer.json").write_text("{", encoding="utf-8")
     report = verify_repo(repo)

@@ -171,6 +171,7 @@ def test_whatever_a_config_asks_for_is_answered(name: str, good_repo: Path, tmp_
     ],
     ids=["no heads", "endless layers"],
 )
+@pytest.mark.core
 def test_the_time_limit_covers_the_model_that_a_config_asks_for(
     change: Callable[[dict[str, Any]], None],
     message: str,
