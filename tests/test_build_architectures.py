@@ -189,6 +189,7 @@ def test_a_repo_whose_processor_needs_nothing_more_verifies(name: str, published
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+@pytest.mark.core
 def test_without_torchvision_verify_says_what_to_install(published: dict[str, Published]) -> None:
     report = verify_repo(published["internvl"].full)
     (refused,) = report.failures

@@ -66,6 +66,7 @@ def test_a_gain_is_bold_where_it_is_larger_than_its_interval(equal_cost: ModuleT
     assert equal_cost._gain(0.98, points, None, 1500) == "not recorded"
 
 
+@pytest.mark.core
 def test_the_record_of_the_comparison_page_is_what_the_other_records_give(equal_cost: ModuleType) -> None:
     stored = json.loads((equal_cost.RESULTS / "equal-cost.json").read_text())["rows"]
     found = equal_cost.comparisons()
@@ -91,6 +92,7 @@ def test_the_recorded_run_timed_equal_caches(equal_cost: ModuleType) -> None:
         assert max(sizes) - min(sizes) <= 4 * 3 * per_token  # whole tokens in whole layers miss a mean by less
 
 
+@pytest.mark.core
 def test_the_readme_s_tables_at_equal_cost_are_what_the_command_prints(equal_cost: ModuleType) -> None:
     assert "python benchmarks/equal_cost.py" in DOCUMENTS
     record = equal_cost.speed_record()

@@ -142,6 +142,7 @@ def test_parts_that_each_have_a_device_of_their_own(
     assert_same(model, whole, inputs)
 
 
+@pytest.mark.core
 def test_tensor_parallel_ranks_keep_the_tokens_of_one_process(
     repo: Path, whole: PreTrainedModel, inputs: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
