@@ -16,10 +16,12 @@ Object recall   the share of the objects that keep a patch, where a patch belong
             the object's box.
 100 %       nothing is dropped, so every selector is the dense model: it runs once, and each selector gets its row.
 
-With photographs (`--dataset photos`; the recorded checkpoint of train_photo.py, or --repo) come three further figures:
+With photographs (`--dataset photos`; the recorded checkpoint of train_photo.py, or --repo) come four further figures:
 no-image    the question alone, without a picture: what guessing and habit get right.
 hard        the questions that the smaller picture of the same budget gets wrong.
 yes         how often something is said to be there that is not.
+gain        of a row over vispruner with ratio 0.5 and as many tokens, on the same questions; its 95 % interval is
+            that of the differences, which is narrower than those of the two shares.
 
 `accelerate launch --multi_gpu --num_processes N benchmarks/accuracy.py` shares the batches out among N processes; they
 run on the CPU, whatever accelerate calls them. The figures stay the same.
@@ -68,6 +70,7 @@ from vispruner.conversion.checkpoint_io import read_json
 from vispruner.conversion.photo_tower import hash_of, lacks_tower, with_tower
 from vispruner.conversion.questions import is_right
 from vispruner.conversion.repo_config import ASSETS
+from vispruner.pruning_plan import most_before, whole_counts
 from vispruner.stock_versions import CACHE
 
 CONFIG = "tiny-llava-vispruner"
@@ -75,6 +78,7 @@ CODEBOOK = ASSETS / "tiny-llava-codebook.safetensors"  # of the embedded checkpo
 PHOTOS = "photos"
 PHOTO_CONFIG = "photo-llava-vispruner"
 PHOTO_LLAVA = ASSETS / "photo-llava"  # what train_photo.py wrote, without its tower
+PHOTO_CODEBOOK = ASSETS / "photo-llava-codebook.safetensors"
 DATASETS = ("scenes", "easy-vqa", PHOTOS)
 KINDS = tuple(dict.fromkeys((*QUESTION_TYPES, *PHOTO_QUESTION_TYPES)))
 DENSE, DOWNSAMPLE, NO_IMAGE = "none", "downsample", "no-image"
@@ -122,17 +126,19 @@ class Variant:
     position_policy: str | None = None
     draws: tuple[int, ...] = (0,)
     encoder_stage: tuple[int, float] | None = None
+    attention_layer: int | None = None
 
     def options(self, draw: int, batch: int) -> dict[str, Any]:
         """The `vispruner_config` fields to set; every draw and batch of a random selector has its own seed."""
         if self.selector in (DENSE, DOWNSAMPLE, NO_IMAGE):
-            return {"method": "none", "encoder_stage": None}
+            return {"method": "none", "encoder_stage": None, "attention_layer": None}
         options = {
             "method": self.selector,
             "visual_token_num": self.visual_token_num,
             "position_policy": self.position_policy,
             "seed": draw * 1_000_003 + batch,
             "encoder_stage": None,
+            "attention_layer": self.attention_layer,
         }
         if self.encoder_stage is not None:
             options["encoder_stage"] = dict(zip(("layer", "keep_ratio"), self.encoder_stage, strict=True))
@@ -285,7 +291,10 @@ class PublishedModel:
         """Answer one batch under these options; raise BenchmarkError unless the cache holds what they say."""
         selector = self.selection.SELECTORS.get(options["method"])
         needs_codebook = selector is not None and "codebook" in selector.needs
-        self.model.set_vispruner_config(**options, **({"codebook": self.codebook} if needs_codebook else {}))
+        budget = self.stages(options) if "+" in options["method"] else {}
+        self.model.set_vispruner_config(
+            **{**options, **budget}, **({"codebook": self.codebook} if needs_codebook else {})
+        )
         with self._recorded_selections() as selections, self._any_picture_size():
             result = self.model.generate(
                 **inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
@@ -309,6 +318,14 @@ class PublishedModel:
             kept = stays[is_visual].view(len(is_visual), -1).nonzero()[:, 1].view(len(is_visual), -1)
             return Answers(texts, cached, selections[-1][0].gather(1, kept) if selections else kept, None)
         return Answers(texts, cached, *(selections[-1] if selections else (None, None)))
+
+    def stages(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the budget of method "a+b": each stage in the language model leaves half of what it finds."""
+        depth = self.model.config.text_config.num_hidden_layers
+        layers = self.selection.SELECTORS[options["method"].split("+")[1]].place.layers(depth)
+        left = tuple(0.5**stage for stage in range(1, len(layers) + 1))
+        first = most_before(tuple(layers), left, depth, options["visual_token_num"])
+        return {"visual_token_num": None, "stage_token_nums": [first, *whole_counts(first, left)]}
 
     def _cached_by_layers(self, cache: Any, text: int, budget: int) -> int:
         """Return how many visual tokens a layer's cache holds, on average; the budget where less than one is missing.
@@ -420,10 +437,12 @@ def variants(
     policies: Sequence[str] = POLICIES,
     ratios: Sequence[float | str] = RATIOS,
     stages: Sequence[tuple[int, float]] = (),
+    layers: Sequence[int] = (),
 ) -> list[Variant]:
     """Return the rows to measure: each selector with every option it takes, at each budget; nothing twice.
 
     stages  within the encoder, each a layer and what part of the patches it leaves: rows of VisPruner beside
+    layers  of the encoder whose attention ranks: likewise, with every ratio
     """
     rows = []
     for budget in budgets:
@@ -432,6 +451,8 @@ def variants(
             rows += _variants_of(selector, budget, count, registry, full, policies, ratios)
         row = Variant("vispruner", budget, count, 0.5, policies[0])
         rows += [replace(row, encoder_stage=stage) for stage in stages if count < stage[1] * full]
+        if count < full:
+            rows += [replace(row, important_ratio=r, attention_layer=n) for n in layers for r in ratios]
     return list(dict.fromkeys(rows))
 
 
@@ -450,8 +471,9 @@ def _variants_of(
         return [Variant(DOWNSAMPLE, budget, math.isqrt(count) ** 2)]
     if selector == NO_IMAGE:
         return [Variant(NO_IMAGE, 0.0, 0)]
-    options = registry[selector].options
-    if registry[selector].in_decoder:  # it says itself which positions tokens have
+    parts = [registry[name] for name in selector.split("+")]
+    options = {name for part in parts for name in part.options}
+    if any(part.in_decoder for part in parts):  # it says itself which positions tokens have
         policies = (None,)
     own: Sequence[float | str | None] = ratios if "important_ratio" in options else (None,)
     draws = DRAWS if "seed" in options else (0,)
@@ -590,6 +612,7 @@ def row_of(row: Variant, tally: Tally, samples: Sequence[Sample]) -> dict[str, A
         "important_ratio": row.important_ratio,
         "position_policy": row.position_policy,
         **({} if row.encoder_stage is None else {"encoder_stage": list(row.encoder_stage)}),
+        **({} if row.attention_layer is None else {"attention_layer": row.attention_layer}),
         "n": len(samples),
         "accuracy": float(right.mean()),
         "ci95": interval(right, pictures),
@@ -605,20 +628,37 @@ def row_of(row: Variant, tally: Tally, samples: Sequence[Sample]) -> dict[str, A
 
 
 def photo_figures(row: Variant, tallies: dict[Variant, Tally], samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return what rows about photographs have beside: the hard questions of the budget, and yes where no is right."""
+    """Return what rows about photographs have beside: the hard questions, yes where no is right, and the gain."""
     tally = tallies[row]
+    right = np.mean([tally.right[draw] for draw in sorted(tally.right)], axis=0)
+    pictures = np.array([sample.picture for sample in samples])
     absent = np.array([sample.type == "exist" and sample.answer == "no" for sample in samples])
     said_yes = np.mean([tally.said_yes[draw] for draw in sorted(tally.said_yes)], axis=0)
     figures: dict[str, Any] = {"yes_when_absent": float(said_yes[absent].mean()) if absent.any() else None}
     smaller = [v for v in tallies if v.selector == DOWNSAMPLE and v.budget_percent == row.budget_percent < 100]
     if smaller:
         hard = ~np.array(tallies[smaller[0]].right[0])
-        right = np.mean([tally.right[draw] for draw in sorted(tally.right)], axis=0)[hard]
-        pictures = np.array([sample.picture for sample in samples])[hard]
-        figures["hard_questions"] = len(right)
-        if len(right):
-            figures |= {"accuracy_hard": float(right.mean()), "ci95_hard": interval(right, pictures)}
+        figures["hard_questions"] = int(hard.sum())
+        if hard.any():
+            figures |= {"accuracy_hard": float(right[hard].mean()), "ci95_hard": interval(right[hard], pictures[hard])}
+    ours = Variant("vispruner", row.budget_percent, row.visual_token_num, 0.5, "renumber")
+    if row != ours and ours in tallies:
+        figures["gain"], figures["gain_ci95"] = paired_gain(right, np.array(tallies[ours].right[0]), pictures)
     return figures
+
+
+def paired_gain(right: np.ndarray, other: np.ndarray, pictures: np.ndarray) -> tuple[float, list[float]]:
+    """Return by how much the share `right` is above `other` of the same questions, and its 95 % interval.
+
+    As in `interval`, questions about one picture are drawn together, and never worth more than independent ones.
+    """
+    difference = right - other
+    gain = float(difference.mean())
+    of_pictures = np.bincount(np.unique(pictures, return_inverse=True)[1], difference - gain)
+    groups = len(of_pictures)
+    together = groups / max(1, groups - 1) * float((of_pictures**2).sum()) / len(right) ** 2
+    half = Z95 * math.sqrt(max(together, float(difference.var()) / len(right)))
+    return gain, [gain - half, gain + half]
 
 
 def interval(right: np.ndarray, pictures: np.ndarray) -> list[float]:
@@ -657,12 +697,13 @@ def run_benchmark(
     codebook: Path | None = None,
     ratios: Sequence[float | str] = RATIOS,
     stages: Sequence[tuple[int, float]] = (),
+    layers: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Measure and return what the JSON holds; under `accelerate launch` each process returns the whole.
 
     repo       a built repo, a stock LLaVA checkpoint to build one from, or None for the embedded one
-    selectors  "none", "downsample", "no-image" and names that the repo registers; by default all that prune behind
-               the encoder, since within the language model small budgets cannot be met
+    selectors  "none", "downsample", "no-image", names that the repo registers and two of these as "a+b"; by default
+               all that prune behind the encoder, since within the language model small budgets cannot be met
     codebook   for the selectors that need one; by default the repo's, or that of the embedded checkpoint
     processes  two by default, or as many as accelerate launched
     """
@@ -682,7 +723,7 @@ def run_benchmark(
     if wrong := [budget for budget in budgets if not 0 < budget <= 100]:
         raise BenchmarkError(f"--budgets are percentages above 0 up to 100, got {wrong[0]}")
     started = time.monotonic()
-    config, own_codebook = (PHOTO_CONFIG, None) if dataset == PHOTOS else (CONFIG, CODEBOOK)
+    config, own_codebook = (PHOTO_CONFIG, PHOTO_CODEBOOK) if dataset == PHOTOS else (CONFIG, CODEBOOK)
     with published_repo(repo, config) as folder:
         with launched().main_process_first():  # all copy the repo's code into the same cache
             published = PublishedModel(folder, own_codebook if repo is None and codebook is None else codebook)
@@ -691,9 +732,9 @@ def run_benchmark(
         behind_encoder = [name for name, selector in registry.items() if not selector.in_decoder]
         everything = [DENSE, *behind_encoder, DOWNSAMPLE, *([NO_IMAGE] if dataset == PHOTOS else [])]
         chosen = everything if selectors is None else list(selectors)
-        if unknown := [name for name in chosen if name not in known]:
+        if unknown := [name for name in chosen if name not in known and not set(name.split("+")) <= registry.keys()]:
             raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")
-        rows = variants(chosen, budgets, registry, published.visual_tokens, policies, ratios, stages)
+        rows = variants(chosen, budgets, registry, published.visual_tokens, policies, ratios, stages, layers)
         if not rows:
             raise BenchmarkError(f'"{DENSE}" drops nothing, so it is measured at 100 % only: add 100 to --budgets')
         samples = questions(dataset, seed, limit)
@@ -733,7 +774,7 @@ def with_rows_of(record: dict[str, Any], result: dict[str, Any]) -> dict[str, An
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         named = ("selector", "budget_percent", "important_ratio", "position_policy")
-        return (*(row[name] for name in named), tuple(row.get("encoder_stage", ())))
+        return (*(row[name] for name in named), tuple(row.get("encoder_stage", ())), row.get("attention_layer"))
 
     before, new = ({key(row): row for row in one["rows"]} for one in (record, result))
     same = {row for row in before.keys() & new.keys() if before[row] == new[row]}
@@ -753,6 +794,8 @@ def label(row: dict[str, Any]) -> str:
     ratio, policy, stage = row["important_ratio"], row["position_policy"], row.get("encoder_stage")
     if stage is not None:
         return f"{row['selector']}, {stage[1]:.0%} behind encoder layer {stage[0]}"
+    if (layer := row.get("attention_layer")) is not None:
+        return f"{row['selector']} r={ratio}, ranked in encoder layer {layer}"
     name = row["selector"] if ratio is None else f"{row['selector']} r={ratio if ratio == AUTO else f'{ratio:g}'}"
     return f"{name}, original positions" if policy == "original" else name
 
@@ -829,7 +872,7 @@ def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for row in rows:
         if (
             row["position_policy"] != "original"
-            and "encoder_stage" not in row
+            and not {"encoder_stage", "attention_layer"} & row.keys()
             and row["kv_visual_tokens"]
             and row["important_ratio"] in (None, 0.0, 0.5, AUTO)
         ):
@@ -880,7 +923,13 @@ def _is_budget(row: dict[str, Any]) -> bool:
 
 def _draw_ratios(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Accuracy against important_ratio, a pair of lines (renumbered and original positions) for each budget."""
-    with_ratio = [row for row in rows if row["important_ratio"] not in (None, AUTO) and "encoder_stage" not in row]
+    with_ratio = [
+        row
+        for row in rows
+        if row["important_ratio"] not in (None, AUTO)
+        and row["selector"] == "vispruner"
+        and not {"encoder_stage", "attention_layer"} & row.keys()
+    ]
     full = max((row["kv_visual_tokens"] for row in rows), default=0)
     counts = sorted({row["visual_token_num"] for row in with_ratio} - {full}, reverse=True)
     for place, count in enumerate(counts):
@@ -934,7 +983,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         nargs="+",
         metavar="NAME",
         help=f"what to measure: {DENSE}, {DOWNSAMPLE}, {NO_IMAGE} and the selectors that the repo registers "
-        f"(here {', '.join(SELECTORS)}); by default all that prune behind the encoder",
+        f"(here {', '.join(SELECTORS)}), or two of these as a+b; by default all that prune behind the encoder",
     )
     parser.add_argument(
         "--budgets",
@@ -966,6 +1015,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default=(),
         metavar="LAYER:SHARE",
         help="rows of vispruner in which patches leave behind that encoder layer, all but this part of them",
+    )
+    parser.add_argument(
+        "--attention-layers",
+        nargs="+",
+        type=int,
+        default=(),
+        metavar="LAYER",
+        help="rows of vispruner, with every ratio, in which that encoder layer ranks",
     )
     parser.add_argument("--codebook", type=Path, metavar="FILE", help="for the method that needs one (--repo only)")
     parser.add_argument("--dataset", choices=DATASETS, default="scenes", help="default: %(default)s")
@@ -1015,6 +1072,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.codebook,
             parsed.ratios,
             parsed.encoder_stages,
+            parsed.attention_layers,
         )
         if earlier is not None:
             result = with_rows_of(earlier, result)

@@ -19,26 +19,31 @@ TEST_SETS = {
     "scenes 0": ("accuracy-scenes-seed0", "accuracy-methods-seed0", "accuracy-decoder-seed0"),
     "scenes 1": ("accuracy-scenes-seed1", "accuracy-methods-seed1", "accuracy-decoder-seed1"),
     "easy-VQA": ("accuracy-easy-vqa-seed0", "accuracy-methods-easy-vqa-seed0"),
+    "photographs 0": ("photos-seed0", "photos-decoder-seed0", "photos-options-seed0"),
+    "photographs 1": ("photos-seed1", "photos-decoder-seed1", "photos-options-seed1"),
 }
+# By type of question; "hard" are those that the smaller picture of as many tokens gets wrong, of any type.
 TYPES = ("color", "shape", "digit", "exist", "count", "where", "relation")
-NAMES = {"none": "all tokens", "downsample": "smaller picture, no selection"}
+PHOTO_TYPES = ("what", "attribute", "compare", "read", "photograph", "tilt")
+HARD = "hard"
+NAMES = {"none": "all tokens", "downsample": "smaller picture, no selection", "no-image": "no picture"}
 # What the script is to do with a column: choose rows by it, or show one column of a group.
 FILTER, GROUP = "filter", "group"
 
 
 def accuracy_rows() -> list[list[str]]:
-    """Return the cells of every recorded accuracy; with all tokens only those of the unpruned model."""
+    """Return the cells of every recorded accuracy, once; with all tokens only those of the unpruned model."""
     rows = []
     for test_set, stems in TEST_SETS.items():
         for stem in stems:
             for row in read_json(RESULTS / f"{stem}.json")["rows"]:
                 if row["budget_percent"] < 100 or row["selector"] == "none":
-                    rows.append(_accuracy_row(test_set, row))
-    return rows
+                    rows.append(tuple(_accuracy_row(test_set, row)))
+    return [list(row) for row in dict.fromkeys(rows)]
 
 
 def _accuracy_row(test_set: str, row: Mapping[str, Any]) -> list[str]:
-    by_type = row["accuracy_by_type"]
+    by_type = {**row["accuracy_by_type"], **({HARD: row["accuracy_hard"]} if "accuracy_hard" in row else {})}
     low, high = row["ci95"]
     return [
         _method(row),
@@ -48,21 +53,28 @@ def _accuracy_row(test_set: str, row: Mapping[str, Any]) -> list[str]:
         f"{row['budget_percent']:g} %",
         f"{row['kv_visual_tokens']:g}",
         f"{100 * row['accuracy']:.1f}",
-        *(f"{100 * by_type[name]:.1f}" if name in by_type else "" for name in TYPES),
+        *(f"{100 * by_type[name]:.1f}" if name in by_type else "" for name in (*TYPES, *PHOTO_TYPES, HARD)),
         f"{50 * (high - low):.1f}",
     ]
 
 
 def _method(row: Mapping[str, Any]) -> str:
     name = NAMES.get(row["selector"], row["selector"])
-    share = "" if row["important_ratio"] is None else f", ratio {row['important_ratio']}"
-    return name + share + (", positions kept" if row["position_policy"] == "original" else "")
+    parts = [name, *([] if row["important_ratio"] is None else [f"ratio {row['important_ratio']}"])]
+    if "encoder_stage" in row:
+        layer, share = row["encoder_stage"]
+        parts.append(f"{share:.0%} behind encoder layer {layer}")
+    if "attention_layer" in row:
+        parts.append(f"ranked in encoder layer {row['attention_layer']}")
+    return ", ".join([*parts, *(["positions kept"] if row["position_policy"] == "original" else [])])
 
 
 def _place(row: Mapping[str, Any]) -> str:
     """A record gives no policy of positions where tokens leave in the language model, or none leave."""
     if row["selector"] in NAMES:
         return "nowhere"
+    if "+" in row["selector"]:
+        return "in both"
     return "behind the encoder" if row["position_policy"] is not None else "in the language model"
 
 
@@ -75,7 +87,7 @@ def accuracy_table() -> str:
         "kept": FILTER,
         "tokens": "",
         "right, %": "",
-        **dict.fromkeys(TYPES, GROUP),
+        **dict.fromkeys((*TYPES, *PHOTO_TYPES, HARD), GROUP),
         "±": "",
     }
     return _table("accuracy", columns, accuracy_rows(), "question type")
@@ -85,7 +97,8 @@ def equal_cost_rows() -> list[list[str]]:
     """Return the cells of every comparison at equal cost; a gain beyond its interval ends in a star."""
     rows = []
     for row in read_json(RESULTS / "equal-cost.json")["rows"]:
-        cells = [row["method"], f"{row['percent']:g} %", f"{100 * row['right']:.1f}", row["against"], row["equal"]]
+        cells = [row["asked"], row["method"], f"{row['percent']:g} %", f"{100 * row['right']:.1f}"]
+        cells += [row["against"], row["equal"]]
         if row["other_right"] is None:
             rows.append([*cells, "not recorded", "", "", ""])
             continue
@@ -98,6 +111,7 @@ def equal_cost_rows() -> list[list[str]]:
 
 def equal_cost_table() -> str:
     columns = {
+        "questions about": FILTER,
         "method": FILTER,
         "kept": FILTER,
         "right, %": "",

@@ -44,6 +44,7 @@ from vispruner.conversion.ceilings import ceiling_at, halfway
 from vispruner.conversion.checkpoint_io import read_json
 from vispruner.conversion.prefill_cost import (
     attention_projection_flops,
+    feature_width,
     head_width,
     kv_cache_bytes,
     language_model_flops,
@@ -66,7 +67,7 @@ MODEL_CLASSES: dict[str, Any] = {
 }
 # What methods behind the encoder compare all tokens with all by: the width of a token; 0 where nothing is compared.
 ALL_WITH_ALL: dict[str, Callable[[LlavaConfig], int]] = {
-    "scope": lambda config: config.vision_config.hidden_size,
+    "scope": feature_width,
     "divprune": lambda config: config.text_config.hidden_size,
     **dict.fromkeys(("cls_attention", "random", "uniform_grid"), lambda config: 0),
 }
@@ -205,12 +206,13 @@ def first_token_flops(flops: dict[str, int]) -> int:
 
 
 def vision_flops(config: LlavaConfig) -> int:
-    """Return the operations of all layers of a CLIP tower for one image, [CLS] and the patch convolution included."""
+    """Return the operations of all layers of a tower for one image, [CLS] and the patch convolution included."""
     vision = config.vision_config
     width, patches = vision.hidden_size, patches_of(config)
     tokens = patches + 1
     embedding = 2 * patches * width * vision.num_channels * vision.patch_size**2
-    per_layer = 2 * tokens * (4 * width**2 + 2 * width * vision.intermediate_size) + 4 * tokens**2 * width
+    of_mlp = vision.intermediate_size if hasattr(vision, "intermediate_size") else width * vision.mlp_ratio
+    per_layer = 2 * tokens * (4 * width**2 + 2 * width * of_mlp) + 4 * tokens**2 * width
     return embedding + vision.num_hidden_layers * per_layer
 
 
@@ -224,7 +226,7 @@ def selection_flops(config: LlavaConfig, row: str, kept: int, method: str = VISP
 
     Of the methods behind the encoder those of `ALL_WITH_ALL` are known here, and those that compare nothing.
     """
-    patches, width = patches_of(config), config.vision_config.hidden_size
+    patches, width = patches_of(config), feature_width(config)
     if row == OURS and method != VISPRUNER and kept < patches:
         return 2 * patches**2 * ALL_WITH_ALL[method](config)
     important = int(kept * IMPORTANT_RATIO)
@@ -248,9 +250,9 @@ def counted_stage_flops(
     kept = patches if row == STOCK else min(visual_token_num, patches)
     model = empty_model(MODEL_CLASSES[row], vispruner_config(config, kept) if row == OURS else config).to("meta")
     model.set_attn_implementation("eager")  # the counter does not know every fused attention
-    base, side, vision = model.model, config.vision_config.image_size, config.vision_config
+    base, side = model.model, config.vision_config.image_size
     pixels = torch.empty(batch, 3, side, side, device="meta")
-    features = torch.empty(batch, patches, vision.hidden_size, device="meta")
+    features = torch.empty(batch, patches, feature_width(config), device="meta")
     saliency = torch.empty(batch, patches, device="meta")
     projected = features[:, :kept] if row == OURS else features
     embeds = torch.empty(batch, text_tokens + kept, config.text_config.hidden_size, device="meta")

@@ -7,18 +7,17 @@ through the image processor of transformers, nearly at their own size.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import io
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from outputs import output_file
 from PIL import Image, ImageDraw, ImageFont
+from records import versions, write_record
+from tables_and_plots import markdown_table
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vispruner.conversion.checkpoint_io import replacing
 from vispruner.pixel_prediction import cells_to_encode
 
 SIDE = 1008  # of a drawn document
@@ -116,7 +115,7 @@ def counted(image: Image.Image, model: str) -> dict[str, Any]:
 def measure(names: Sequence[str] = tuple(PICTURES)) -> dict[str, Any]:
     pictures = {name: PICTURES[name]() for name in names}
     return {
-        "versions": {name: importlib.metadata.version(name) for name in ("transformers", "pillow", "scikit-image")},
+        "versions": versions("pillow", "scikit-image"),
         "pictures": [
             {"picture": name, "size": list(image.size), **{model: counted(image, model) for model in MODELS}}
             for name, image in pictures.items()
@@ -127,7 +126,7 @@ def measure(names: Sequence[str] = tuple(PICTURES)) -> dict[str, Any]:
 def table(record: Mapping[str, Any]) -> str:
     """Return the record as Markdown: what part of the tokens stays, bit for bit and at the last of `LEVELS`."""
     heads = [f"{model}{words}" for model in MODELS for words in ("", f", within {LEVELS[-1]} levels")]
-    lines = ["| picture | pixels | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]
+    lines = []
     for row in record["pictures"]:
         cells = [row["picture"], " x ".join(map(str, row["size"]))]
         for model in MODELS:
@@ -136,8 +135,8 @@ def table(record: Mapping[str, Any]) -> str:
                 f"{found['stays']['0']:,} of {found['tokens']:,} ({found['stays']['0'] / found['tokens']:.0%})"
             )
             cells.append(f"{found['stays'][str(LEVELS[-1])] / found['tokens']:.0%}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(["picture", "pixels", *heads], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,8 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = measure()
     print(table(record))
     if parsed.json is not None:
-        with replacing(parsed.json) as unfinished:
-            unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_record(parsed.json, record)
     return 0
 
 

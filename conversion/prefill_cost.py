@@ -67,10 +67,14 @@ def projector_flops(config: PreTrainedConfig, visual_tokens: int) -> int:
     """
     if not hasattr(config, "vision_feature_layer") or hasattr(config, "downsample_ratio"):
         raise ValueError(f"what the projector of a {config.model_type} costs is not known: count its language model")
-    layers = config.vision_feature_layer
-    features = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
     width = config.get_text_config().hidden_size
-    return 2 * visual_tokens * width * (features + width)
+    return 2 * visual_tokens * width * (feature_width(config) + width)
+
+
+def feature_width(config: PreTrainedConfig) -> int:
+    """Return how wide a patch's features are, which may be those of several encoder layers side by side."""
+    layers = config.vision_feature_layer
+    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
 
 def kv_cache_bytes(config: PreTrainedConfig, sequence_length: int | Sequence[int], bytes_per_value: int = 2) -> int:

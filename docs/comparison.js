@@ -1,5 +1,6 @@
 // Makes the tables of compare.md sortable and filterable: a menu for each column marked data-filter, one for those marked
-// data-group, of which it shows all or one, and a click on a heading sorts. Without it the tables stand as they are.
+// data-group, of which it shows all or one, but none that is empty in the chosen rows, and a click on a heading sorts.
+// Without it the tables stand as they are.
 
 for (const table of document.querySelectorAll("table[data-comparison]")) {
   const heads = [...table.tHead.rows[0].cells];
@@ -16,12 +17,26 @@ for (const table of document.querySelectorAll("table[data-comparison]")) {
   };
   const text = (row, column) => row.cells[column].textContent;
 
+  const group = heads.flatMap((head, column) => ("group" in head.dataset ? [column] : []));
+  let groupMenu = null;
+
+  const showGroup = () => {
+    const empty = (column) => rows.every((row) => row.hidden || text(row, column) === "");
+    for (const option of groupMenu?.options ?? []) option.disabled = option.value !== "" && empty(+option.dataset.column);
+    if (groupMenu?.selectedOptions[0].disabled) groupMenu.value = "";
+    for (const column of group) {
+      const hidden = groupMenu.value === "" ? empty(column) : heads[column].textContent !== groupMenu.value;
+      for (const row of [table.tHead.rows[0], ...rows]) row.cells[column].hidden = hidden;
+    }
+  };
+
   const filter = () => {
     for (const row of rows) row.hidden = ![...chosen].every(([column, value]) => text(row, column) === value);
+    showGroup();
     count.textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
   };
 
-  const isOfWords = (column) => ["method", "prunes", "test set", "against", "at equal"].includes(heads[column].textContent);
+  const isOfWords = (column) => ["method", "prunes", "test set", "questions about", "against", "at equal"].includes(heads[column].textContent);
 
   const sort = (column, rising) => {
     // always last: what is empty, or says in words why there is no figure
@@ -40,6 +55,7 @@ for (const table of document.querySelectorAll("table[data-comparison]")) {
     select.setAttribute("aria-label", name);
     label.append(`${name} `, select, " ");
     menus.append(label);
+    return select;
   };
 
   heads.forEach((head, column) => {
@@ -58,15 +74,12 @@ for (const table of document.querySelectorAll("table[data-comparison]")) {
     }
   });
 
-  const group = heads.flatMap((head, column) => ("group" in head.dataset ? [column] : []));
   if (group.length) {
-    menu(table.dataset.groupName, group.map((column) => heads[column].textContent), (value) => {
-      for (const column of group) {
-        const hidden = value !== "" && heads[column].textContent !== value;
-        for (const row of [table.tHead.rows[0], ...rows]) row.cells[column].hidden = hidden;
-        if (value !== "" && !hidden) sort(column, false);
-      }
+    groupMenu = menu(table.dataset.groupName, group.map((column) => heads[column].textContent), (value) => {
+      showGroup();
+      if (value !== "") sort(group.find((column) => heads[column].textContent === value), false);
     });
+    group.forEach((column, place) => (groupMenu.options[place + 1].dataset.column = column));
   }
 
   menus.append(count);

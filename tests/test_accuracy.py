@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -138,6 +139,43 @@ def test_stages_within_the_encoder_are_rows_of_their_own(accuracy: ModuleType) -
         "vispruner, 50% behind encoder layer 1",
         "vispruner, 30% behind encoder layer 3",
     }
+
+
+def test_layers_whose_attention_ranks_are_rows_of_their_own(accuracy: ModuleType) -> None:
+    layers = accuracy.parse_arguments(["--attention-layers", "3", "11"]).attention_layers
+    found = accuracy.variants(
+        ["vispruner", "random"], [100, 25], accuracy.SELECTORS, 144, ("renumber",), [0.5, 1], layers=layers
+    )
+    ranked = [(row.attention_layer, row.important_ratio) for row in found if row.attention_layer is not None]
+    assert ranked == [(3, 0.5), (3, 1), (11, 0.5), (11, 1)]  # with all tokens nothing is ranked
+    assert [row.options(0, 0)["attention_layer"] for row in found] == [row.attention_layer for row in found]
+    assert accuracy.label(vars(found[-1]) | {"encoder_stage": None}) == "vispruner r=1, ranked in encoder layer 11"
+    assert accuracy.Variant("none", 100, 144).options(0, 0)["attention_layer"] is None  # of the row before
+
+
+def test_two_methods_at_once_hold_the_mean_that_is_asked_for(accuracy: ModuleType) -> None:
+    (row,) = accuracy.variants(["vispruner+pyramiddrop"], [25], accuracy.SELECTORS, 144, ratios=[0.5])
+    assert (row.important_ratio, row.position_policy) == (0.5, None)  # the second says which positions tokens have
+    with accuracy.published_repo(None) as folder:
+        published = accuracy.PublishedModel(folder)
+        samples = accuracy.questions("scenes", 3, 2)
+        answers = published.answer(published.inputs(samples), row.options(0, 0), row.visual_token_num, 2)
+        stages = published.model.config.vispruner_config["stage_token_nums"]
+    assert answers.kv_visual_tokens == 36 == row.visual_token_num
+    assert stages == [77, 38, 19, 9] and 0 <= 36 - sum(stages) / 4 < 1  # each stage leaves half
+    assert answers.kept.shape == (2, 9)
+
+
+def test_a_gain_is_that_of_the_same_questions(accuracy: ModuleType) -> None:
+    other = np.array([1.0, 0.0] * 50)
+    gain, (low, high) = accuracy.paired_gain(other, other, np.arange(100))
+    assert (gain, low, high) == (0, 0, 0)
+    right = other.copy()
+    right[1:21:2] = 1  # ten more
+    gain, (low, high) = accuracy.paired_gain(right, other, np.arange(100))
+    assert gain == pytest.approx(0.1) and high - 0.1 == pytest.approx(1.96 * math.sqrt(0.1 * 0.9 / 100), rel=0.02)
+    _, (of_few, _) = accuracy.paired_gain(right, other, np.arange(100) // 10)  # all ten are of the first two pictures
+    assert of_few < low < gain
 
 
 @pytest.mark.parametrize("wrong", ["3", "a:0.5", "3:half"])

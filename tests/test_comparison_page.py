@@ -58,22 +58,34 @@ def recorded(stem: str) -> list[dict[str, Any]]:
 def test_every_recorded_accuracy_is_on_the_page_as_it_is_on_record(comparison: ModuleType) -> None:
     shown = rows_of(comparison.accuracy_table())
     stems = [stem for of_set in comparison.TEST_SETS.values() for stem in of_set]
-    assert set(stems) == {path.stem for path in RESULTS.glob("accuracy-*.json")}
-    expected = [row for stem in stems for row in recorded(stem)]
-    expected = [row for row in expected if row["budget_percent"] < 100 or row["selector"] == "none"]
-    assert len(shown) == len(expected) > 400
+    assert set(stems) == {path.stem for kind in ("accuracy", "photos") for path in RESULTS.glob(f"{kind}-*.json")}
+    named = ("selector", "budget_percent", "important_ratio", "position_policy", "n")
+    expected = list(
+        {
+            (test_set, *(row[name] for name in named), str(row.get("encoder_stage")), row.get("attention_layer")): row
+            for test_set, of_set in comparison.TEST_SETS.items()
+            for stem in of_set
+            for row in recorded(stem)
+            if row["budget_percent"] < 100 or row["selector"] == "none"
+        }.values()
+    )  # once each: what two records have measured of the same questions is the same
+    assert len(shown) == len(expected) > 600
+    names = {"all tokens": "none", "smaller picture": "downsample", "no picture": "no-image"}
     for cells, row in zip(shown, expected, strict=True):
         name = cells["method"].partition(",")[0]
-        assert {"all tokens": "none", "smaller picture": "downsample"}.get(name, name) == row["selector"]
+        assert names.get(name, name) == row["selector"]
+        assert ("behind encoder layer" in cells["method"]) == ("encoder_stage" in row)
+        assert ("ranked in encoder layer" in cells["method"]) == ("attention_layer" in row)
         assert float(cells["right, %"]) == pytest.approx(100 * row["accuracy"], abs=0.051)
         assert float(cells["kept"].removesuffix(" %")) == row["budget_percent"]
         assert int(cells["questions"].replace(",", "")) == row["n"]
         assert float(cells["±"]) == pytest.approx(50 * (row["ci95"][1] - row["ci95"][0]), abs=0.051)
-        by_type = {name: float(cells[name]) for name in comparison.TYPES if cells[name]}
-        assert by_type == pytest.approx(
-            {name: 100 * share for name, share in row["accuracy_by_type"].items()}, abs=0.051
-        )
+        types = (*comparison.TYPES, *comparison.PHOTO_TYPES, comparison.HARD)
+        by_type = {name: float(cells[name]) for name in types if cells[name]}
+        found = {**row["accuracy_by_type"], **({"hard": row["accuracy_hard"]} if "accuracy_hard" in row else {})}
+        assert by_type == pytest.approx({name: 100 * share for name, share in found.items()}, abs=0.051)
         assert (cells["prunes"] == "in the language model") == (row["selector"] in DECODER_METHODS)
+        assert (cells["prunes"] == "in both") == ("+" in row["selector"])
         assert (cells["prunes"] == "behind the encoder") == (
             row["selector"] in SELECTORS.keys() - set(DECODER_METHODS)
         )
@@ -81,9 +93,10 @@ def test_every_recorded_accuracy_is_on_the_page_as_it_is_on_record(comparison: M
 
 def test_every_comparison_at_equal_cost_is_on_the_page(comparison: ModuleType) -> None:
     shown, expected = rows_of(comparison.equal_cost_table()), recorded("equal-cost")
-    assert len(shown) == len(expected) > 60
+    assert len(shown) == len(expected) > 120
     for cells, row in zip(shown, expected, strict=True):
-        assert [cells["method"], cells["against"], cells["at equal"]] == [row["method"], row["against"], row["equal"]]
+        said = ("questions about", "method", "against", "at equal")
+        assert [cells[name] for name in said] == [row[name] for name in ("asked", "method", "against", "equal")]
         assert float(cells["right, %"]) == pytest.approx(100 * row["right"], abs=0.051)
         if row["other_right"] is None:
             assert (cells["it keeps"], cells["its gain, points"]) == ("not recorded", "")
@@ -116,9 +129,17 @@ def test_it_sorts_and_filters_in_chromium(comparison: ModuleType, tmp_path: Path
         every = rows_of(comparison.accuracy_table())
         assert seen("accuracy") == every
         accuracy = page.locator("div").first
+        accuracy.get_by_label("test set", exact=True).select_option("photographs 1")
+        assert {"photograph", "hard"} <= seen("accuracy")[0].keys() and "color" not in seen("accuracy")[0]
+        accuracy.get_by_label("question type", exact=True).select_option("photograph")
+        assert "photograph" in seen("accuracy")[0] and "hard" not in seen("accuracy")[0]
         accuracy.get_by_label("test set", exact=True).select_option("scenes 0")
+        types = accuracy.get_by_label("question type", exact=True)
+        assert types.input_value() == "" and "color" in seen("accuracy")[0], "scenes have no photographs"
         accuracy.get_by_label("kept", exact=True).select_option("12.5 %")
+        asked = {"photograph", "hard", "what", "attribute", "compare", "read", "tilt"}
         chosen = [row for row in every if (row["test set"], row["kept"]) == ("scenes 0", "12.5 %")]
+        chosen = [{name: cell for name, cell in row.items() if name not in asked} for row in chosen]
         assert seen("accuracy") == chosen and 10 < len(chosen) < len(every)
         assert f"{len(chosen)} of {len(every)} rows" in accuracy.inner_text()
 
@@ -138,10 +159,13 @@ def test_it_sorts_and_filters_in_chromium(comparison: ModuleType, tmp_path: Path
             (float(row["count"]) for row in chosen), reverse=True
         )
         accuracy.get_by_label("test set", exact=True).select_option("easy-VQA")  # asks nothing to be counted
-        assert {row["count"] for row in seen("accuracy")} == {""}
+        accuracy.get_by_label("kept", exact=True).select_option("12.5 %")
+        assert types.input_value() == "" and "count" not in seen("accuracy")[0] and "color" in seen("accuracy")[0]
 
         equal = page.locator("div").nth(1)
         equal.get_by_label("at equal", exact=True).select_option("time")
         equal.get_by_label("against", exact=True).select_option("divprune")
-        wanted = [row for row in recorded("equal-cost") if (row["equal"], row["against"]) == ("time", "divprune")]
+        equal.get_by_label("questions about", exact=True).select_option("photographs")
+        about = {"asked": "photographs", "equal": "time", "against": "divprune"}
+        wanted = [row for row in recorded("equal-cost") if row.items() >= about.items()]
         assert [row["method"] for row in seen("equal cost")] == [row["method"] for row in wanted]

@@ -40,6 +40,17 @@ def test_every_stage_costs_what_torch_counts(flops: ModuleType, row: str, kept: 
     assert counted == expected
 
 
+@pytest.mark.parametrize(("row", "kept"), [("stock", 576), ("ours", 576), ("ours", 64)])
+def test_so_it_does_before_a_tower_whose_features_are_those_of_two_layers(
+    flops: ModuleType, row: str, kept: int
+) -> None:
+    config = flops.load_geometry(str(Path(__file__).parent.parent / "conversion" / "assets" / "photo-llava"))
+    expected = flops.stage_flops(config, row, kept, text_tokens=10)
+    counted = flops.counted_stage_flops(config, row, kept, text_tokens=10)
+    assert counted.pop("select") <= expected.pop("select") <= 2 * 576**2 * 768
+    assert counted == expected
+
+
 @pytest.mark.parametrize("method", COUNTED)
 @pytest.mark.parametrize("kept", [40, 24])
 def test_a_method_in_the_language_model_costs_what_torch_counts(

@@ -6,11 +6,12 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,80 @@ def photo_table() -> list[str]:
     return lines
 
 
+def photo_record(name: str) -> list[dict[tuple[Any, ...], dict[str, Any]]]:
+    """By test set the rows of another record: by selector, ratio, budget, policy and layer whose attention ranks."""
+    named = ("selector", "important_ratio", "budget_percent", "position_policy")
+    paths = [ROOT / "benchmarks" / "results" / f"photos-{name}-seed{seed}.json" for seed in (0, 1)]
+    records = [json.loads(path.read_text()) for path in paths]
+    assert [(r["questions"], r["seed"]) for r in records] == [(448, 0), (448, 1)]
+    return [
+        {(*(row[name] for name in named), row.get("attention_layer")): row for row in record["rows"]}
+        for record in records
+    ]
+
+
+def of_both(rows: Iterable[dict[str, Any]], figure: str = "accuracy", digits: int = 1) -> str:
+    return " / ".join(f"{100 * row[figure]:.{digits}f}" for row in rows)
+
+
+def gain(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """By how many points a row is above VisPruner in both test sets together, and half of the 95 % interval."""
+    halves = [row["gain_ci95"][1] - row["gain"] for row in rows]
+    return 50 * sum(row["gain"] for row in rows), 50 * math.hypot(*halves)
+
+
+def gain_cell(rows: Sequence[dict[str, Any]]) -> str:
+    points, half = gain(rows)
+    text = f"{points:+.1f} ± {half:.1f}"
+    return f"**{text}**" if abs(points) > half else text
+
+
+IN_LAYERS_OF_PHOTOS = ("fastv", "pyramiddrop", "sparsevlm", "sparsevlm_v1", "visiondrop", "dart", "topv")
+
+
+def photo_decoder_table() -> list[str]:
+    """Methods in the language model at equal cache: both test sets, and the gain over VisPruner."""
+    by_seed, lines = photo_record("decoder"), []
+    for name in ("vispruner", "divprune", *IN_LAYERS_OF_PHOTOS):
+        cells = []
+        for budget in (50.0, 37.5, 33.33):
+            found = [[row for key, row in rows.items() if (key[0], key[2]) == (name, budget)] for rows in by_seed]
+            assert all(len(rows) == 1 for rows in found)
+            rows = [rows[0] for rows in found]
+            cells.append(of_both(rows) + ("" if name == "vispruner" else f" ({gain_cell(rows)})"))
+        where = "in the language model" if name in DECODER_METHODS else "behind the encoder"
+        lines.append(f"| `{name}` | {where} | {' | '.join(cells)} |")
+    return lines
+
+
+def photo_ratios_table() -> list[str]:
+    """VisPruner's ratio at 64 tokens: both test sets, and the gain over 0.5 on the same questions."""
+    by_seed, lines = photo_record("options"), []
+    for ratio in (0.0, 0.25, 0.5, 0.75, 1.0, "auto"):
+        rows = [of_seed["vispruner", ratio, 11.11, "renumber", None] for of_seed in by_seed]
+        name = ratio if ratio == "auto" else f"{ratio:g}"
+        lines.append(
+            f"| {name} | {of_both(rows)} | {'' if ratio == 0.5 else gain_cell(rows)} |".replace("|  |", "| |")
+        )
+    return lines
+
+
+def photo_positions_table() -> list[str]:
+    """Both policies of positions at 64 tokens: all questions, and those that ask where something is."""
+    numbered, kept, lines = photo_rows(), photo_record("options"), []
+    for name, ratio in (("vispruner", 0.5), ("divprune", None), ("random", None), ("uniform_grid", None)):
+        anew = [rows[name, ratio, 11.11, ()] for rows in numbered]
+        original = [rows[name, ratio, 11.11, "original", None] for rows in kept]
+        where = [" / ".join(f"{100 * r['accuracy_by_type']['where']:.0f}" for r in rows) for rows in (anew, original)]
+        lines.append(f"| `{name}` | {of_both(anew)} | {of_both(original)} | {' | '.join(where)} |")
+    return lines
+
+
+def photo_equal_cost_table() -> list[str]:
+    equal_cost = importlib.import_module("equal_cost")
+    return equal_cost.table(equal_cost.PHOTOGRAPHS).splitlines()
+
+
 MEASURED_TOGETHER = (
     ("vispruner", 0.5),
     ("vispruner", "auto"),
@@ -423,6 +498,10 @@ def test_every_yaml_of_a_released_model_has_a_ceiling() -> None:
         folded_table,
         two_places_table,
         photo_table,
+        photo_decoder_table,
+        photo_equal_cost_table,
+        photo_ratios_table,
+        photo_positions_table,
         stage_times_table,
         foretold_table,
         methods_accuracy_table,
@@ -464,6 +543,35 @@ def test_what_is_said_of_photographs_is_recorded() -> None:
         f"a random draw {both(right('random', at_64, None, 'photograph'), 0)} %: the background",
     ):
         assert said in page, said
+
+    def absurd(selector: str, budget: float, ratio: float | None = None) -> str:
+        return both((100 * of_seed[selector, ratio, budget, ()]["yes_when_absent"] for of_seed in by_seed), 0)
+
+    assert f"with all tokens in {absurd('none', 100.0)} % of the cases" in page
+    assert (
+        f"VisPruner does in {absurd('vispruner', at_64, 0.5)} %, a random draw in {absurd('random', at_64)} %" in page
+    )
+    parts = {ratio: " / ".join(f"{share:.1f}" for share in right("vispruner", at_64, ratio)) for ratio in (0.5, 1, 0)}
+    assert f"({parts[0.5]}; important ones alone {parts[1]}, diverse ones alone {parts[0]})" in page
+    mixture_wins = {
+        budget: all(
+            rows["vispruner", 0.5, budget, ()]["accuracy"] > rows["vispruner", ratio, budget, ()]["accuracy"]
+            for rows in by_seed
+            for ratio in (0.0, 1.0)
+        )
+        for budget in PHOTO_BUDGETS
+    }
+    assert mixture_wins == {33.33: False, 22.22: False, at_64: True, at_32: False}
+    for rows in by_seed:
+        for budget in PHOTO_BUDGETS:
+            bounds = [rows["vispruner", ratio, budget, ()]["ci95"] for ratio in (0.0, 0.5, 1.0)]
+            assert max(low for low, _ in bounds) < min(high for _, high in bounds), "none is beyond the intervals"
+    told = {}  # from the ratio 0.5, asked the same questions
+    for ratio in (0.0, 0.25, 0.75, 1.0, "auto"):
+        points, half = gain([rows["vispruner", ratio, at_64, "renumber", None] for rows in photo_record("options")])
+        told[ratio] = abs(points) > half
+    assert [ratio for ratio, apart in told.items() if apart] == [1.0] and points < half
+    assert sum(rows["none", None, 100.0, ()]["n_by_type"]["where"] for rows in by_seed) == 80
     losses = [
         [100 * (rows["vispruner", 0.5, b, ()]["accuracy"] - rows["vispruner", 0.5, b, (5, share)]["accuracy"])
          for rows in by_seed for b in PHOTO_BUDGETS if ("vispruner", 0.5, b, (5, share)) in rows]
@@ -525,6 +633,48 @@ def test_the_readme_s_first_claim_about_accuracy_is_of_real_visual_features() ->
         )
     }
     assert above == {(README_PHOTO_ROWS[1], 5.56)}, "only at 32 tokens, and only with diversity alone"
+
+
+def test_what_is_said_of_methods_in_the_language_model_is_recorded() -> None:
+    budgets = (50.0, 37.5, 33.33)
+    by_seed, plain = photo_record("decoder"), photo_rows()
+    rows = {
+        (name, budget): [
+            next(row for key, row in of_seed.items() if (key[0], key[2]) == (name, budget)) for of_seed in by_seed
+        ]
+        for name in ("vispruner", *IN_LAYERS_OF_PHOTOS)
+        for budget in budgets
+    }
+    behind = {
+        (name, budget): -points
+        for name in IN_LAYERS_OF_PHOTOS
+        for budget in budgets
+        for points, half in [gain(rows[name, budget])]
+        if points < -half
+    }
+    both_forms = [(name, budget) for name in ("sparsevlm", "sparsevlm_v1") for budget in budgets]
+    others = {("fastv", 33.33), ("visiondrop", 37.5), ("visiondrop", 33.33)}
+    assert behind.keys() == {*both_forms, *others}
+    assert all(points < half for key in rows if key[0] != "vispruner" for points, half in [gain(rows[key])])
+    page = " ".join(PAGES["evidence.md"].split())
+    assert f"by {behind['fastv', 33.33]:.1f} and by" in page
+    forms = [behind[key] for key in both_forms]
+    assert f"{min(forms):.1f} to {max(forms):.1f} points. FastV with 288 or 216" in page
+    random, ours = ([of_seed[key] for of_seed in plain] for key in (
+        ("random", None, 33.33, ()), ("vispruner", 0.5, 11.11, ())
+    ))  # fmt: skip
+    assert all(a["accuracy"] < b["accuracy"] for a, b in zip(rows["sparsevlm", 33.33], random, strict=True))
+    assert f"a random draw of as many ({of_both(random)})" in page
+    left = f"has {of_both(rows['fastv', 33.33])} % right, VisPruner with 64 in all of them {of_both(ours)} %"
+    assert left in page
+    for few, fewer in zip(rows["fastv", 33.33], ours, strict=True):
+        assert fewer["ci95"][0] < few["ci95"][1], "within the intervals"
+    assert "with a third of the tokens both beat FastV and SparseVLM" in " ".join(README.split())
+    compared = json.loads((ROOT / "benchmarks" / "results" / "equal-cost.json").read_text())["rows"]
+    for row in compared:
+        if (row["asked"], row["percent"], row["equal"]) == ("photographs", 33.33, "KV cache"):
+            beaten = row["other_right"] - row["right"] > row["interval"]
+            assert beaten == (row["method"] in ("fastv", "sparsevlm", "sparsevlm_v1", "visiondrop")), row
 
 
 def test_what_is_said_of_the_model_on_photographs_is_recorded() -> None:
