@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from transformers import PreTrainedModel
 
 from vispruner.decoder_pruning import stages_of
@@ -140,9 +140,14 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     if not path.is_file():
         raise OSError(f"{path} is not a readable image: it is no regular file")
     Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
-        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        with Image.open(path, formats=formats) as image:
             yield image
+    except UnidentifiedImageError as error:  # a phone's HEIC, for instance
+        raise OSError(
+            f"{path} is not a readable image: it is none of {', '.join(formats)}; save it as one of these"
+        ) from error
     except Exception as error:  # each decoder has errors of its own
         raise OSError(f"{path} is not a readable image: {error or type(error).__name__}") from error
 
@@ -256,8 +261,11 @@ def _shown_pictures(image: PictureFile | Sequence[PictureFile] | None, repo: str
     for path in paths:
         if not path.is_dir():
             require_picture(path)
-    if len({path.name for path in paths}) < len(paths):
-        raise ValueError("two pictures have the same name: they could not be told apart")
+    names = [path.name for path in paths]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"two pictures have the same name, {twice[0]}, and are told apart by it: give it once, or rename one"
+        )
     return paths
 
 

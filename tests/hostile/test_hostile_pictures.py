@@ -72,6 +72,12 @@ def test_other_kinds_are_not_even_opened(data: bytes, tmp_path: Path, monkeypatc
         open_photo(tmp_path / "photo.png")
 
 
+def test_a_phone_s_photo_is_refused_with_the_kinds_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    with pytest.raises(OSError, match=r"photo\.heic is not .*: it is none of .*JPEG.*PNG.*; save it as one of these"):
+        open_photo(tmp_path / "photo.heic")
+
+
 def animation(path: Path, size: int, frames: int) -> Path:
     images = [Image.new("RGB", (size, size), (4 * number % 256, 0, 0)) for number in range(frames)]
     images[0].save(path, save_all=True, append_images=images[1:])
