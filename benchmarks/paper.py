@@ -400,10 +400,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measured_table(plan: Plan, goes_on: bool) -> Table:
     """Say what it takes, measure what is missing, and return the table; `goes_on`, even without a GPU."""
-    cells = Cells(plan.folder)
-    cells.check(plan.settings())
+    cells, asks = Cells(plan.folder), goes_on or plan.device != "cpu"
+    # An estimate needs no lmms-eval.
+    cells.check(plan.settings() if asks else {"model": plan.model, "limit": plan.limit})
     print(estimate(plan), file=sys.stderr)
-    if plan.device == "cpu" and not goes_on:
+    if not asks:
         raise PaperError("no GPU was found: to measure on the processor all the same, give --device cpu")
     reasons = measure(plan)
     return Table.of(plan.settings(), plan.rows, plan.benchmarks, cells.read, reasons)

@@ -235,6 +235,7 @@ def test_without_a_gpu_an_estimate_is_all(
     folder: Path, asking: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(paper, "lmms_eval_version", lambda: pytest.fail("it asks for lmms-eval"))
     arguments = ["--model", "tiny-llava", "--out", str(folder), "--budgets", "18", "--limit", "100"]
     assert paper.main([*arguments, "--benchmarks", "GQA", "POPE"]) == 1
     said = capsys.readouterr().err
