@@ -456,6 +456,23 @@ def variants(
     return list(dict.fromkeys(rows))
 
 
+def _is_pair(name: str, registry: dict[str, Any]) -> bool:
+    first, *others = (registry[part] for part in name.split("+"))
+    return not first.in_decoder and [other.place is not None for other in others] == [True]
+
+
+def _require_rows_of(stages: Sequence[tuple[int, float]], layers: Sequence[int], rows: Sequence[Variant]) -> None:
+    """Raise BenchmarkError for an option that no budget measures, rather than leave it out in silence."""
+    for layer, share in stages:
+        if all(row.encoder_stage != (layer, share) for row in rows):
+            raise BenchmarkError(
+                f"--encoder-stages {layer}:{share:g} leaves no more patches than every budget keeps: raise the share, "
+                "or give smaller --budgets"
+            )
+    if layers and all(row.attention_layer is None for row in rows):
+        raise BenchmarkError("--attention-layers: with all tokens nothing is ranked, add a smaller one to --budgets")
+
+
 def _variants_of(
     selector: str,
     budget: float,
@@ -734,7 +751,12 @@ def run_benchmark(
         chosen = everything if selectors is None else list(selectors)
         if unknown := [name for name in chosen if name not in known and not set(name.split("+")) <= registry.keys()]:
             raise BenchmarkError(f"--selectors must be among {', '.join(known)}, got {unknown[0]!r}")
+        if wrong_pairs := [name for name in chosen if "+" in name and not _is_pair(name, registry)]:
+            raise BenchmarkError(
+                f"--selectors a+b is a method behind the encoder and one in the language model, got {wrong_pairs[0]!r}"
+            )
         rows = variants(chosen, budgets, registry, published.visual_tokens, policies, ratios, stages, layers)
+        _require_rows_of(stages, layers, rows)
         if not rows:
             raise BenchmarkError(f'"{DENSE}" drops nothing, so it is measured at 100 % only: add 100 to --budgets')
         samples = questions(dataset, seed, limit)

@@ -201,6 +201,25 @@ def test_an_unknown_selector_is_refused(accuracy: ModuleType, capsys: pytest.Cap
     assert "nonsense" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--selectors", "vispruner+divprune"], "one in the language model, got 'vispruner+divprune'"),
+        (["--selectors", "vispruner+vflowopt"], "one in the language model, got 'vispruner+vflowopt'"),
+        (["--selectors", "fastv+vispruner"], "one in the language model, got 'fastv+vispruner'"),
+        (["--selectors", "vispruner+fastv+dart"], "one in the language model, got 'vispruner+fastv+dart'"),
+        (["--encoder-stages", "3:0.1"], "--encoder-stages 3:0.1 leaves no more patches than every budget keeps"),
+        (["--attention-layers", "3", "--budgets", "100"], "--attention-layers: with all tokens nothing is ranked"),
+    ],
+)
+def test_what_no_row_would_measure_is_refused(
+    accuracy: ModuleType, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--selectors", "vispruner", "--budgets", "12.5", "--limit", "2", "--processes", "1"]
+    assert accuracy.main([*common, *arguments]) == 2  # the last of an option given twice counts
+    assert said in capsys.readouterr().err
+
+
 def test_a_method_of_two_places_is_said_to_keep_what_both_leave(accuracy: ModuleType, tmp_path: Path) -> None:
     rows = run(accuracy, tmp_path, "--selectors", "todre", "vflowopt", "--budgets", "50")["rows"]
     assert {row["selector"] for row in rows} == {"todre", "vflowopt"}
