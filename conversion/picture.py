@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from transformers import PreTrainedModel
@@ -130,7 +131,16 @@ def require_picture(path: str | os.PathLike[str]) -> None:
 
 def _upright(image: Image.Image) -> Image.Image:
     _refuse_line(image)
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return _rgb(ImageOps.exif_transpose(image))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Bring pixels to 8 bits a channel; of more, Pillow would make white whatever is above 255."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are numbers without a known range (mode {image.mode}): save it with 8 bits each")
+    return image.convert("RGB")
 
 
 @contextmanager
@@ -190,7 +200,7 @@ def _refuse_line(image: Image.Image) -> None:
 
 def _frame(image: Image.Image, number: int) -> Image.Image:
     image.seek(number)
-    return image.convert("RGB")
+    return _rgb(image)
 
 
 def _evenly_spaced(frames: Sequence[Any]) -> list[Any]:

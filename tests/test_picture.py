@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -263,6 +264,21 @@ def test_photo_is_read_upright(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the camera was turned by a quarter
     Image.new("RGB", (30, 20), "red").save(tmp_path / "turned.jpg", exif=exif)
     assert open_photo(tmp_path / "turned.jpg").size == (20, 30)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("photo.png", "<u2"), ("photo.tif", "<u2"), ("photo.tif", ">u2")])
+def test_sixteen_bits_are_brought_to_eight(name: str, kind: str, tmp_path: Path) -> None:
+    shades = np.arange(0, 2**16, 257).reshape(16, 16)
+    Image.fromarray(shades.astype(kind)).save(tmp_path / name)
+    read = np.asarray(open_photo(tmp_path / name))
+    assert (read == (shades // 256)[..., None]).all() and read.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("kind", ["int32", "float32"])
+def test_pixels_of_no_known_range_are_refused(kind: str, tmp_path: Path) -> None:
+    Image.fromarray(np.ones((4, 4), kind)).save(tmp_path / "depth.tif")
+    with pytest.raises(OSError, match=r"depth\.tif is not a readable image: its pixels .* save it with 8 bits each"):
+        open_photo(tmp_path / "depth.tif")
 
 
 def test_a_truncated_photo_is_refused_by_name(tmp_path: Path, photo: Image.Image) -> None:
