@@ -574,6 +574,18 @@ def test_what_is_said_of_photographs_is_recorded() -> None:
     ):
         assert said in page, said
 
+    squares = [by_seed[0]["downsample", None, budget, ()]["kv_visual_tokens"] for budget in PHOTO_BUDGETS]
+    largest = "{}, {}, {} and {} tokens".format(*squares)
+    assert f"the largest square within the budget ({largest})" in page
+    assert f"the largest square within the budget: {largest}" in " ".join(README.split())
+    important = [
+        share - of_mixture
+        for budget in PHOTO_BUDGETS
+        if budget != at_64
+        for share, of_mixture in zip(right("vispruner", budget, 1.0), right("vispruner", budget, 0.5), strict=True)
+    ]
+    assert f"with 128 tokens, {max(important):.1f} points above it in one test set" in page
+
     def absurd(selector: str, budget: float, ratio: float | None = None) -> str:
         return both((100 * of_seed[selector, ratio, budget, ()]["yes_when_absent"] for of_seed in by_seed), 0)
 
@@ -687,6 +699,12 @@ def test_what_is_said_of_methods_in_the_language_model_is_recorded() -> None:
     assert behind.keys() == {*both_forms, *others}
     assert all(points < half for key in rows if key[0] != "vispruner" for points, half in [gain(rows[key])])
     page = " ".join(PAGES["evidence.md"].split())
+    not_alone = {key for key in behind if rows[key][1]["gain_ci95"][1] >= 0}
+    assert not_alone == {("fastv", 33.33), ("sparsevlm", 50.0), ("visiondrop", 37.5)}
+    ahead = rows["pyramiddrop", 50.0][1]
+    assert ahead["gain_ci95"][0] > 0
+    told = f"by {100 * ahead['gain']:.1f} ± {100 * (ahead['gain_ci95'][1] - ahead['gain']):.1f} points"
+    assert f"PyramidDrop with 288 is ahead, {told}" in page
     assert f"by {behind['fastv', 33.33]:.1f} and by" in page
     forms = [behind[key] for key in both_forms]
     assert f"{min(forms):.1f} to {max(forms):.1f} points. FastV with 288 or 216" in page
