@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import cached_assets_path
+from huggingface_hub import cached_assets_path, constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -71,7 +71,14 @@ def tower_folder(image_size: int, cache: Path | None = None) -> Path:
 
 
 def own_cache() -> Path:
-    return cached_assets_path("vispruner", namespace="towers")
+    """Return the folder of converted towers; raise CheckpointError where it cannot be made."""
+    try:
+        return cached_assets_path("vispruner", namespace="towers")
+    except OSError as error:
+        raise CheckpointError(
+            f"the converted tower is kept in {constants.HF_ASSETS_CACHE}, which cannot be written ({error.strerror}): "
+            "set HF_ASSETS_CACHE to a folder that can"
+        ) from error
 
 
 def converted(file: Path) -> Dinov2Model:

