@@ -7,7 +7,9 @@ python benchmarks/codebook.py --dataset photos --out conversion/assets/photo-lla
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from outputs import output_file
 from photos import generate_photo
@@ -31,20 +33,30 @@ def training_pictures(dataset: str, count: int, seed: int = 0) -> Iterator[Image
         yield GENERATE[dataset]("train", seed, index).image
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dataset", choices=sorted(GENERATE), default="scenes", help="default: %(default)s")
     parser.add_argument("--pictures", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--prototypes", type=int, default=PROTOTYPES, help="default: %(default)s")
     parser.add_argument("--out", type=output_file(".safetensors"), required=True, help="the file to write")
-    options = parser.parse_args()
-    base = str(resolve_base(load_repo_config(CONFIGS[options.dataset]).base_model))
+    options = parser.parse_args(arguments)
+    try:
+        print(f"wrote {write(options.dataset, options.pictures, options.prototypes, options.out)}")
+    except ValueError as error:  # too few pictures, or the extra vispruner[photo] is missing
+        print(f"codebook.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(dataset: str, count: int, prototypes: int, out: Path) -> Path:
+    """Write the codebook of the first `count` pictures to train on."""
+    base = str(resolve_base(load_repo_config(CONFIGS[dataset]).base_model))
     model = vispruner.load(base, method="cls_attention", visual_token_num=1).eval()
-    pictures = training_pictures(options.dataset, options.pictures)
-    codebook = build_codebook(model, AutoProcessor.from_pretrained(base), pictures, options.prototypes)
-    about = f'{options.pictures} {options.dataset}: {GENERATE[options.dataset].__name__}("train", 0, 0) and on'
-    print(f"wrote {save_codebook(codebook, options.out, {'base_model': CONFIGS[options.dataset], 'pictures': about})}")
+    pictures = training_pictures(dataset, count)
+    codebook = build_codebook(model, AutoProcessor.from_pretrained(base), pictures, prototypes)
+    about = f'{count} {dataset}: {GENERATE[dataset].__name__}("train", 0, 0) and on'
+    return save_codebook(codebook, out, {"base_model": CONFIGS[dataset], "pictures": about})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

