@@ -48,13 +48,7 @@ class EncoderStage:
         saliency  of the patches so far, (B, registers + N)
         is_open   whether this thread is the one that runs the encoder for this stage
         """
-        for layer in self._layers:
-            if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
-                raise ValueError(
-                    "vispruner_config.encoder_stage: gradient checkpointing computes the encoder's layers again when "
-                    "the patches that left are forgotten: turn it off, freeze the encoder and run it in eval mode, or "
-                    "set encoder_stage to null while training"
-                )
+        refuse_checkpointing(self._layers)
 
         def enter(layer: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
             # torch gives no kwargs where another thread, whose hook this is, takes it away at this moment.
@@ -154,6 +148,17 @@ class EncoderStage:
         index = torch.cat([lead, before + self._patches], dim=1).to(values.device)
         whole = values.new_zeros(len(values), before + self.remain.shape[1], *values.shape[2:])
         return whole.scatter(1, index.view(*index.shape, *[1] * (values.dim() - 2)).expand_as(values), values)
+
+
+def refuse_checkpointing(layers: Sequence[nn.Module]) -> None:
+    """Raise ValueError where the layers of an encoder will be run a second time, for their gradients."""
+    for layer in layers:
+        if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+            raise ValueError(
+                "vispruner_config.encoder_stage: gradient checkpointing computes the encoder's layers again when "
+                "the patches that left are forgotten: turn it off, freeze the encoder and run it in eval mode, or "
+                "set encoder_stage to null while training"
+            )
 
 
 def _rows_of(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import can_return_tuple
 
-from .encoder_stage import EncoderStage
+from .encoder_stage import EncoderStage, refuse_checkpointing
 from .mrope_positions import GRID_IMAGES, GRID_VIDEOS, MRoPE
 from .pixel_prediction import cells_to_encode
 from .prompt_reading import Prompt
@@ -157,7 +157,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
                 "picture, so pass pixel_values (or pixel_values_videos) as the processor returned them"
             )
         side, grids, staying = self.visual.spatial_merge_size, grid_thw.tolist(), list[torch.Tensor]()
-        seen = pixels.detach().to(self.visual.dtype).split([t * h * w for t, h, w in grids])
+        seen = _patches_of(pixels.detach().to(self.visual.dtype), grids)
         for (t, h, w), patches in zip(grids, seen, strict=True):
             cells = patches.reshape(t, h // side, w // side, -1)
             stays = cells_to_encode(cells, self.encoder_options.pixel_tolerance or 0)
@@ -176,7 +176,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         vision = self.config.vision_config
         side, patch, grids = vision.spatial_merge_size, vision.patch_size, grid_thw.tolist()
         pictures = []
-        for (t, h, w), part in zip(grids, pixels.split([t * h * w for t, h, w in grids]), strict=True):
+        for (t, h, w), part in zip(grids, _patches_of(pixels, grids), strict=True):
             # (time, block row, block column, row, column, colour, picture, y, x), the last four of a patch
             split = part.view(t, h // side, w // side, side, side, -1, vision.temporal_patch_size, patch, patch)
             pictures += split[..., 0, :, :].permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(t, -1, h * patch, w * patch)
@@ -210,6 +210,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         counts  how many tokens each has
         """
         if self._foretells:
+            refuse_checkpointing(self.vision_layers)  # whatever this picture is: training must not stop at the next
             staying = self._tokens_to_encode(pixels, grid_thw)
             left = _counted(staying)
             return left, None if left == counts else self._stage_before(staying, left, grid_thw)
@@ -267,7 +268,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         features = torch.cat(list(outputs.pooler_output))
         images = self.images_of(features, tap, grid_thw, frames)
         if stage is not None and stage.remain is not None:
-            remain = (self._merged(stage.remain.float(), grid_thw) > 0.5).split(counts, dim=-1)
+            remain = (self._merged(stage.remain.float(), grid_thw) > 0.5).to(features.device).split(counts, dim=-1)
             of_images = zip(images, remain, left, strict=True)
             images = [replace(image, remain=own, left=count) for image, own, count in of_images]
         kept = self.select_each(images)
@@ -288,6 +289,17 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
             deepstack_features=of_levels or None,
             merged_into=_merged_into(kept, counts),
         )
+
+
+def _patches_of(pixels: torch.Tensor, grids: Sequence[Sequence[int]]) -> tuple[torch.Tensor, ...]:
+    """Return the patches (t * h * w, P) of each image or video, of pixels (..., patches, P), by their (t, h, w)."""
+    counts, patches = [t * h * w for t, h, w in grids], pixels.flatten(0, -2)
+    if len(patches) != sum(counts):
+        raise ValueError(
+            f"pixel_values (or pixel_values_videos) hold {len(patches)} patches, but image_grid_thw (or "
+            f"video_grid_thw) says {sum(counts)}: pass both as the processor returned them"
+        )
+    return patches.split(counts)
 
 
 def _counted(staying: Sequence[torch.Tensor]) -> list[int]:

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from rows import noise
 from rows._qwen_vl import IMAGE, MERGE, PATCH, VIDEO
 from tiny_processors import write_processor
 from transformers import AttentionInterface, AttentionMaskInterface, BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -375,6 +376,23 @@ def test_a_tolerance_lets_more_leave(model: Model) -> None:
     assert torch.equal(encoded(model.pruned, inputs).kept_indices[0], stays.nonzero()[:, 0])
 
 
+@pytest.mark.parametrize("tolerance, mean, spread", [
+    (0.01, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    (0.02, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+], ids=["Qwen3-VL", "Qwen2-VL, Qwen2.5-VL"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_documented_tolerances_let_any_level_be_the_next_one(
+    tolerance: float, mean: Sequence[float], spread: Sequence[float], dtype: torch.dtype
+) -> None:
+    levels = (torch.arange(256.0)[:, None] / 255 - torch.tensor(mean)) / torch.tensor(spread)
+    pairs = torch.stack([levels[:-1], levels[1:]], dim=1).mT.reshape(-1, 1, 2, 1).to(dtype)
+    assert cells_to_encode(pairs, tolerance).sum() == len(pairs)
+    apart = torch.stack([levels[:-3], levels[3:]], dim=1).mT.reshape(-1, 1, 2, 1).to(dtype)
+    assert cells_to_encode(apart, tolerance).all()
+    text = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert f"`pixel_tolerance: {tolerance}`" in text
+
+
 def test_pixels_count_as_the_encoder_gets_them(model: Model) -> None:
     """Who casts them to the model's type and who leaves that to the model is told the same."""
     pruned = copy.deepcopy(model.pruned).to(torch.bfloat16)
@@ -383,6 +401,24 @@ def test_pixels_count_as_the_encoder_gets_them(model: Model) -> None:
     cast = {**inputs, "pixel_values": inputs["pixel_values"].to(torch.bfloat16)}
     assert pruned.model.count_visual_tokens(inputs) == pruned.model.count_visual_tokens(cast)
     assert torch.equal(answers(pruned, inputs), answers(pruned, cast))
+
+
+def test_pixels_with_a_dimension_more_are_the_same_pixels(model: Model) -> None:
+    """As stock takes them."""
+    inputs = repetitive(model.prompt(MIXED))
+    batched = {name: value[None] if name.startswith("pixel_values") else value for name, value in inputs.items()}
+    assert model.counts(batched) == model.counts(inputs)
+    assert torch.equal(answers(model.pruned, batched), answers(model.pruned, inputs))
+
+
+@pytest.mark.parametrize("prompt", [SEVERAL, CLIP], ids=["image", "video"])
+def test_pixels_that_their_grids_do_not_describe_are_refused_by_name(model: Model, prompt: list) -> None:
+    inputs = model.prompt(prompt)
+    name = "pixel_values" if prompt is SEVERAL else "pixel_values_videos"
+    patches = len(inputs[name])
+    inputs[name] = inputs[name][:-BLOCK]
+    with pytest.raises(ValueError, match=rf"hold {patches - BLOCK} patches, but image_grid_thw .* says {patches}"):
+        answers(model.pruned, inputs)
 
 
 def test_images_encoded_once_answer_the_same_and_hold_to_their_tolerance(model: Model) -> None:
@@ -516,8 +552,11 @@ def test_what_cannot_be_is_refused_by_name(model: Model, change: dict[str, Any],
     assert model.pruned.config.vispruner_config == before
 
 
-def test_gradient_checkpointing_is_refused(model: Model) -> None:
-    pruned, inputs = copy.deepcopy(model.pruned).train(), repetitive(model.prompt(ONE))
+@pytest.mark.parametrize("kinds", [2, None], ids=["page", "photograph"])
+def test_gradient_checkpointing_is_refused(model: Model, kinds: int | None) -> None:
+    """At once, not at the first picture of which something leaves."""
+    pruned, inputs = copy.deepcopy(model.pruned).train(), model.prompt(ONE)
+    inputs = inputs if kinds is None else repetitive(inputs, kinds)
     pruned.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match=r"encoder_stage: gradient checkpointing"):
         pruned(**inputs, labels=inputs["input_ids"])
