@@ -184,7 +184,10 @@ PLACES = ("a third", "half", "two thirds")  # of the encoder's layers see all pa
 
 
 def cost_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return as Markdown how many points stages cost VisPruner at the same budgets, from records of accuracy.py."""
+    """Return as Markdown how many points stages cost VisPruner at the same budgets, from records of accuracy.py.
+
+    Raises ValueError for a record without these stages: it does not say which part of an encoder a layer number is.
+    """
     found: dict[tuple[int, float], list[str]] = {}
     names, smaller = [], []
     for record in records:
@@ -192,9 +195,14 @@ def cost_table(records: Sequence[Mapping[str, Any]]) -> str:
         for row in record["rows"]:
             if row["selector"] == "vispruner":
                 of_stage.setdefault(tuple(row.get("encoder_stage", ())), {})[row["budget_percent"]] = row["accuracy"]
-        without = of_stage.pop(())
+        without = of_stage.pop((), {})
         budgets = sorted({budget for points in of_stage.values() for budget in points}, reverse=True)
         layers = sorted({layer for layer, _ in of_stage})
+        if len(layers) != len(PLACES) or not without:
+            raise ValueError(
+                f"the record of {record['dataset']}, seed {record['seed']}, has stages behind the layers {layers}: the "
+                f"table is of VisPruner with none, and with one behind {', '.join(PLACES)} of the layers"
+            )
         names.append(f"{record['dataset']}, seed {record['seed']}, at {' / '.join(f'{b:.3g}' for b in budgets)} %")
         for (layer, share), points in of_stage.items():
             found.setdefault((layers.index(layer), -share), []).append(_lost(points, without, budgets))
@@ -240,7 +248,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     if parsed.costs:
-        print(cost_table([read_json(path) for path in parsed.costs]))
+        try:
+            print(cost_table([read_json(path) for path in parsed.costs]))
+        except ValueError as error:
+            raise SystemExit(f"--costs: {error}") from None
         return 0
     torch.set_num_threads(parsed.threads)
     record = measure(parsed.models, parsed.depth_divisor, parsed.rounds)

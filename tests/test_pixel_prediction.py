@@ -118,6 +118,16 @@ def test_the_smallest_difference_counts() -> None:
     assert cells_to_encode(cells).all()
 
 
+@pytest.mark.parametrize("one, other, tolerance, dtype", [
+    (1.0, 1.0004, 0.0003, torch.float32),  # alike in half precision
+    (2.140625, -0.00390625, 2.142, torch.bfloat16),  # whose difference bfloat16 rounds down
+])  # fmt: skip
+def test_differences_are_taken_in_full_precision(
+    one: float, other: float, tolerance: float, dtype: torch.dtype
+) -> None:
+    assert cells_to_encode(torch.tensor([one, other], dtype=dtype).view(1, 1, 2, 1), tolerance).all()
+
+
 # In the models
 
 

@@ -48,3 +48,10 @@ def test_a_wrong_number_is_refused(stage_times: Any, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         stage_times.parse_arguments(["--rounds", "0"])
     assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_costs_of_other_layers_are_refused(stage_times: Any) -> None:
+    """The record of photographs has stages behind one layer, half of its tower, which the table would call a third."""
+    record = Path(__file__).parent.parent / "benchmarks" / "results" / "photos-seed0.json"
+    with pytest.raises(SystemExit, match=r"--costs: the record of photos, seed 0, .* behind the layers \[5\]"):
+        stage_times.main(["--costs", str(record)])
