@@ -200,8 +200,8 @@ def cost_table(records: Sequence[Mapping[str, Any]]) -> str:
         layers = sorted({layer for layer, _ in of_stage})
         if len(layers) != len(PLACES) or not without:
             raise ValueError(
-                f"the record of {record['dataset']}, seed {record['seed']}, has stages behind the layers {layers}: the "
-                f"table is of VisPruner with none, and with one behind {', '.join(PLACES)} of the layers"
+                f"the record of {record['dataset']}, seed {record['seed']}, has stages behind the layers {layers}: "
+                f"the table is of VisPruner with none, and with one behind {', '.join(PLACES)} of the layers"
             )
         names.append(f"{record['dataset']}, seed {record['seed']}, at {' / '.join(f'{b:.3g}' for b in budgets)} %")
         for (layer, share), points in of_stage.items():
