@@ -19,8 +19,8 @@ TEST_SETS = {
     "scenes 0": ("accuracy-scenes-seed0", "accuracy-methods-seed0", "accuracy-decoder-seed0"),
     "scenes 1": ("accuracy-scenes-seed1", "accuracy-methods-seed1", "accuracy-decoder-seed1"),
     "easy-VQA": ("accuracy-easy-vqa-seed0", "accuracy-methods-easy-vqa-seed0"),
-    "photographs 0": ("photos-seed0", "photos-decoder-seed0", "photos-options-seed0"),
-    "photographs 1": ("photos-seed1", "photos-decoder-seed1", "photos-options-seed1"),
+    "photographs 0": ("photos-seed0", "photos-methods-seed0", "photos-decoder-seed0", "photos-options-seed0"),
+    "photographs 1": ("photos-seed1", "photos-methods-seed1", "photos-decoder-seed1", "photos-options-seed1"),
 }
 # By type of question; "hard" are those that the smaller picture of as many tokens gets wrong, of any type.
 TYPES = ("color", "shape", "digit", "exist", "count", "where", "relation")
