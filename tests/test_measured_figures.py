@@ -675,6 +675,11 @@ def test_the_readme_s_first_claim_about_accuracy_is_of_real_visual_features() ->
     assert above == {(README_PHOTO_ROWS[1], 5.56)}, "only at 32 tokens, and only with diversity alone"
 
 
+def test_only_the_last_layer_can_be_told_from_the_default_one() -> None:
+    told = [line for line in photo_layers_table() if "**" in line]
+    assert len(told) == 1 and told[0].startswith("| 11 |") and "| **-" in told[0]
+
+
 def test_what_is_said_of_every_further_method_is_recorded() -> None:
     gains = {}
     for line in photo_methods_table()[1:]:
