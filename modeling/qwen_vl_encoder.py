@@ -175,7 +175,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
     def _views(self, pixels: torch.Tensor, grid_thw: torch.Tensor) -> list[list[TokenView]]:
         vision = self.config.vision_config
         side, patch, grids = vision.spatial_merge_size, vision.patch_size, grid_thw.tolist()
-        pictures = []
+        pictures: list[torch.Tensor] = []
         for (t, h, w), part in zip(grids, _patches_of(pixels, grids), strict=True):
             # (time, block row, block column, row, column, colour, picture, y, x), the last four of a patch
             split = part.view(t, h // side, w // side, side, side, -1, vision.temporal_patch_size, patch, patch)
