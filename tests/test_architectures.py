@@ -141,8 +141,10 @@ def test_logits_of_a_right_padded_batch_equal_those_of_its_rows(model: Model) ->
 @covers("batch")
 def test_a_mask_that_is_not_given_is_inferred_as_stock_infers_it(model: Model) -> None:
     inputs = model.prompt(*model.prompts())
-    expected = answers(model.pruned, inputs)
+    expected, of_stock = answers(model.pruned, inputs), answers(model.stock, inputs)
     del inputs["attention_mask"]
+    if not torch.equal(answers(model.stock, inputs), of_stock):
+        pytest.skip("stock infers none: its padding id is not that of these prompts")
     assert torch.equal(answers(model.pruned, inputs), expected)
 
 

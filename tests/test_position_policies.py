@@ -73,6 +73,12 @@ class TestRenumbered:
         torch.testing.assert_close(later.logits[:, -1], at_once[:, -1], **TOLERANCE)
 
 
+def scores(model: Any, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
+    """The logits of the first three tokens of an answer, (3, rows, vocabulary)."""
+    asked = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, **options}
+    return torch.stack(model.generate(**inputs, **asked, output_logits=True, return_dict_in_generate=True).logits)
+
+
 @renumbered
 class TestOriginal:
     def test_differ_from_new_ones(self, original: Model) -> None:
@@ -93,6 +99,9 @@ class TestOriginal:
     )
     def test_other_caches_give_the_same(self, original: Model, options: dict[str, Any]) -> None:
         inputs = original.prompt(ONE)
+        of_stock = [scores(original.stock, inputs, **given) for given in (options, {})]
+        if not torch.allclose(*of_stock, atol=1e-3):
+            pytest.skip("nor does stock: PaliGemma's prompt saw its answer without a cache in earlier versions")
         assert torch.equal(answers(original.pruned, inputs, **options), answers(original.pruned, inputs))
 
     def test_beams(self, original: Model) -> None:
