@@ -80,6 +80,8 @@ PHOTO_CONFIG = "photo-llava-vispruner"
 PHOTO_LLAVA = ASSETS / "photo-llava"  # what train_photo.py wrote, without its tower
 PHOTO_CODEBOOK = ASSETS / "photo-llava-codebook.safetensors"
 DATASETS = ("scenes", "easy-vqa", PHOTOS)
+# By dataset, the YAML of the embedded model that is asked, and its codebook.
+EMBEDDED = dict.fromkeys(DATASETS, (CONFIG, CODEBOOK)) | {PHOTOS: (PHOTO_CONFIG, PHOTO_CODEBOOK)}
 KINDS = tuple(dict.fromkeys((*QUESTION_TYPES, *PHOTO_QUESTION_TYPES)))
 DENSE, DOWNSAMPLE, NO_IMAGE = "none", "downsample", "no-image"
 BUDGETS = (100.0, 50.0, 25.0, 12.5, 6.0)
@@ -291,10 +293,11 @@ class PublishedModel:
         """Answer one batch under these options; raise BenchmarkError unless the cache holds what they say."""
         selector = self.selection.SELECTORS.get(options["method"])
         needs_codebook = selector is not None and "codebook" in selector.needs
-        budget = self.stages(options) if "+" in options["method"] else {}
-        self.model.set_vispruner_config(
-            **{**options, **budget}, **({"codebook": self.codebook} if needs_codebook else {})
-        )
+        if "+" in options["method"]:
+            options = {**options, **self.stages(options)}
+        if needs_codebook:
+            options = {**options, "codebook": self.codebook}
+        self.model.set_vispruner_config(**options)
         with self._recorded_selections() as selections, self._any_picture_size():
             result = self.model.generate(
                 **inputs, max_new_tokens=new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
@@ -740,7 +743,7 @@ def run_benchmark(
     if wrong := [budget for budget in budgets if not 0 < budget <= 100]:
         raise BenchmarkError(f"--budgets are percentages above 0 up to 100, got {wrong[0]}")
     started = time.monotonic()
-    config, own_codebook = (PHOTO_CONFIG, PHOTO_CODEBOOK) if dataset == PHOTOS else (CONFIG, CODEBOOK)
+    config, own_codebook = EMBEDDED[dataset]
     with published_repo(repo, config) as folder:
         with launched().main_process_first():  # all copy the repo's code into the same cache
             published = PublishedModel(folder, own_codebook if repo is None and codebook is None else codebook)

@@ -28,12 +28,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy import (
-    CODEBOOK,
-    CONFIG,
     DENSE,
     DOWNSAMPLE,
+    EMBEDDED,
     PHOTO_BUDGETS,
-    PHOTO_CONFIG,
     PHOTOS,
     BenchmarkError,
     PublishedModel,
@@ -271,11 +269,11 @@ def write_report(
     """
     if scenes < 1 or seed < 0:
         raise BenchmarkError(f"--scenes must be at least 1 and --seed at least 0, got {scenes} and {seed}")
-    is_photos = dataset == PHOTOS
     if budgets is None:
-        budgets = PHOTO_BUDGETS[1:] if is_photos else BUDGETS
-    with published_repo(repo, PHOTO_CONFIG if is_photos else CONFIG) as folder:
-        published = PublishedModel(folder, CODEBOOK if repo is None and not is_photos else None)
+        budgets = PHOTO_BUDGETS[1:] if dataset == PHOTOS else BUDGETS
+    config, codebook = EMBEDDED[dataset]
+    with published_repo(repo, config) as folder:
+        published = PublishedModel(folder, codebook if repo is None else None)
     rows = shown_variants(published, selectors, budgets)
     samples = scene_samples(seed, scenes, dataset)
     new_tokens = published.longest_answer(sample.answer for scene in samples for sample in scene)

@@ -56,8 +56,7 @@ def tower_folder(image_size: int, cache: Path | None = None) -> Path:
     cache  where converted towers are kept; by default huggingface_hub's folder for what libraries derive
     """
     file = onnx_file()
-    if cache is None:
-        cache = own_cache()
+    cache = cache or own_cache()
     folder = cache / f"dinov2-small-{image_size}-{FILE_HASH[:12]}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -153,8 +152,7 @@ def lacks_tower(folder: Path) -> bool:
 
 def whole_checkpoint(folder: Path, cache: Path | None = None) -> Path:
     """Return a folder with the checkpoint in `folder` and the tower that it lacks; put them together if need be."""
-    if cache is None:
-        cache = own_cache()
+    cache = cache or own_cache()
     whole = cache / f"{folder.name}-{hash_of(folder / 'model.safetensors')[:12]}-with-{FILE_HASH[:12]}"
     if not whole.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

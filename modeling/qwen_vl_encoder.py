@@ -303,7 +303,7 @@ def _patches_of(pixels: torch.Tensor, grids: Sequence[Sequence[int]]) -> tuple[t
 
 
 def _counted(staying: Sequence[torch.Tensor]) -> list[int]:
-    """Return how many tokens stay of each image or frame; the one time that this waits for the device."""
+    """Return how many tokens stay of each image or frame, for which the device is waited for."""
     return torch.stack([own.sum() for own in staying]).tolist() if staying else []
 
 

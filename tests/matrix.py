@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from rows import Image, Row, Video, draw_weights, rows, variants
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import vispruner
 
@@ -213,3 +215,12 @@ def require_the_reference(model: Model, prompt: list) -> None:
     torch.testing.assert_close(logits(model.pruned, inputs)[0, -1], first, **TOLERANCE)
     lost = sum(map(sum, full.values())) - sum(map(sum, kept.values()))
     assert result.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] - lost + NEW - 1
+
+
+def attending_by(attention: Any, model: Any) -> Any:
+    """Have the vision encoder of a model attend by a function of the test's own, without masks that skip."""
+    AttentionInterface.register("of_a_test", attention)
+    AttentionMaskInterface.register("of_a_test", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    for module in model.model.vision_attentions:
+        module.config._stock_config._attn_implementation = "of_a_test"
+    return model

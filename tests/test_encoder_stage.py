@@ -23,14 +23,13 @@ from matrix import (
     TOLERANCE,
     Model,
     answers,
+    attending_by,
     lent,
     logits,
     made,
 )
 from rows import Image
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import vispruner
 from vispruner.choosing import watch_choices
@@ -159,15 +158,6 @@ def encoded(model: Any, inputs: dict[str, Any], modality: str = "image") -> Any:
     return model.model.encode_prompt(**inputs)[modality]
 
 
-def under(attention: FullLength, model: Any) -> Any:
-    """Have the vision encoder of a model attend so."""
-    AttentionInterface.register("full_length", attention)
-    AttentionMaskInterface.register("full_length", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    for module in model.model.vision_attentions:
-        module.config._stock_config._attn_implementation = "full_length"
-    return model
-
-
 def choices_in(model: Any, inputs: dict[str, Any]) -> list[Any]:
     seen: list[Any] = []
     with watch_choices(seen.append):
@@ -189,7 +179,7 @@ def test_what_remains_is_chosen_from_as_in_an_encoder_of_full_length(model: Mode
     (before,) = choices_in(plain, inputs)
     tokens = before.tokens.saliency.shape[1]
     oracle = FullLength(plain, [tokens])
-    (full,) = choices_in(under(oracle, plain), inputs)
+    (full,) = choices_in(attending_by(oracle, plain), inputs)
     saliency = oracle.merged(oracle.saliency(plain.model.feature_layer))
     (ours,) = choices_in(model.pruned, inputs)
     output = encoded(model.pruned, inputs)
@@ -220,7 +210,7 @@ def test_blocks_of_images_of_any_size_leave_their_windows(
     plain.set_vispruner_config(method="none")
     tokens = list(encoded(plain, inputs, modality).full_counts)
     oracle = FullLength(plain, tokens)
-    full = encoded(under(oracle, plain), inputs, modality)
+    full = encoded(attending_by(oracle, plain), inputs, modality)
     frames = plain.model.frames_of(inputs[f"{modality}_grid_thw"])
     ranked = plain.model.saliency_layer(LAYERS - 1)
     of_frames = zip(

@@ -27,6 +27,7 @@ from matrix import (
     TOLERANCE,
     Model,
     answers,
+    attending_by,
     generate,
     lent,
     logits,
@@ -38,9 +39,8 @@ from PIL import ImageDraw
 from rows import noise
 from rows._qwen_vl import IMAGE, MERGE, PATCH, VIDEO
 from tiny_processors import write_processor
-from transformers import AttentionInterface, AttentionMaskInterface, BatchFeature
+from transformers import AttentionInterface, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import vispruner
@@ -206,15 +206,6 @@ def in_encoders_order(model: Model, staying: list[torch.Tensor], inputs: dict[st
     return tokens.repeat_interleave(BLOCK)
 
 
-def under(attention: FullLength, model: Any) -> Any:
-    """A copy of a dense pruned model whose encoder attends so."""
-    AttentionInterface.register("nobody_looks", attention)
-    AttentionMaskInterface.register("nobody_looks", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    for module in model.model.vision_attentions:
-        module.config._stock_config._attn_implementation = "nobody_looks"
-    return model
-
-
 def dense(model: Model) -> Any:
     other = copy.deepcopy(model.pruned)
     other.set_vispruner_config(method="none")
@@ -235,7 +226,7 @@ def test_what_stays_is_encoded_as_in_an_encoder_of_full_length(model: Model, nam
     counts = [int(own.sum()) for own in staying]
     assert min(counts) < min(map(len, staying)) and len(set(counts)) > 1
     oracle = FullLength(plain, in_encoders_order(model, staying, inputs, name))
-    full, ours = encoded(under(oracle, plain), inputs, name), encoded(model.pruned, inputs, name)
+    full, ours = encoded(attending_by(oracle, plain), inputs, name), encoded(model.pruned, inputs, name)
     scores = oracle.saliency(plain.model.feature_layer).split([len(own) for own in staying])
     frames = plain.model.frames_of(inputs[f"{name}_grid_thw"])
     for item, (stays, saliency, grid) in enumerate(zip(staying, scores, frames, strict=True)):
