@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,15 +58,29 @@ def tower_folder(image_size: int, cache: Path | None = None) -> Path:
     """
     file = onnx_file()
     cache = cache or own_cache()
-    folder = cache / f"dinov2-small-{image_size}-{FILE_HASH[:12]}"
+    return _made_once(
+        cache / f"dinov2-small-{image_size}-{FILE_HASH[:12]}", lambda folder: _write_tower(file, image_size, folder)
+    )
+
+
+def _write_tower(file: Path, image_size: int, folder: Path) -> None:
+    smaller = resized(converted(file), image_size)
+    positions: Any = smaller.embeddings.position_embeddings
+    tensors = {**state_dict_of(file), "embeddings.position_embeddings": positions.detach()}
+    smaller.config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _made_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Return the folder, which `write` makes where it is missing."""
     if not folder.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        smaller = resized(converted(file), image_size)
-        positions: Any = smaller.embeddings.position_embeddings
-        tensors = {**state_dict_of(file), "embeddings.position_embeddings": positions.detach()}
-        with replacing(folder) as unfinished:
-            smaller.config.save_pretrained(unfinished)
-            save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replacing(folder) as unfinished:
+                write(unfinished)
+        except CheckpointError:
+            if not folder.is_dir():  # else another process has made the same meanwhile
+                raise
     return folder
 
 
@@ -154,11 +169,7 @@ def whole_checkpoint(folder: Path, cache: Path | None = None) -> Path:
     """Return a folder with the checkpoint in `folder` and the tower that it lacks; put them together if need be."""
     cache = cache or own_cache()
     whole = cache / f"{folder.name}-{hash_of(folder / 'model.safetensors')[:12]}-with-{FILE_HASH[:12]}"
-    if not whole.is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        with replacing(whole) as unfinished:
-            with_tower(folder, unfinished, cache)
-    return whole
+    return _made_once(whole, lambda out: with_tower(folder, out, cache))
 
 
 def with_tower(folder: Path, out: Path, cache: Path | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def test_it_is_converted_once_into_the_cache(tmp_path: Path, monkeypatch: pytest
     assert photo_tower.tower_folder(224, tmp_path) == folder
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert first.config.image_size == 224 and first.config.num_hidden_layers == 12
+
+
+def test_a_tower_that_another_process_converts_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: Dinov2Model
+) -> None:
+    cache = tmp_path / "cache"
+
+    def slow(file: Path) -> Dinov2Model:
+        (other,) = photo_tower.tower_folder(224, tmp_path / "elsewhere").parent.iterdir()
+        shutil.copytree(other, cache / other.name)
+        return tower
+
+    monkeypatch.setattr(photo_tower, "converted", lambda file: tower)
+    photo_tower.tower_folder(224, tmp_path / "elsewhere")
+    monkeypatch.setattr(photo_tower, "converted", slow)
+    folder = photo_tower.tower_folder(224, cache)
+    assert list(cache.iterdir()) == [folder] and (folder / "model.safetensors").is_file()
 
 
 def test_the_embedded_checkpoint_is_put_together_once_by_the_names_that_all_versions_read() -> None:
