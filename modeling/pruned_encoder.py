@@ -252,9 +252,14 @@ class VisPrunerModelMixin(PrunedForwardMixin):
 
     def warn_if_all_are_kept(self, visual_tokens: int) -> None:
         """Say once that a budget prunes nothing of an image or tile of `visual_tokens` tokens."""
-        if self.keeps_all(visual_tokens) and not self.prunes_in_decoder:
+        if self.keeps_all(visual_tokens):
+            self.warn_that_all_are_kept("an image or tile", f"{visual_tokens} ")
+
+    def warn_that_all_are_kept(self, of_what: str, count: str = "") -> None:
+        """Say once that nothing is pruned, where something was to be."""
+        if self.vispruner_options.method != "none" and not self.prunes_in_decoder:
             logger.warning_once(
-                f"vispruner_config keeps all {visual_tokens} visual tokens of an image or tile, so nothing is pruned; "
+                f"vispruner_config keeps all {count}visual tokens of {of_what}, so nothing is pruned; "
                 "lower visual_token_num or keep_ratio to prune"
             )
 

@@ -258,6 +258,7 @@ class QwenVLEncoderMixin(MergedGrids, VisPrunerModelMixin):
         keeps_all = all(map(self.keeps_all, counts))
         left, stage = (counts, None) if keeps_all and not self._foretells else self._leaving(pixels, grid_thw, counts)
         if keeps_all and stage is None:
+            self.warn_that_all_are_kept("each picture of a call")
             outputs = encode(pixels, grid_thw, return_dict=True, **kwargs)
             outputs.pooler_output = torch.cat(list(outputs.pooler_output)).split(counts)
             everything = self.keep_everything(outputs)

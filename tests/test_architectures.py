@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -77,6 +78,22 @@ def test_keeping_all_equals_stock_bit_for_bit(model: Model, change: dict[str, An
         inputs = model.prompt(*prompts)
         assert torch.equal(logits(model.pruned, inputs), logits(model.stock, inputs))
         assert torch.equal(generate(model.pruned, inputs), generate(model.stock, inputs))
+
+
+@pytest.mark.each
+@pytest.mark.parametrize("model", ROWS, indirect=True)
+def test_a_budget_that_prunes_nothing_is_told_once(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    logging.Logger.warning_once.cache_clear()  # transformers forgets what earlier tests warned of
+    inputs = model.prompt(ONE)
+
+    def told(**change: Any) -> int:
+        caplog.clear()
+        model.pruned.set_vispruner_config(**change)
+        for _ in range(2):
+            logits(model.pruned, inputs)
+        return sum("so nothing is pruned; lower" in record.getMessage() for record in caplog.records)
+
+    assert (told(), told(method="none"), told(method="vispruner", keep_ratio=1.0, visual_token_num=None)) == (0, 0, 1)
 
 
 @covers("images")
