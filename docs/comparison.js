@@ -1,6 +1,6 @@
 // Makes the tables of compare.md sortable and filterable: a menu for each column marked data-filter, one for those marked
-// data-group, of which it shows all or one, but none that is empty in the chosen rows, and a click on a heading sorts.
-// Without it the tables stand as they are.
+// data-group, of which it shows all or one, but none that is empty in the chosen rows. A heading sorts by a click, or by
+// Enter or Space. Without it the tables stand as they are.
 
 for (const table of document.querySelectorAll("table[data-comparison]")) {
   const heads = [...table.tHead.rows[0].cells];
@@ -61,9 +61,15 @@ for (const table of document.querySelectorAll("table[data-comparison]")) {
   heads.forEach((head, column) => {
     head.style.cursor = "pointer";
     head.title = "sort";
+    head.tabIndex = 0;
     head.onclick = () => {
       const before = head.getAttribute("aria-sort");
       sort(column, before === null ? isOfWords(column) : before === "descending"); // figures begin with the highest
+    };
+    head.onkeydown = (event) => {
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault(); // a space would scroll the page
+      head.click();
     };
     if ("filter" in head.dataset) {
       const values = [...new Set(rows.map((row) => text(row, column)))].sort(compare);

@@ -151,6 +151,10 @@ def test_it_sorts_and_filters_in_chromium(comparison: ModuleType, tmp_path: Path
         accuracy.locator("th", has_text="method").click()
         names = [row["method"] for row in seen("accuracy")]
         assert names[0] == min(names, key=str.casefold) and sorted(names) == sorted(row["method"] for row in chosen)
+        for key, expected in (("Enter", sorted(shares, reverse=True)), ("Space", sorted(shares))):
+            accuracy.locator("th", has_text="right, %").press(key)  # a reader without a mouse
+            assert [float(row["right, %"]) for row in seen("accuracy")] == expected
+        assert page.evaluate("document.activeElement.textContent") == "right, %", "the tab key comes there"
 
         accuracy.get_by_label("question type", exact=True).select_option("count")
         counted = seen("accuracy")
