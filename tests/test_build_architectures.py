@@ -135,6 +135,7 @@ def test_every_architecture_has_processor_files_to_be_tested_with() -> None:
     assert set(ROWS) <= set(WRITERS)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ROWS)
 def test_a_stranger_gets_the_pruned_base_from_a_full_and_from_a_thin_repo(
     name: str, published: dict[str, Published]

@@ -557,6 +557,7 @@ def test_the_built_card_is_the_rendered_one_and_says_what_pruning_can_give(
     assert f"What that can give at most, counted in operations: {limit} " in tiny_card[0]
 
 
+@pytest.mark.core
 def test_the_snippets_run_without_the_package(tiny_card: tuple[str, Run]) -> None:
     card, run = tiny_card
     blocks = [block for block in python_blocks(card) if "import vispruner" not in block]

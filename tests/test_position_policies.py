@@ -146,6 +146,7 @@ class TestOriginal:
             torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("model", [name for name in LLAVAS if name in RENUMBERED], indirect=True)
 def test_a_compiled_forward_numbers_a_short_prompt_or_refuses_it(original: Model) -> None:
     short = original.shortened(original.prompt(ONE))

@@ -609,6 +609,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.core
 def test_a_fresh_process_loads_a_thin_hub_repo_offline(
     base: Path, cache: Path, thin: Path, tmp_path: Path, photo: Image.Image, prompt: Any, expected: torch.Tensor
 ) -> None:
@@ -856,6 +857,7 @@ def test_verify_refuses_a_thin_repo_that_could_not_be_loaded(
     assert failure.name == "weights" and reason in failure.detail
 
 
+@pytest.mark.core
 def test_verify_of_a_thin_repo_too_large_to_run_says_what_was_not_run(base: Path, thin: Path) -> None:
     report = verify_repo(thin, available_memory=2**20)
     assert report.passed, report.table()

@@ -394,6 +394,7 @@ def test_weights_that_are_not_the_bases_are_refused(repo: Path, tiny_llava_repo:
     ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -126,7 +126,7 @@ class OwnAttention:
 CLOSE = {"rtol": 0, "atol": 1e-6}
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.core)])
 def test_saliency_equals_the_eager_cls_row(tiny_llava_repo: Path, stock: Any, attention: str) -> None:
     model = vispruner.load(tiny_llava_repo, visual_token_num=KEPT, attn_implementation=tower_with(attention))
     assert attention_seen(model) == {attention}
@@ -385,6 +385,7 @@ def test_modules_that_cannot_be_tapped_are_refused(model: Any) -> None:
         make_tappable([module])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_get_image_features_compiles_in_one_graph(model: Any, backend: str) -> None:
     # transformers installs the hooks that collect hidden states on a first call, which no compiler can trace.
