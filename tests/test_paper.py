@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +26,8 @@ from vispruner.conversion.build import build_repo
 # Appended, not inserted: a folder in it is called lmms_eval like the package.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import paper
-from miniature_benchmarks import QUESTIONS, asked, wide, write_miniatures
+from miniature_benchmarks import COCO_OBJECTS, QUESTIONS, asked, wide, write_miniatures
+from miniature_nltk import write_nltk_data
 from paper_benchmarks import AVERAGES, BENCHMARKS, PAPER, POPE, PUBLISHED, Row
 from paper_table import Table, average
 
@@ -301,6 +303,21 @@ def test_what_cannot_be_scored_says_so_in_the_table(
     assert "AZURE_API_KEY" in str(paper.missing(("mmvet_plain",)))
 
 
+def test_data_of_nltk_is_named_where_it_is_missing_and_found_zipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nltk = pytest.importorskip("nltk")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    write_nltk_data(tmp_path)
+    assert paper.missing(("coco_cap_chair",)) is None
+    wordnet = tmp_path / "corpora" / "wordnet"
+    zipped = shutil.make_archive(str(tmp_path / "wordnet"), "zip", wordnet.parent, wordnet.name)
+    shutil.rmtree(wordnet)
+    assert paper.missing(("coco_cap_chair",)) == "needs data of nltk: python -m nltk.downloader wordnet"
+    shutil.move(zipped, wordnet.parent)  # as the downloader leaves it
+    assert paper.missing(("coco_cap_chair",)) is None
+
+
 def test_without_lmms_eval_it_says_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,12 +368,10 @@ def test_the_docs_name_every_benchmark_and_its_task() -> None:
 
 # Through lmms-eval
 
-try:
-    LMMS_EVAL = importlib.metadata.version("lmms-eval")
-except importlib.metadata.PackageNotFoundError:
-    LMMS_EVAL = ""
+NEEDED = ("lmms-eval", "openpyxl", "nltk")
+LACKING = [name for name in NEEDED if not any(importlib.metadata.distributions(name=name))]
 through_lmms_eval = pytest.mark.skipif(
-    not LMMS_EVAL, reason="lmms-eval is not installed: see benchmarks/lmms_eval/README.md"
+    bool(LACKING), reason=f"not installed: {', '.join(LACKING)}; see benchmarks/lmms_eval/README.md"
 )
 
 
@@ -388,11 +403,34 @@ def judge() -> Iterator[str]:
     server.shutdown()
 
 
+# What the captioner says for "no" and "yes", with the objects of COCO that it names: a puppy is a dog, a tree is none.
+CAPTIONS = {
+    "no": ("Two puppies chase mice. A mouse hides under the table.", ["dog", "mouse", "mouse", "dining table"]),
+    "yes": ("A stop sign beside a tree.", ["stop sign"]),
+}
+
+
+def write_captioner(folder: Path) -> None:
+    """Write the embedded model, which answers CHAIR's question by yes or no, with a tokenizer that writes captions."""
+    shutil.copytree(BASE, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    written = [
+        {"type": "Replace", "pattern": {"String": word}, "content": caption} for word, (caption, _) in CAPTIONS.items()
+    ]
+    tokenizer["decoder"] = {"type": "Sequence", "decoders": [tokenizer["decoder"], *written]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    repo = {"repo_id": "someone/captioner-vispruner", "base_model": str(folder), "base_revision": None}
+    options = {"architecture": "llava", "vispruner_config": {"visual_token_num": KEPT}, "weights": "full"}
+    folder.with_suffix(".yaml").write_text(json.dumps(repo | options))  # JSON is YAML
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory, judge: str) -> dict[str, Any]:
     """Run the command on all miniatures but one, then on all, then with a repo that prunes nothing."""
     work = tmp_path_factory.mktemp("paper")
     write_miniatures(work / "data")
+    write_nltk_data(work / "nltk")
+    write_captioner(work / "captioner")
     missing = work / "data" / "lmms-lab-encoder" / "ChartQA"
     missing.rename(work / "ChartQA")
     environment = {
@@ -403,6 +441,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory, judge: str) -> dict[str, 
         "OPENAI_API_KEY": "key",
         "OPENAI_API_URL": judge,
         "NO_PROXY": "127.0.0.1",
+        "NLTK_DATA": str(work / "nltk"),
     }
 
     def command(*options: str, out: str = "out") -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
@@ -428,7 +467,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory, judge: str) -> dict[str, 
     config["vispruner_config"] = {**config["vispruner_config"], "method": "none", "visual_token_num": None}
     (dense / "config.json").write_text(json.dumps(config))
     refused = command("--budgets", str(KEPT), "--benchmarks", "POPE", out="dense")
-    runs = {"first": first, "second": second, "decoder": decoder, "refused": refused}
+    chair = ("--model", str(work / "captioner.yaml"), "--benchmarks", "CHAIR-S", "CHAIR-I")
+    captions = command(*chair, "--budgets", str(KEPT), out="captions")
+    runs = {"first": first, "second": second, "decoder": decoder, "refused": refused, "captions": captions}
     return {**runs, "before": cells, "later": later, "work": work}
 
 
@@ -441,9 +482,9 @@ def figures(measured: dict[str, Any], run: str, row: int) -> dict[str, float]:
 def test_every_benchmark_is_measured_through_lmms_eval(measured: dict[str, Any]) -> None:
     done, record = measured["second"]
     assert done.returncode == 0, done.stderr
+    nothing = "ValueError: no caption names an object of COCO, and CHAIR is the share of wrong ones"
     for row in record["rows"]:
-        assert set(row["why"]) <= {"CHAIR-S", "CHAIR-I"}  # data of nltk, or a caption that names nothing
-        assert all("nltk" in why or "ZeroDivisionError" in why for why in row["why"].values())
+        assert row["why"] == {"CHAIR-S": nothing, "CHAIR-I": nothing}  # this model knows shapes alone
         assert {*row["measured"], "CHAIR-S", "CHAIR-I"} == set(BENCHMARKS)
         assert row["measured"]["MM-Vet"] == 50  # the judge's word
         counted = [cell["visual_tokens"] for cell in row["cells"].values()]
@@ -503,15 +544,19 @@ def answers(model: Any, folder: Path, questions: list[tuple[Any, str]]) -> list[
     return found
 
 
+def loaded(base: Path, out: Path, row: int) -> tuple[Any, Path]:
+    """Return the model of a row, the stock one or the pruned one, with its folder."""
+    if row == 0:
+        return LlavaForConditionalGeneration.from_pretrained(base), base
+    repo = out / "repos" / f"vispruner-{KEPT}"
+    return AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True), repo
+
+
 @through_lmms_eval
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [0, 1], ids=["stock", "pruned"])
 def test_the_figures_are_those_of_the_answers_of_transformers(measured: dict[str, Any], row: int) -> None:
-    repo = BASE if row == 0 else measured["work"] / "out" / "repos" / f"vispruner-{KEPT}"
-    if row == 0:
-        model = LlavaForConditionalGeneration.from_pretrained(repo)
-    else:
-        model = AutoModelForImageTextToText.from_pretrained(repo, trust_remote_code=True)
+    model, repo = loaded(BASE, measured["work"] / "out", row)
     briefly = "\nAnswer the question using a single word or phrase."
     there = asked("exist")
     said = answers(model, repo, [(image, question.text + briefly) for _, image, question in there])
@@ -526,6 +571,23 @@ def test_the_figures_are_those_of_the_answers_of_transformers(measured: dict[str
     plain = answers(model, repo, [(image, question.text) for _, image, question in words])
     read = [q.answer in answer for (_, _, q), answer in zip(words, plain, strict=True)]
     assert found["OCRBench"] == pytest.approx(100 * sum(read) / QUESTIONS) and any(read)
+
+
+@through_lmms_eval
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [0, 1], ids=["stock", "pruned"])
+def test_chair_is_the_share_of_wrong_objects_in_the_captions(measured: dict[str, Any], row: int) -> None:
+    done, record = measured["captions"]
+    assert done.returncode == 0, done.stderr
+    model, repo = loaded(measured["work"] / "captioner", measured["work"] / "captions", row)
+    pictures = [image for _, image, _ in asked("color", "shape", "digit")]
+    said = answers(model, repo, [(image, "Please describe this image in detail.") for image in pictures])
+    named = [dict(CAPTIONS.values())[caption] for caption in said]
+    wrong = [[name for name in names if name not in COCO_OBJECTS[n % 2]] for n, names in enumerate(named)]
+    found = record["rows"][row]["measured"]
+    assert found["CHAIR-S"] == pytest.approx(100 * sum(map(bool, wrong)) / QUESTIONS)
+    assert found["CHAIR-I"] == pytest.approx(100 * sum(map(len, wrong)) / sum(map(len, named)))
+    assert 0 < found["CHAIR-I"] < found["CHAIR-S"] < 100
 
 
 @through_lmms_eval
