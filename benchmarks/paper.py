@@ -61,6 +61,7 @@ from vispruner.conversion.repo_config import RepoConfig, hub_config_names, load_
 from vispruner.selectors import require_published
 
 LMMS_EVAL = Path(__file__).parent / "lmms_eval"
+METHODS, BUDGETS = ("vispruner",), (192, 128, 64, 32)
 ANSWER_TOKENS = 8  # for the estimate
 SETTINGS = "settings.json"
 
@@ -156,6 +157,13 @@ class Cells:
         """Return a cell, or None where it was not measured yet."""
         path = self.path(row, tasks)
         return read_json(path) if path.exists() else None
+
+    def rows(self) -> list[Row]:
+        """Return the rows of which the folder has a cell, that of the stock model first, by method and budget."""
+        names = {path.name.partition("--")[0] for path in self.folder.glob("*--*.json")} - {Row().name}
+        pairs = (name.rpartition("-") for name in names)
+        found = [Row(method, int(budget)) for method, _, budget in pairs if budget.isdecimal()]
+        return [Row(), *sorted(found, key=lambda row: (row.method or "", -(row.budget or 0)))]
 
     def write(self, row: Row, tasks: Sequence[str], cell: Mapping[str, Any]) -> None:
         write_record(self.path(row, tasks), cell)
@@ -324,10 +332,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
         description=(__doc__ or "").format(differs=differs), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="llava-1.5-7b", help="YAML of hub_configs/ without -vispruner, or a path")
-    parser.add_argument("--methods", nargs="+", default=["vispruner"], help="`vispruner methods` lists all")
     parser.add_argument(
-        "--budgets", nargs="+", type=int, default=[192, 128, 64, 32], help="tokens kept of a picture, or of a tile"
+        "--methods", nargs="+", help="`vispruner methods` lists all (default: vispruner; with --print, what is there)"
     )
+    budgets = f"tokens kept of a picture, or of a tile (default: {' '.join(map(str, BUDGETS))}; with --print likewise)"
+    parser.add_argument("--budgets", nargs="+", type=int, help=budgets)
     names = f"of {', '.join(BENCHMARKS)} (default: all)"
     parser.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, metavar="NAME", help=names)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each task")
@@ -349,7 +358,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
 def _plan(options: argparse.Namespace) -> Plan:
     """Return what the options mean; ValueError with the remedy for one that means nothing."""
     for option, values in {
-        "--budgets": options.budgets,
+        "--budgets": options.budgets or [],
         "--limit": [] if options.limit is None else [options.limit],
         "--batch-size": [options.batch_size],
     }.items():
@@ -357,7 +366,8 @@ def _plan(options: argparse.Namespace) -> Plan:
             raise PaperError(f"{option} must be at least 1, got {least}")
     if options.limit is not None and options.limit % 2 and "MME" in (options.benchmarks or BENCHMARKS):
         raise PaperError(f"--limit must be even, because MME's questions are pairs, got {options.limit}")
-    for method in options.methods:
+    methods, budgets = options.methods or METHODS, options.budgets or BUDGETS
+    for method in methods:
         for name in method.split("+"):
             require_published(name)
     if options.data is not None and not options.data.is_dir():
@@ -368,7 +378,10 @@ def _plan(options: argparse.Namespace) -> Plan:
     shipped = f"{options.model}-vispruner"
     repo = load_repo_config(shipped if shipped in hub_config_names() else options.model)
     model = repo.path.stem.removesuffix("-vispruner")
-    pairs = dict.fromkeys((method, budget) for method in options.methods for budget in options.budgets)
+    pairs = dict.fromkeys((method, budget) for method in methods for budget in budgets)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not options.print:
+        _require_device(device)
     return Plan(
         model=model,
         repo=repo,
@@ -376,15 +389,25 @@ def _plan(options: argparse.Namespace) -> Plan:
         benchmarks=list(dict.fromkeys(options.benchmarks or BENCHMARKS)),
         folder=(options.out or new_folder(f"paper-{model}")).absolute(),
         data=options.data and options.data.resolve(),
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         batch_size=options.batch_size,
         limit=options.limit,
         system_prompt=options.system_prompt,
     )
 
 
+def _require_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a name that means nothing, a missing driver
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise PaperError(f"--device {name} cannot be used here ({said}): give another, such as cpu") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options, plan = parse_arguments(arguments)
+    if options.print and options.methods is options.budgets is None:  # all that is there
+        plan = replace(plan, rows=Cells(plan.folder).rows())
     try:
         table = stored_table(plan) if options.print else measured_table(plan, goes_on=options.device is not None)
     except (PaperError, CheckpointError, BuildError) as error:
@@ -415,7 +438,7 @@ def stored_table(plan: Plan) -> Table:
     cells = Cells(plan.folder)
     cells.check({"model": plan.model})
     if not (settings := plan.folder / SETTINGS).exists():
-        raise PaperError(f"{plan.folder} does not exist: nothing was measured there")
+        raise PaperError(f"{plan.folder} has no {SETTINGS}: nothing was measured there")
     return Table.of(read_json(settings), plan.rows, plan.benchmarks, cells.read, {})
 
 

@@ -271,6 +271,8 @@ def test_the_estimate_knows_what_pruning_saves() -> None:
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--limit", "5"], "--limit must be even, because MME's questions are pairs, got 5"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--device", "gpu"], "--device gpu cannot be used here (Expected one of cpu, cuda"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["--data", "nowhere"], "--data: nowhere is no folder"),
         (["--benchmarks", "MM-Vet"], "MM-Vet needs a judge, without which every answer scores 0: set OPENAI_API_KEY"),
     ],
@@ -347,9 +349,23 @@ def test_what_is_there_can_be_shown_elsewhere(
     assert (folder.parent / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_all_that_is_there_is_shown_whatever_its_methods_and_budgets(
+    folder: Path, asking: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("--out", str(folder), "--benchmarks", "GQA")
+    assert run(*common, "--methods", "vispruner", "divprune", "--budgets", "18", "36") == 0
+    written = folder.parent / "all.json"
+    assert run(*common, "--print", "--json", str(written)) == 0
+    pruned = [f"{method}-{budget}" for method in ("divprune", "vispruner") for budget in (36, 18)]
+    assert [row["name"] for row in json.loads(written.read_text())["rows"]] == ["stock", *pruned]
+    assert run(*common, "--print", "--budgets", "18", "--json", str(written)) == 0
+    assert [row["name"] for row in json.loads(written.read_text())["rows"]] == ["stock", "vispruner-18"]
+    capsys.readouterr()
+
+
 def test_what_is_not_there_cannot_be_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--out", str(folder), "--print") == 1
-    assert f"{folder} does not exist: nothing was measured there" in capsys.readouterr().err
+    assert f"{folder} has no settings.json: nothing was measured there" in capsys.readouterr().err
 
 
 def test_the_help_says_what_differs_by_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
