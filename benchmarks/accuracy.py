@@ -94,6 +94,8 @@ QUESTIONS = 1500
 BATCH = 32
 PROCESSES = 2
 Z95 = 1.959964
+# What runs must have in common, for their rows to be in one record.
+SAME_IN_A_RECORD = ("dataset", "seed", "base_model", "questions", "pictures", "full_visual_tokens")
 
 
 class BenchmarkError(ValueError):
@@ -767,8 +769,8 @@ def run_benchmark(
     found = [row_of(row, tally, samples) for row, tally in tallies.items()]
     base = published.model.config.vispruner_config["base_model_name_or_path"]
     if dataset == PHOTOS:
-        if repo is not None:
-            base = f"{repo.name}, SHA-256 {hash_of(repo / 'model.safetensors')}"
+        if repo is not None and (weights := repo / "model.safetensors").is_file():  # else in shards, or elsewhere
+            base = f"{repo.name}, SHA-256 {hash_of(weights)}"
         found = [{**r, **photo_figures(row, tallies, samples)} for r, row in zip(found, tallies, strict=True)]
     return {
         "dataset": dataset,
@@ -787,15 +789,29 @@ def run_benchmark(
     }
 
 
+def _require_same(record: dict[str, Any], asked: dict[str, Any]) -> None:
+    if other := [name for name, value in asked.items() if record[name] != value]:
+        raise BenchmarkError(f"the record is of another run: it differs in {', '.join(other)}")
+
+
+def earlier_record(path: Path, dataset: str, seed: int, limit: int) -> dict[str, Any]:
+    """Return the record that --add-to names; BenchmarkError where such a run cannot be added to it."""
+    record = read_json(path)
+    if lacking := [name for name in (*SAME_IN_A_RECORD, "rows") if name not in record]:
+        raise BenchmarkError(f"--add-to {path}: it is no record of accuracy.py, which has {', '.join(lacking)}")
+    # Of easy-vqa there may be fewer questions than are asked for.
+    asked = {"dataset": dataset, "seed": seed} | ({} if dataset == "easy-vqa" else {"questions": limit})
+    _require_same(record, asked)
+    return record
+
+
 def with_rows_of(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """Return an earlier record with the rows of a further run about the same questions.
 
     That these are of the same model, questions and arithmetic must show in a row that both measured, and found the
     same to the last answer counted; and where both measured the dense model, it shows in that.
     """
-    fixed = ("dataset", "seed", "base_model", "questions", "pictures", "full_visual_tokens")
-    if other := [name for name in fixed if record[name] != result[name]]:
-        raise BenchmarkError(f"the record is of another run: it differs in {', '.join(other)}")
+    _require_same(record, {name: result[name] for name in SAME_IN_A_RECORD})
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         named = ("selector", "budget_percent", "important_ratio", "position_policy")
@@ -1084,7 +1100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     torch.set_num_threads(1)
     try:
-        earlier = None if parsed.add_to is None else read_json(parsed.add_to)
+        earlier = None
+        if parsed.add_to is not None:
+            earlier = earlier_record(parsed.add_to, parsed.dataset, parsed.seed, parsed.limit)
         result = run_benchmark(
             parsed.repo,
             parsed.selectors,

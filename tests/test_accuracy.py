@@ -117,6 +117,31 @@ def test_a_record_grows_by_further_methods_about_the_same_questions(accuracy: Mo
             accuracy.with_rows_of(record, {**further, **wrong})
 
 
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"a": 1}, "earlier.json: it is no record of accuracy.py, which has dataset, seed, base_model"),
+        ({"seed": 1}, "the record is of another run: it differs in seed"),
+        ({"dataset": "photos"}, "it differs in dataset"),
+        ({"questions": 8}, "it differs in questions"),
+    ],
+)
+def test_a_record_that_cannot_grow_is_refused_before_anything_is_measured(
+    accuracy: ModuleType,
+    record: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = {"dataset": "scenes", "seed": 0, "base_model": "", "questions": 2, "pictures": 1, "full_visual_tokens": 144}
+    content = record if "a" in record else {**own, "rows": [], **record}
+    (earlier := tmp_path / "earlier.json").write_text(json.dumps(content))
+    monkeypatch.setattr(accuracy, "run_benchmark", lambda *_: pytest.fail("it measured"))
+    assert accuracy.main(["--limit", "2", "--add-to", str(earlier)]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_ratios_are_numbers_or_decided_by_the_image(accuracy: ModuleType) -> None:
     assert accuracy.parse_arguments(["--ratios", "0", "0.5", "auto"]).ratios == [0.0, 0.5, "auto"]
     found = accuracy.variants(["vispruner", "random"], [50], accuracy.SELECTORS, 144, (None,), ["auto", 0.5])
