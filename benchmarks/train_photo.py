@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +50,7 @@ from photos import (
     generate_photo,
     square_of,
 )
-from records import versions
+from records import versions, write_record
 from scenes import NUMBERS, prompt
 from train_tiny import (
     UNTAGGED,
@@ -67,13 +68,14 @@ from train_tiny import (
 )
 from training_run import TrainingRun, add_recipe, autocast, recipe_of, setting, tell, work_folder
 
-from vispruner.conversion.checkpoint_io import atomic_directory, replacing
+from vispruner.conversion.checkpoint_io import CheckpointError, atomic_directory, read_json, replacing
 from vispruner.conversion.photo_tower import MEAN, STD, hash_of, tower_folder
 
 PATCH = 14
 GRID = PHOTO_SIZE // PATCH
 PATCHES = GRID * GRID
 ROWS, COLUMNS = (np.indices((GRID, GRID)).reshape(2, -1) + 0.5) * PATCH  # the patches' centers
+FEATURES_OF = "features.json"  # what decides them, in their folder
 CHUNK = 50  # pictures whose features are one file
 LEAST = 80  # pixels of a patch that make it one of a thing
 # Of the tower's layers, by a linear readout of training pictures: the middle ones tell most of letters and things, and
@@ -280,7 +282,7 @@ class Run(TrainingRun):
 
     def features(self) -> None:
         clock = time.monotonic()
-        self.stored_features.mkdir(exist_ok=True)
+        self._claim_features()
         for split, count in self._counts().items():
             cache_features(self.tower.eval(), self.recipe, split, count, self.stored_features)
         self.progress.seconds["features"] += time.monotonic() - clock
@@ -314,7 +316,22 @@ class Run(TrainingRun):
     def _counts(self) -> dict[str, int]:
         return {"validation": self.recipe.validation_pictures, "train": self.recipe.pictures}
 
+    def _claim_features(self) -> None:
+        """Note in the folder of features what they are of, or refuse one of others, which would be mixed."""
+        noted = self.stored_features / FEATURES_OF
+        own = {"seed": self.recipe.seed, "bfloat16": self.recipe.bfloat16}
+        self.stored_features.mkdir(exist_ok=True)
+        if not noted.exists() and not any(self.stored_features.glob("*.npy")):
+            write_record(noted, own)
+        before: Any = read_json(noted) if noted.exists() else "an unknown recipe"
+        if before != own:
+            raise SystemExit(
+                f"{self.stored_features} holds features of {before}, not of {own}: give another --features, or the "
+                "settings that it was begun with"
+            )
+
     def _pictures(self, split: str) -> Pictures:
+        self._claim_features()
         return Pictures(self.stored_features, split, self._counts()[split])
 
     def write(self, out: Path) -> None:
@@ -360,8 +377,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
     recipe, work = recipe_of(args, Recipe), work_folder(args)
-    run = Run(recipe, work, args.features or work / "features", args.save_every)
-    run.go(args.resume)
+    try:
+        run = Run(recipe, work, args.features or work / "features", args.save_every)
+        run.go(args.resume)
+    except CheckpointError as error:
+        raise SystemExit(f"train_photo.py: {error}") from error
     reached = accuracy(run.model, run.coder, run._pictures("validation"), recipe)
     run.write(args.out)
     report = {

@@ -45,7 +45,7 @@ def recipe_of(args: argparse.Namespace, recipe_class: type) -> Any:
 def work_folder(args: argparse.Namespace) -> Path:
     """Return the folder of the unfinished run, made; refuse an earlier run's without --resume."""
     work = args.work or args.out.with_name(args.out.name + ".work")
-    if work.exists() and not args.resume:
+    if work.exists() and any(work.iterdir()) and not args.resume:
         raise SystemExit(f"{work} holds an earlier run: give --resume to go on with it, or remove it")
     work.mkdir(parents=True, exist_ok=True)
     return work

