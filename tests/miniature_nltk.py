@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from unittest.mock import patch
 
 SENTENCES = [
     [("two", "CD"), ("puppies", "NNS"), ("chase", "VBP"), ("mice", "NNS"), (".", ".")],
@@ -20,16 +21,18 @@ HEADER = "  1 A miniature in the format of WordNet 3.0\n"
 
 def write_nltk_data(root: Path) -> None:
     """Write all of it below `root`, for the variable NLTK_DATA."""
+    import nltk
     from nltk.tag.perceptron import PerceptronTagger
     from nltk.tokenize.punkt import PunktTrainer, save_punkt_params
 
     text = " ".join(word for sentence in SENTENCES for word, _ in sentence)
     punkt = root / "tokenizers" / "punkt_tab" / "english"
     punkt.mkdir(parents=True)
-    save_punkt_params(PunktTrainer(text).get_params(), str(punkt))
-    random.seed(0)  # the tagger shuffles
     tagger = root / "taggers" / "averaged_perceptron_tagger_eng"
-    PerceptronTagger(load=False).train(SENTENCES, save_loc=str(tagger))
+    random.seed(0)  # the tagger shuffles
+    with patch.object(nltk.data, "path", [str(root)]):  # nltk writes nowhere else
+        save_punkt_params(PunktTrainer(text).get_params(), str(punkt))
+        PerceptronTagger(load=False).train(SENTENCES, save_loc=str(tagger))
     _write_wordnet(root / "corpora" / "wordnet")
 
 

@@ -309,8 +309,8 @@ def test_data_of_nltk_is_named_where_it_is_missing_and_found_zipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nltk = pytest.importorskip("nltk")
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     write_nltk_data(tmp_path)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     assert paper.missing(("coco_cap_chair",)) is None
     wordnet = tmp_path / "corpora" / "wordnet"
     zipped = shutil.make_archive(str(tmp_path / "wordnet"), "zip", wordnet.parent, wordnet.name)
@@ -476,9 +476,9 @@ def measured(tmp_path_factory: pytest.TempPathFactory, judge: str) -> dict[str, 
     second = command("--budgets", str(KEPT))
     later = {path: path.stat().st_mtime_ns for path in (work / "out").glob("*.json")}
     decoder = command("--methods", "fastv", "--budgets", "100", "--benchmarks", "POPE")
-    dense = build_repo("tiny-llava-vispruner", work / "dense" / "repos" / f"vispruner-{KEPT}", show_progress=False)
     plan = paper.replace(plan_of(*TINY), folder=work / "dense")
-    paper.Cells(plan.folder)._write(plan.folder / "settings.json", plan.settings())
+    paper.Cells(plan.folder).begin(plan.settings())
+    dense = build_repo("tiny-llava-vispruner", plan.folder / "repos" / f"vispruner-{KEPT}", show_progress=False)
     config = json.loads((dense / "config.json").read_text())
     config["vispruner_config"] = {**config["vispruner_config"], "method": "none", "visual_token_num": None}
     (dense / "config.json").write_text(json.dumps(config))
