@@ -1072,7 +1072,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         type=int,
         default=QUESTIONS,
         metavar="QUESTIONS",
-        help="how many questions (default: %(default)s; all rows take about thirteen minutes on two cores)",
+        help="how many questions (default: %(default)s; all rows of scenes take about thirteen minutes on two cores)",
     )
     parser.add_argument(
         "--seed",

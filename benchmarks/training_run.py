@@ -43,7 +43,9 @@ def recipe_of(args: argparse.Namespace, recipe_class: type) -> Any:
 
 
 def work_folder(args: argparse.Namespace) -> Path:
-    """Return the folder of the unfinished run, made; refuse an earlier run's without --resume."""
+    """Return the folder of the unfinished run, made; refuse an earlier run's without --resume, and no saving."""
+    if args.save_every < 1:
+        raise SystemExit(f"--save-every must be at least 1 step, got {args.save_every}")
     work = args.work or args.out.with_name(args.out.name + ".work")
     if work.exists() and any(work.iterdir()) and not args.resume:
         raise SystemExit(f"{work} holds an earlier run: give --resume to go on with it, or remove it")

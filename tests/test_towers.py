@@ -10,7 +10,7 @@ import torch
 from matrix import ASK, HELLO, Model, answers, dropped_columns, logits, pair, reference_of, require_the_reference
 from rows import Image
 from rows.llava import PATCHES, LlavaRow
-from transformers import Dinov2Config, Dinov2WithRegistersConfig, SiglipVisionConfig, ViTConfig
+from transformers import DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig, SiglipVisionConfig, ViTConfig
 
 import vispruner
 from vispruner.choosing import watch_choices
@@ -157,11 +157,11 @@ def test_gradients_reach_the_projector_and_the_tower(model: Model) -> None:
     model.pruned.zero_grad()
 
 
-def test_a_tower_without_a_class_token_is_refused() -> None:
-    row = LlavaRow()
-    siglip = SiglipVisionConfig(**VIT, intermediate_size=64)
-    with pytest.raises(ValueError, match=r"must be clip_vision_model or dinov2 or .* or vit, got 'sig"):
-        pair(row, {"vision_config": siglip})
+@pytest.mark.parametrize("config_class", [SiglipVisionConfig, DeiTConfig])  # the second has a [CLS] token
+def test_any_other_tower_is_refused(config_class: type) -> None:
+    tower, name = config_class(**VIT, intermediate_size=64), config_class.model_type
+    with pytest.raises(ValueError, match=rf"or vit, got '{name}': .* token, which is read of these alone"):
+        pair(LlavaRow(), {"vision_config": tower})
 
 
 @pytest.mark.parametrize(("name", "size"), [("image_size", [112, 112]), ("patch_size", [14, 14])])

@@ -98,6 +98,12 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another_recipe(trained: Pat
         train_tiny.main([*command, "--resume", "--seed", "1", "--language-steps", "9"])
 
 
+def test_a_run_that_would_never_be_saved_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--save-every must be at least 1 step, got 0"):
+        train_tiny.main(["--out", str(tmp_path / "tiny"), *SMALL, "--save-every", "0"])
+    assert not any(tmp_path.iterdir())
+
+
 def test_every_answer_is_one_token_and_the_prompt_is_that_of_the_chat_template(
     coder: train_tiny.QuestionCoder,
 ) -> None:
