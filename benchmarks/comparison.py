@@ -41,8 +41,8 @@ def accuracy_rows() -> list[list[str]]:
         for stem in stems:
             for row in read_json(RESULTS / f"{stem}.json")["rows"]:
                 if row["budget_percent"] < 100 or row["selector"] == "none":
-                    cells = _accuracy_row(test_set, row)
-                    rows.setdefault(tuple(cells[:5]), cells)
+                    cells = method, place, _, questions, budget, *_ = _accuracy_row(test_set, row)
+                    rows.setdefault((method, place, test_set, questions, budget), cells)
     return list(rows.values())
 
 

@@ -406,7 +406,7 @@ def _require_device(name: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, plan = parse_arguments(arguments)
-    if options.print and options.methods is options.budgets is None:  # all that is there
+    if options.print and options.methods is None and options.budgets is None:  # all that is there
         plan = replace(plan, rows=Cells(plan.folder).rows())
     try:
         table = stored_table(plan) if options.print else measured_table(plan, goes_on=options.device is not None)

@@ -52,10 +52,10 @@ class TowerEncoderMixin(VisPrunerModelMixin):
     def check_prunable(self) -> None:
         vision = self.config.vision_config
         if not self._has_known_tower:
-            lacking = "of a [CLS] token, which is read of these alone" if self.has_cls_token else "of that encoder"
+            ranks = "of a [CLS] token, which is read of these alone" if self.has_cls_token else "of that encoder"
             raise ValueError(
                 f"vision_config.model_type must be {' or '.join(self.tower_types)}, got {vision.model_type!r}: tokens "
-                f'are ranked by the attention {lacking} (vispruner_config.method="none" loads it dense)'
+                f'are ranked by the attention {ranks} (vispruner_config.method="none" loads it dense)'
             )
         self.require_patches(self.config.vision_feature_select_strategy)
         for name in ("image_size", "patch_size"):

@@ -66,15 +66,14 @@ def test_a_tower_that_another_process_converts_meanwhile_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: Dinov2Model
 ) -> None:
     cache = tmp_path / "cache"
+    monkeypatch.setattr(photo_tower, "converted", lambda file: tower)
+    finished = photo_tower.tower_folder(224, tmp_path / "elsewhere")
 
-    def slow(file: Path) -> Dinov2Model:
-        (other,) = photo_tower.tower_folder(224, tmp_path / "elsewhere").parent.iterdir()
-        shutil.copytree(other, cache / other.name)
+    def while_another_finishes(file: Path) -> Dinov2Model:
+        shutil.copytree(finished, cache / finished.name)
         return tower
 
-    monkeypatch.setattr(photo_tower, "converted", lambda file: tower)
-    photo_tower.tower_folder(224, tmp_path / "elsewhere")
-    monkeypatch.setattr(photo_tower, "converted", slow)
+    monkeypatch.setattr(photo_tower, "converted", while_another_finishes)
     folder = photo_tower.tower_folder(224, cache)
     assert list(cache.iterdir()) == [folder] and (folder / "model.safetensors").is_file()
 

@@ -93,7 +93,7 @@ class TestEncoding:
 
     @pytest.mark.parametrize("architecture", ["llava", "llava_next"])
     @pytest.mark.parametrize("layers", [-2, [-2, -4]])
-    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.core)])
     def test_peak_memory_is_at_most_a_twentieth_above_stock(self, architecture, layers, dtype):
         stock, ours = real_geometry(architecture, layers, dtype)
         generator = torch.Generator().manual_seed(0)
