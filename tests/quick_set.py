@@ -1,17 +1,20 @@
 """Which tests the quick set, `-m "not slow"`, leaves out although each takes seconds: the one place that decides it.
 
-A few architectures stand there for all; what others stand for is marked `core`, as is by hand what takes some seconds.
-All that is `core` is `slow` too. It runs with `pytest` alone, and with `-m "core or not slow"`, the core tests, which
-leave out only what is slow by itself.
+A few architectures stand there for all, and a few sets of parameters for a test that is asked with many; what they
+stand for is marked `core`, as is by hand what takes about a second. All that is `core` is `slow` too. It runs with
+`pytest` alone, and with `-m "core or not slow"`, the core tests, which leave out only what is slow by itself.
 """
 
 from __future__ import annotations
+
+from collections import defaultdict
 
 import pytest
 from matrix import EVERY
 
 # Patches behind a [CLS]; tiles of such; one sequence of merged patches, whose tokens have three positions each.
 QUICK_ROWS = {"llava", "llava_next", "qwen2_5_vl"}
+STAND_FOR_MANY = 6  # sets of parameters, evenly spread over all of a test's
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
 
 
@@ -27,9 +30,18 @@ def is_marked(item: pytest.Item, name: str) -> bool:
 
 def keep_it_quick(items: list[pytest.Item]) -> None:
     """Mark what others stand for; a test marked `each` is in the quick set for every architecture."""
+    quick = defaultdict(list)
     for item in items:
         rows = architectures_of(item)
         if rows and not rows & QUICK_ROWS and not any(is_marked(item, name) for name in ("slow", "each", "core")):
             item.add_marker("core")
         if is_marked(item, "core"):
             item.add_marker("slow")
+        elif not is_marked(item, "slow") and not is_marked(item, "each"):
+            quick[item.nodeid.partition("[")[0]].append(item)
+    for asked in quick.values():
+        chosen = {len(asked) * number // STAND_FOR_MANY for number in range(STAND_FOR_MANY)}
+        for number, item in enumerate(asked):
+            if number not in chosen:
+                item.add_marker("core")
+                item.add_marker("slow")

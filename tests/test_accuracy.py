@@ -178,6 +178,7 @@ def test_layers_whose_attention_ranks_are_rows_of_their_own(accuracy: ModuleType
     assert accuracy.Variant("none", 100, 144).options(0, 0)["attention_layer"] is None  # of the row before
 
 
+@pytest.mark.core
 def test_two_methods_at_once_hold_the_mean_that_is_asked_for(accuracy: ModuleType) -> None:
     (row,) = accuracy.variants(["vispruner+pyramiddrop"], [25], accuracy.SELECTORS, 144, ratios=[0.5])
     assert (row.important_ratio, row.position_policy) == (0.5, None)  # the second says which positions tokens have
@@ -226,6 +227,7 @@ def test_an_unknown_selector_is_refused(accuracy: ModuleType, capsys: pytest.Cap
     assert "nonsense" in capsys.readouterr().err
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -245,6 +247,7 @@ def test_what_no_row_would_measure_is_refused(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.core
 def test_a_method_of_two_places_is_said_to_keep_what_both_leave(accuracy: ModuleType, tmp_path: Path) -> None:
     rows = run(accuracy, tmp_path, "--selectors", "todre", "vflowopt", "--budgets", "50")["rows"]
     assert {row["selector"] for row in rows} == {"todre", "vflowopt"}

@@ -68,6 +68,7 @@ def covers(column: str, needs: str = "image", but: str | None = None) -> Callabl
     return mark
 
 
+@pytest.mark.core
 @covers("images")
 @pytest.mark.parametrize("change", [{"method": "none"}, {"keep_ratio": 1.0}, {"visual_token_num": 10_000}])
 def test_keeping_all_equals_stock_bit_for_bit(model: Model, change: dict[str, Any]) -> None:
@@ -188,6 +189,7 @@ def test_text_alone_equals_stock(model: Model) -> None:
         assert torch.equal(generate(model.pruned, inputs), generate(model.stock, inputs))
 
 
+@pytest.mark.core
 @covers("short prompts")
 def test_prompts_with_the_kept_number_of_placeholders_give_the_same(model: Model) -> None:
     for prompts in ([ONE], [SEVERAL], model.prompts()):
@@ -339,6 +341,7 @@ def test_features_of_another_layer_are_ranked_by_that_layer(model: Model) -> Non
     assert not torch.equal(logits(model.pruned, inputs), expected)
 
 
+@pytest.mark.core
 @covers("save and load")
 def test_a_saved_model_loads_pruned_from_its_own_code(model: Model, tmp_path: Path) -> None:
     model.pruned.save_pretrained(tmp_path)
@@ -367,6 +370,7 @@ def test_patches_leave_within_the_encoder(model: Model) -> None:
     assert full < rows.pop()
 
 
+@pytest.mark.core
 @covers("thin")
 def test_a_thin_repo_takes_its_weights_from_the_base(model: Model, tmp_path: Path) -> None:
     model.pruned.save_pretrained(tmp_path)

@@ -559,6 +559,7 @@ def test_an_option_that_would_fail_when_the_repo_is_used_fails_the_build(
     assert list(place.iterdir()) == []
 
 
+@pytest.mark.core
 def test_the_options_that_a_method_has_are_built_with(base: Path, place: Path, tmp_path: Path) -> None:
     for method in ("hiprune", "gprune", "scope", "mmr", "holov", "otprune", "visionzip", "prumerge_plus"):
         own = SELECTORS[method].options

@@ -148,6 +148,7 @@ def test_a_stranger_gets_the_pruned_base_from_a_full_and_from_a_thin_repo(
     assert [torch.equal(found, expected) for found in it.logits.values()] == [True, True]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ROWS)
 def test_a_full_repo_is_the_dense_model_for_who_trusts_no_code(name: str, published: dict[str, Published]) -> None:
     it = published[name]
@@ -156,6 +157,7 @@ def test_a_full_repo_is_the_dense_model_for_who_trusts_no_code(name: str, publis
     assert torch.equal(logits(stock, it.prompt), logits(it.row.stock_class.from_pretrained(it.base), it.prompt))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ROWS)
 def test_weights_are_published_under_the_models_own_names(name: str, published: dict[str, Published]) -> None:
     """Names of towers that lost their `vision_model` level keep it; no other name is made here."""
@@ -168,6 +170,7 @@ def test_weights_are_published_under_the_models_own_names(name: str, published: 
     assert all(torch.equal(model.state_dict()[key], found[stored]) for key, stored in flat.items())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ROWS)
 def test_every_tensor_is_found_from_the_names_that_transformers_saves_and_from_published_ones(
     name: str, published: dict[str, Published]
@@ -200,6 +203,7 @@ def test_without_torchvision_verify_says_what_to_install(published: dict[str, Pu
     assert before["weights"] == before["AutoConfig"] == "pass"
 
 
+@pytest.mark.core
 @pytest.mark.video
 @pytest.mark.parametrize("name", [name for name in ROWS if name in NEED_EXTRA])
 def test_with_torchvision_every_check_passes(name: str, published: dict[str, Published]) -> None:

@@ -50,6 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 Finished = tuple[dict[str, Any], Path, list[dict[str, Any]]]
 
 
+@pytest.mark.core
 def test_whatever_is_tried_a_layer_holds_the_budget_on_average(finished: Finished) -> None:
     _, _, tried = finished
     assert len(tried) == 14 and [one["pictures"] for one in tried] == [3] * 12 + [1] * 2
@@ -60,6 +61,7 @@ def test_whatever_is_tried_a_layer_holds_the_budget_on_average(finished: Finishe
     assert len({str(one) for one in tried[:12]}) == 12
 
 
+@pytest.mark.core
 def test_the_best_of_the_tries_is_found_and_the_default_is_the_first(finished: Finished) -> None:
     found, _, tried = finished
     best = min(tried[:12], key=lambda one: one["divergence"])
@@ -72,6 +74,7 @@ def test_the_best_of_the_tries_is_found_and_the_default_is_the_first(finished: F
     assert found["held_out_divergence"] == checked and found["held_out_questions"] == 5 and found["questions"] == 15
 
 
+@pytest.mark.core
 def test_what_is_written_is_a_block_that_models_and_repos_take(finished: Finished) -> None:
     found, out, _ = finished
     text = out.read_text(encoding="utf-8")
@@ -86,6 +89,7 @@ def test_what_is_written_is_a_block_that_models_and_repos_take(finished: Finishe
     assert load_repo_config(yaml_of_repo).vispruner_config["method"] == "vflowopt"
 
 
+@pytest.mark.core
 def test_the_same_search_finds_the_same_and_prints_it(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     found, _, _ = finished
     assert cli.main(["calibrate", DEMO_CONFIG, *FEW, "--json"]) == 0
@@ -94,6 +98,7 @@ def test_the_same_search_finds_the_same_and_prints_it(finished: Finished, capsys
     assert "calibrating" in captured.err
 
 
+@pytest.mark.core
 def test_own_pictures_and_questions(
     finished: Finished, photo: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +123,7 @@ def test_own_pictures_and_questions(
     assert yaml.safe_load(out.read_text())["vispruner_config"]["keep_ratio"] == 0.5
 
 
+@pytest.mark.core
 def test_the_divergence_is_that_of_the_next_token() -> None:
     base = str(resolve_base(BASE))
     model, processor = load_model(base, method="vflowopt", keep_ratio=0.25), load_processor(base)
@@ -171,6 +177,7 @@ def test_without_optuna_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         calibrate()
 
 
+@pytest.mark.core
 def test_scenes_are_the_same_for_a_seed_and_their_questions_can_be_answered() -> None:
     model = load_model(str(resolve_base(BASE)), method="none")
     processor = load_processor(str(resolve_base(BASE)))

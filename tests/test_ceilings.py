@@ -108,6 +108,7 @@ def test_a_budget_in_the_language_model_is_of_each_tile() -> None:
     assert ceiling(pruned.model).visual_tokens == (full, sum(held) / len(held))
 
 
+@pytest.mark.core
 def test_the_card_says_it_of_the_encoder_that_the_repo_has(tmp_path: Path) -> None:
     whole, shorter = (
         build_repo("tiny-llava-vispruner", tmp_path / str(drops), show_progress=False, drop_unused_vision_layers=drops)

@@ -85,6 +85,7 @@ def test_selections_in_a_row_take_what_each_takes_by_itself() -> None:
     assert plain.merge is None and plain.indices.tolist() == [[1, 4, 9, 11, 12, 20]]
 
 
+@pytest.mark.core
 def test_no_other_file_runs_a_method_or_gathers_tokens() -> None:
     """`run_selector` is called in choosing.py alone, and nobody assigns to `select` or `choose` to look on."""
     callers, assigned = set(), []

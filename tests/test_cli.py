@@ -264,6 +264,7 @@ def test_show_of_a_stock_checkpoint_needs_a_budget(
     assert (tmp_path / "kept.png").is_file()
 
 
+@pytest.mark.core
 def test_show_draws_several_budgets_and_the_answers_to_a_question(
     repo: Path, photo_file: Path, tmp_path: Path
 ) -> None:
@@ -278,6 +279,7 @@ def test_show_draws_several_budgets_and_the_answers_to_a_question(
     assert asked[0] == several[0] and asked[1] > several[1]
 
 
+@pytest.mark.core
 def test_show_draws_the_embedded_scene_and_checkpoint_by_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +302,7 @@ def test_show_draws_the_embedded_scene_and_checkpoint_by_default(
     assert [list(panel.answers) for panel in drawn["panels"]] == [["top-right"], ["top-right"]]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("method", ["hiprune", "random"])
 def test_show_draws_another_method_than_the_repos(method: str, repo: Path, photo_file: Path, tmp_path: Path) -> None:
     files = [tmp_path / "own.png", tmp_path / "other.png"]
@@ -380,6 +383,7 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         cli.main(["demo"])
 
 
+@pytest.mark.core
 def test_json_is_all_there_is_on_stdout(
     repo: Path, photo_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -443,6 +447,7 @@ def test_methods_finds_each_paper_and_what_differs_in_the_docstrings(capsys: pyt
     assert found["vispruner"]["authors"] == "exact" and "twice" in found["divprune"]["differs"]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", vispruner.ARCHITECTURES)
 def test_methods_says_which_ones_an_architecture_refuses_and_why(
     name: str, capsys: pytest.CaptureFixture[str]

@@ -142,6 +142,7 @@ def test_questions_and_spaces_matter(model: Any, processor: Any, photo: Image.Im
     assert len({str(one) for one in (*found, *by_words)}) == 4
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_of_a_batch_is_chosen_for_as_alone(model: Any, processor: Any, photo: Image.Image, method: str) -> None:
     """Rows with one image, none and two; questions of one part and of several."""
@@ -163,6 +164,7 @@ def test_a_row_of_a_batch_is_chosen_for_as_alone(model: Any, processor: Any, pho
     assert len(beams) == 6
 
 
+@pytest.mark.core
 def test_tiles_are_compared_each_by_itself(tiny_llava_next_repo: Path, tmp_path: Path, photo: Image.Image) -> None:
     clip = write_tiny_clip(tmp_path / "clip", tiny_llava_next_repo)
     tower = write_text_tower(clip, tmp_path / "clip-text.safetensors")
@@ -442,6 +444,7 @@ def test_other_architectures_refuse_it_by_name(name: str, tower: Path, tmp_path:
 # In a repo
 
 
+@pytest.mark.core
 def test_a_thin_repo_brings_its_own(
     tiny_llava_repo: Path,
     tower: Path,
@@ -487,6 +490,7 @@ def test_a_built_repo_is_verified_with_its_text_tower(built: Path, tiny_llava_re
     assert 'AutoProcessor.from_pretrained("me/pruned", trust_remote_code=True)' in card
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("damage", ["missing", "not one", "no processor"])
 def test_a_damaged_repo_is_refused(built: Path, tmp_path: Path, damage: str) -> None:
     repo = tmp_path / "repo"
@@ -523,6 +527,7 @@ def test_two_files_of_one_name_are_not_saved_over_each_other(
         model.save_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.core
 def test_a_saved_model_carries_it_and_comes_back(built: Path, tmp_path: Path, photo: Image.Image, tower: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(built, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(built, trust_remote_code=True)
@@ -537,6 +542,7 @@ def test_a_saved_model_carries_it_and_comes_back(built: Path, tmp_path: Path, ph
     assert torch.equal(kept(again, found)[0], kept(model, inputs)[0])
 
 
+@pytest.mark.core
 def test_a_pipeline_and_the_picture_read_the_question(built: Path, tmp_path: Path, photo: Image.Image) -> None:
     pipe: Any = pipeline("image-text-to-text", model=str(built), trust_remote_code=True)
     content = [{"type": "image", "image": photo}, {"type": "text", "text": ASK}]

@@ -102,6 +102,7 @@ class TestBuilding:
 
 
 class TestFiles:
+    @pytest.mark.core
     def test_the_command_writes_a_file_that_says_where_it_is_from(self, pictures, tiny_llava_repo, tmp_path, capsys):
         out = tmp_path / "codebook.safetensors"
         arguments = ["codebook", str(pictures), "--repo", str(tiny_llava_repo), "--prototypes", "7", "--out", str(out)]
@@ -285,6 +286,7 @@ class TestInAModel:
 
 
 class TestInARepo:
+    @pytest.mark.core
     def test_a_saved_model_carries_it_and_comes_back(self, with_book, book, tmp_path, kept):
         saved = tmp_path / "saved"
         with_book.save_pretrained(saved)

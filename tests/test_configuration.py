@@ -350,6 +350,7 @@ STORED = {**DEFAULTS, "visual_token_num": 12, "important_ratio": 0.25, "dedup_st
 MERGED = {**STORED, "visual_token_num": None, "keep_ratio": 0.5}
 
 
+@pytest.mark.core
 def test_a_partial_block_is_laid_over_the_stored_one(saved_repo: Path) -> None:
     load = VisPrunerLlavaForConditionalGeneration.from_pretrained
     assert load(saved_repo).config.vispruner_config == STORED

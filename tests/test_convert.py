@@ -339,6 +339,7 @@ class TestRecordedOutputsOfOurModels:
         answer = model.generate(**inputs, max_new_tokens=len(generated) - 1, do_sample=False)
         assert [1, *answer[0, inputs["input_ids"].shape[1] :].tolist()] == generated
 
+    @pytest.mark.core
     @pytest.mark.parametrize("setting", SETTINGS["v16"])
     def test_llava_16(self, converted: dict[str, Path], scene: Image.Image, setting: str) -> None:
         model = VisPrunerLlavaNextForConditionalGeneration.from_pretrained(
@@ -437,6 +438,7 @@ class TestSources:
         src = original(tmp_path / "src", mm_vision_tower="openai/clip")
         assert contents(convert_llava(src, tmp_path / "out")) == contents(converted["v15"])
 
+    @pytest.mark.core
     def test_a_half_precision_checkpoint_stays_half_precision(self, tmp_path: Path) -> None:
         src = original(tmp_path / "src")
         change_weights(src, lambda tensors: tensors.update({k: v.half() for k, v in tensors.items()}))

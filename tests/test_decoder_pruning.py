@@ -288,6 +288,7 @@ class TestAgainstStock:
             torch.testing.assert_close(own.sum(0), torch.zeros(2), atol=1e-5, rtol=0)
             torch.testing.assert_close((own[-1] - own[0]).norm(), torch.tensor(1.0))
 
+    @pytest.mark.core
     @every_model
     def test_every_method_with_a_budget_that_keeps_all_is_stock_bit_for_bit(self, deep: Model) -> None:
         inputs = deep.prompt(*BATCH)
@@ -322,6 +323,7 @@ class TestAgainstStock:
 
 
 class TestGenerate:
+    @pytest.mark.core
     @every_model
     def test_every_row_of_a_batch_answers_as_alone_and_as_it_is_scored(self, deep: Model) -> None:
         name = deep.row.model_type
@@ -655,6 +657,7 @@ class TestPlan:
         assert stage_counts(576, (8, 16, 24), 32, 270) == (288, 144, 72)  # PyramidDrop
         assert stage_counts(576, (2,), 32, 576) == (576,)
 
+    @pytest.mark.core
     @pytest.mark.parametrize("layers", [(1,), (2,), (8, 16, 24), (1, 2, 3, 4)])
     def test_the_mean_is_met_as_closely_as_whole_tokens_allow(self, layers: tuple[int, ...]) -> None:
         for tokens in (3, 16, 144, 577):

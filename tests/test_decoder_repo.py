@@ -33,6 +33,7 @@ def test_verify_counts_what_every_layer_caches(repo: Path) -> None:
     assert "of 144 image tokens the KV cache holds 144 in 1 layers, 48 in 3 layers" in report.table()
 
 
+@pytest.mark.core
 def test_the_card_says_where_tokens_leave_and_a_budget_that_can_be_met(repo: Path) -> None:
     card = (repo / "README.md").read_text(encoding="utf-8")
     assert "72 visual tokens per image, on average over its layers, instead of all of them" in card
@@ -86,6 +87,7 @@ def test_a_repo_of_a_calibrated_method_is_built_verified_and_drawn(tmp_path: Pat
     assert [sum(int(tile.kept.sum()) for tile in panel.tiles) for panel in panels] == [32, 16]
 
 
+@pytest.mark.core
 def test_the_readme_s_command_draws_it(tmp_path: Path) -> None:
     command = "vispruner show --method fastv --visual-token-num 72 --out kept.png"
     assert command in DOCUMENTS

@@ -203,6 +203,7 @@ def two_sizes() -> tuple[Any, Any, dict[str, torch.Tensor]]:
     return small, model, dict(load_processor(str(folder))(images=picture, text=text, return_tensors="pt"))
 
 
+@pytest.mark.core
 def test_sgl_runs_as_the_readme_says(two_sizes: tuple[Any, Any, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     small, model, inputs = two_sizes
     small.save_pretrained(tmp_path / "small")

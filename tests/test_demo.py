@@ -63,6 +63,7 @@ def measured(**changes: Any) -> Measured:
     return dataclasses.replace(run, **changes)
 
 
+@pytest.mark.core
 def test_visual_tokens_and_cache_fall_by_the_same_number(finished: Finished) -> None:
     results = finished.results
     unpruned, pruned = results["unpruned"], results["pruned"]
@@ -71,6 +72,7 @@ def test_visual_tokens_and_cache_fall_by_the_same_number(finished: Finished) -> 
     assert unpruned["kv_tokens"] == unpruned["prompt_tokens"] == pruned["prompt_tokens"]
 
 
+@pytest.mark.core
 def test_operations_are_those_of_the_measured_lengths(finished: Finished) -> None:
     results = finished.results
     config = vispruner.VisPrunerLlavaConfig.from_pretrained(finished.out / "repo")
@@ -79,6 +81,7 @@ def test_operations_are_those_of_the_measured_lengths(finished: Finished) -> Non
     assert results["pruned"]["prefill_flops"] < 0.2 * results["unpruned"]["prefill_flops"]
 
 
+@pytest.mark.core
 def test_every_stage_took_time_and_only_pruning_selects(finished: Finished) -> None:
     results = copy.deepcopy(finished.results)
     assert results["unpruned"]["seconds"].pop("select") == 0
@@ -88,6 +91,7 @@ def test_every_stage_took_time_and_only_pruning_selects(finished: Finished) -> N
         assert stages["vision"] + stages["project"] + stages["prefill"] < stages["whole"]
 
 
+@pytest.mark.core
 def test_questions_of_every_type_are_answered_right_with_an_eighth_of_the_tokens(
     finished: Finished,
 ) -> None:
@@ -105,6 +109,7 @@ def test_questions_of_every_type_are_answered_right_with_an_eighth_of_the_tokens
     assert total.split()[2:] == [str(len(answers)), str(right["unpruned"]), str(right["pruned"])]
 
 
+@pytest.mark.core
 def test_the_pruned_answers_come_from_the_picture(finished: Finished) -> None:
     """What lies on the right of the scene lies on the left of its mirror image, and the answers follow."""
     model = vispruner.load(str(finished.out / "repo")).eval()
@@ -116,6 +121,7 @@ def test_the_pruned_answers_come_from_the_picture(finished: Finished) -> None:
     assert answers == [["top-right", "yes"], ["top-left", "no"]]
 
 
+@pytest.mark.core
 def test_every_question_is_printed_with_the_true_and_both_given_answers(finished: Finished) -> None:
     for asked in finished.results["answers"]:
         truth = asked["question"]["answer"]
@@ -124,6 +130,7 @@ def test_every_question_is_printed_with_the_true_and_both_given_answers(finished
         assert line.removeprefix(asked["question"]["text"]).split() == " ".join([truth, *given]).split()
 
 
+@pytest.mark.core
 def test_it_says_that_the_embedded_model_is_a_toy(finished: Finished) -> None:
     assert "a toy of 2.2 M parameters, trained on drawn scenes" in finished.printed
 
@@ -145,6 +152,7 @@ def test_the_stored_scene_says_where_it_came_from() -> None:
     assert (stored["split"], stored["seed"], stored["index"]) == ("test", 0, 0)
 
 
+@pytest.mark.core
 def test_it_leaves_a_verified_repo_a_picture_and_its_figures(finished: Finished) -> None:
     out, results, printed = finished
     assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png", "repo"]
@@ -154,6 +162,7 @@ def test_it_leaves_a_verified_repo_a_picture_and_its_figures(finished: Finished)
         assert picture.width > 4 * 300  # the unpruned scene and three budgets
 
 
+@pytest.mark.core
 def test_the_installed_code_works_beside_the_copy_that_a_repo_brought(finished: Finished, photo: Image.Image) -> None:
     """The demo ran the repo's own code in this process; `vispruner.load` must not trip over it."""
     model = vispruner.load(str(finished.out / "repo"))
@@ -266,5 +275,6 @@ def test_an_answer_is_right_when_it_is_the_true_word_and_no_other(answer: str, m
     assert judged(answer, "orange").endswith(mark)
 
 
+@pytest.mark.core
 def test_the_number_of_threads_is_restored(finished: Finished) -> None:
     assert torch.get_num_threads() == 1  # conftest's

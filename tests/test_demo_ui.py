@@ -40,6 +40,7 @@ def toy() -> Session:
     return Session(None)
 
 
+@pytest.mark.core
 def test_the_page_starts_with_the_budget_of_the_model(toy: Session, tiny_llava_repo: Path) -> None:
     assert toy.percent() == 12.5  # 18 of 144
     assert Session(str(tiny_llava_repo)).percent() == 25.0  # a stock checkpoint stores none
@@ -77,6 +78,7 @@ def test_tokens_that_leave_in_the_language_model_are_told_by_layer(toy: Session)
     assert stock.kv_tokens - pruned.kv_tokens == pytest.approx(72, abs=1)  # half of them, on average over layers
 
 
+@pytest.mark.core
 def test_every_method_on_offer_draws_and_none_changes_the_model(toy: Session) -> None:
     offered = toy.methods()
     assert offered[0] == "vispruner" and {"divprune", "fastv", "cdpruner", "random"} <= set(offered)

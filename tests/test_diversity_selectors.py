@@ -222,6 +222,7 @@ def test_inputs_may_need_gradients_and_the_indices_carry_none(method: str) -> No
     assert torch.equal(kept, expected) and not kept.requires_grad
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("method", METHODS)
 def test_selection_compiles_into_one_graph(method: str) -> None:
     torch.compiler.reset()  # else the graphs of other tests count against the limit
@@ -376,6 +377,7 @@ def test_strips_must_be_counted() -> None:
         select("holov", exact_inputs(1, 9), 3, strips=0)
 
 
+@pytest.mark.core
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     groups=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=12),

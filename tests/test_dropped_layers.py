@@ -82,6 +82,7 @@ def without_the_last_layer(model, **options):
 
 
 class TestLoading:
+    @pytest.mark.core
     @every_llava
     def test_the_answers_are_the_same_bit_for_bit(self, model):
         short = without_the_last_layer(model)
@@ -139,6 +140,7 @@ class TestLoading:
         again = vispruner.load(tmp_path, attn_implementation=model.attention).eval()
         require_equal_outputs(prompts_of(model), again, short)
 
+    @pytest.mark.core
     def test_several_feature_layers(self, tmp_path):
         """Only layers above all of them go."""
         base = several_feature_layers(tmp_path, [-3, -2])
@@ -300,6 +302,7 @@ class TestThinRepos:
         found = verify_repo(repo)
         assert found.passed, found.table()
 
+    @pytest.mark.core
     def test_one_that_has_the_layer_can_be_loaded_without(self, tiny_llava_repo, tmp_path, photo):
         whole = vispruner.load(tiny_llava_repo, visual_token_num=9).eval()
         yaml = write_yaml(tmp_path, base_model=HUB_BASE, vispruner_config={"visual_token_num": 9})

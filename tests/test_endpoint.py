@@ -106,6 +106,7 @@ def test_the_field_is_true_or_false(tmp_path: Path) -> None:
         load_repo_config(write_yaml(tmp_path, handler="yes"))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "content", "check"),
     [
@@ -130,6 +131,7 @@ def test_what_an_endpoint_installs_is_what_verify_allows(architecture: str) -> N
     assert ("torchvision" in text) == (architecture not in ("llava", "llava_next", "gemma3", "idefics3", "paligemma"))
 
 
+@pytest.mark.core
 def test_it_answers_as_the_model_does_and_says_what_was_kept(handler: Any, encoded: str, url: str) -> None:
     assert type(handler.pipeline.model).__module__.startswith("transformers_modules.")
     expected = [{"generated_text": stock_answer(handler), "visual_tokens": 144, "visual_tokens_kept": 18}]

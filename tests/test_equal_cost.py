@@ -29,6 +29,7 @@ def test_nothing_is_extrapolated(equal_cost: ModuleType) -> None:
     assert equal_cost.interpolated(points, 37.0) is None and equal_cost.interpolated(points, 101.0) is None
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("percent", [50.0, 37.5])
 @pytest.mark.parametrize("method", ["fastv", "visiondrop"])
 def test_the_budget_of_equal_operations_has_as_many(equal_cost: ModuleType, method: str, percent: float) -> None:

@@ -114,6 +114,7 @@ def test_every_experimental_method_has_a_slow_reference_and_a_repo() -> None:
     assert EXPERIMENTAL == sorted(SLOW) == sorted(REPOS)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("method", EXPERIMENTAL)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(images=st.integers(1, 3), tokens=st.integers(1, 40), budget=st.integers(1, 45), seed=st.integers(0, 1000))

@@ -28,6 +28,7 @@ def flops() -> ModuleType:
     return importlib.import_module("flops")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("row", ["stock", "peer", "ours"])
 @pytest.mark.parametrize("kept", BUDGETS)
 def test_every_stage_costs_what_torch_counts(flops: ModuleType, row: str, kept: int) -> None:
@@ -40,6 +41,7 @@ def test_every_stage_costs_what_torch_counts(flops: ModuleType, row: str, kept: 
     assert counted == expected
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("row", "kept"), [("stock", 576), ("ours", 576), ("ours", 64)])
 def test_so_it_does_before_a_tower_whose_features_are_those_of_two_layers(
     flops: ModuleType, row: str, kept: int
@@ -119,6 +121,7 @@ def test_the_costs_of_llava_7b_are_the_known_ones(flops: ModuleType) -> None:
     assert [round(first[0] / f, 2) for f in first[1:]] == [2.39, 3.09, 4.37, 5.50]
 
 
+@pytest.mark.core
 def test_a_floor_is_bound_by_weights_or_by_operations(flops: ModuleType) -> None:
     config, h200 = flops.load_geometry("llava-1.5-7b"), flops.DEVICES["h200"]
     weights = flops.weight_bytes(config)
@@ -159,6 +162,7 @@ def test_the_command_compares_methods_at_equal_cache(flops: ModuleType, capsys: 
     assert "is the least" in capsys.readouterr().err
 
 
+@pytest.mark.core
 def test_a_difference_from_the_count_is_reported(flops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     config = flops.load_geometry("tiny")
     assert flops.check(config, [64, 8], text_tokens=4) == []

@@ -84,6 +84,7 @@ class TestGenerationModes:
         values = {**model.pruned.generation_config.to_dict(), **changes}
         return type(model.pruned.generation_config).from_dict(values)
 
+    @pytest.mark.core
     @pytest.mark.parametrize("policy", ["renumber", "original"])
     @pytest.mark.parametrize("count", [1, 3])
     @pytest.mark.parametrize("compiled", [False, True])

@@ -364,6 +364,7 @@ def test_a_later_turn_goes_on_with_the_tokens_that_the_first_question_left(llava
     assert choices_of(llava, lambda: generate(llava.pruned, inputs)) == []
 
 
+@pytest.mark.core
 def test_positions_short_prompts_and_compiled_models_are_no_different(llava: Model) -> None:
     inputs = llava.prompt(asking(OTHER))
     expected = logits(llava.pruned, inputs)

@@ -59,6 +59,7 @@ def weights(latency: ModuleType) -> Any:
 # What is measured
 
 
+@pytest.mark.core
 def test_every_row_is_there_with_its_class_and_its_cache(latency: ModuleType, result: dict[str, Any]) -> None:
     expected = [("stock", FULL), *((name, budget) for budget in BUDGETS for name in ("peer", "ours"))]
     assert [(setting["batch"], setting["depth_divisor"]) for setting in result["settings"]] == [(1, 1), (8, 2)]
@@ -73,6 +74,7 @@ def test_every_row_is_there_with_its_class_and_its_cache(latency: ModuleType, re
     assert row(result, "ours", 16)["class"].startswith("vispruner.")
 
 
+@pytest.mark.core
 def test_times_have_medians_spreads_and_as_many_runs_as_rounds(result: dict[str, Any]) -> None:
     for setting in result["settings"]:
         for found in setting["rows"]:
@@ -87,6 +89,7 @@ def test_times_have_medians_spreads_and_as_many_runs_as_rounds(result: dict[str,
         assert setting["rows"][0]["ratio_to_stock"]["ttft"]["median"] == 1.0
 
 
+@pytest.mark.core
 def test_the_circumstances_are_recorded(result: dict[str, Any]) -> None:
     assert {"torch", "transformers", "python", "vispruner"} <= result["versions"].keys()
     assert result["threads"] == torch.get_num_threads() and result["dtype"] == "float32"
@@ -94,6 +97,7 @@ def test_the_circumstances_are_recorded(result: dict[str, Any]) -> None:
     assert "dispatch" in result["memory"].lower()
 
 
+@pytest.mark.core
 def test_tables_and_the_plot_come_from_the_file(
     latency: ModuleType, files: list[Path], result: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +113,7 @@ def test_tables_and_the_plot_come_from_the_file(
     assert efficiency.count("| ours |") == 2 * len(BUDGETS) and "measured by latency.py" in efficiency
 
 
+@pytest.mark.core
 def test_methods_are_compared_with_stock_on_the_same_weights(
     latency: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +168,7 @@ def test_the_share_at_stocks_rates_counts_a_slow_stage_for_its_time(latency: Mod
 # The countable costs
 
 
+@pytest.mark.core
 def test_ours_holds_no_attention_map_and_the_peer_holds_them_all(result: dict[str, Any]) -> None:
     vision = result["settings"][0]["config"]["vision_config"]
     one_map = vision["num_attention_heads"] * (FULL + 1) ** 2 * 4
@@ -171,12 +177,14 @@ def test_ours_holds_no_attention_map_and_the_peer_holds_them_all(result: dict[st
     assert row(result, "ours", 16)["peak_bytes"]["vision"] <= 1.05 * stock
 
 
+@pytest.mark.core
 def test_peak_memory_falls_with_the_budget(result: dict[str, Any]) -> None:
     peaks = [row(result, "ours", budget)["peak_bytes"]["all"] for budget in BUDGETS]
     assert peaks == sorted(peaks, reverse=True) and peaks[-1] < peaks[0]
     assert peaks[0] <= 1.05 * row(result, "stock", FULL)["peak_bytes"]["all"]
 
 
+@pytest.mark.core
 def test_pruning_adds_few_operations_and_none_to_the_language_model(result: dict[str, Any]) -> None:
     stock, ours = row(result, "stock", FULL)["operations"], row(result, "ours", 16)["operations"]
     for stage in ("language", "logits", "project"):
@@ -186,6 +194,7 @@ def test_pruning_adds_few_operations_and_none_to_the_language_model(result: dict
     assert outside <= 80  # shortening and restoring the prompt
 
 
+@pytest.mark.core
 def test_more_images_fit_under_the_cap_when_fewer_tokens_stay(result: dict[str, Any]) -> None:
     fits = [row(result, "ours", budget)["images_at_cap"] for budget in BUDGETS]
     assert fits == sorted(fits) and fits[-1] > fits[0] > 0
@@ -224,6 +233,7 @@ def test_all_models_read_one_set_of_weights(latency: ModuleType, weights: Any) -
     assert pointers[0] == pointers[1] >= pointers[2]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("arguments", "strides"), [([], (64, 64, 1)), (["--as-is"], (76 * 64, 64, 1))])
 def test_first_logits_are_of_a_compact_row_unless_left_as_they_are(
     latency: ModuleType, arguments: list[str], strides: tuple[int, ...]
@@ -317,6 +327,7 @@ def test_on_cuda_stages_are_events_read_when_the_device_is_done(
     )  # stages, three tokens
 
 
+@pytest.mark.core
 def test_a_model_that_does_not_prune_is_refused(
     latency: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,6 +336,7 @@ def test_a_model_that_does_not_prune_is_refused(
     assert "ours at 16 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.core
 def test_a_peer_that_selects_otherwise_is_refused(
     latency: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,6 +379,7 @@ def test_what_cannot_be_measured_is_refused(
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.core
 def test_a_method_in_the_language_model_is_timed_at_equal_cache(latency: ModuleType, tmp_path: Path) -> None:
     arguments = ["--quick", "--methods", "vispruner", "fastv", "--budgets", "32", "--batches", "1", "--rounds", "1"]
     assert latency.main([*arguments, "--no-memory", "--out", str(tmp_path)]) == 0

@@ -347,6 +347,7 @@ def running(loaded: PreTrainedModel, name: str) -> Any:
     return getattr(sys.modules[code.__module__], name, None)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("model", ROWS, indirect=True)
 def test_local_repos_of_one_folder_name_run_their_own_code(model: Model, tmp_path: Path) -> None:
     """Of the same architecture, another one's, and after the code was edited; and each saves what it ran."""

@@ -706,6 +706,7 @@ def test_a_mistake_of_the_local_hub_does_not_pass_for_a_refusal(tmp_path: Path) 
 # Fresh processes
 
 
+@pytest.mark.core
 def test_a_process_that_is_killed_half_way_leaves_nothing_behind(hub: LocalHub, tmp_path: Path) -> None:
     hub.add_repo("ada/model")
     upload = (
@@ -768,6 +769,7 @@ def test_a_private_repo_loads_by_name_and_branch_then_offline(
     assert len(hub.log) == seen
 
 
+@pytest.mark.core
 def test_it_can_be_started_from_the_command_line(tmp_path: Path) -> None:
     script = Path(__file__).with_name("local_hub.py")
     command = [sys.executable, str(script), str(tmp_path / "storage"), "--user", "grace"]
@@ -845,6 +847,7 @@ def test_chunks_that_are_there_already_are_not_kept_twice(xet: tuple[LocalHub, H
     assert hub.files("ada/model")["b.bin"] == first + b"more"
 
 
+@pytest.mark.core
 def test_a_fresh_process_fetches_what_another_one_uploaded_through_xet(
     xet: tuple[LocalHub, HfApi], tmp_path: Path
 ) -> None:

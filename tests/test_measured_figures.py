@@ -443,6 +443,7 @@ def foretold_table() -> list[str]:
     return importlib.import_module("foretold_pixels").table(json.loads(FORETOLD.read_text())).splitlines()
 
 
+@pytest.mark.core
 def test_the_recorded_blocks_of_pixels_are_counted_again() -> None:
     """But for a few, since what letters look like is Pillow's business."""
     foretold, record = importlib.import_module("foretold_pixels"), json.loads(FORETOLD.read_text())
@@ -533,10 +534,12 @@ def test_what_stages_cost_in_answers_is_recorded() -> None:
     assert f"costs more than {most:.1f} points" in said
 
 
+@pytest.mark.core
 def test_the_capacity_table_is_computed() -> None:
     assert flops.capacity_table() in DOCUMENTS
 
 
+@pytest.mark.core
 def test_the_recorded_ceilings_are_those_of_the_formulas() -> None:
     record = json.loads(CEILINGS.read_text())
     assert record["models"].keys() == RELEASED.keys()
@@ -551,6 +554,7 @@ def test_every_yaml_of_a_released_model_has_a_ceiling() -> None:
     assert stems == {name.removesuffix("-mix") for name in RELEASED}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "table",
     [

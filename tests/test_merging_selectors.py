@@ -377,6 +377,7 @@ def test_what_is_folded_after_projection_is_so(tiny_llava_repo: Path, monkeypatc
     assert not torch.allclose(found, other, atol=1e-4)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -321,6 +321,7 @@ def test_the_versions_named_are_those_that_pyproject_allows() -> None:
 # The figures
 
 
+@pytest.mark.core
 def test_published_figures_stand_only_in_the_cards_of_the_models_they_are_about() -> None:
     assert set(PUBLISHED) == {"llava-hf/llava-1.5-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf"}
     expected = {"llava-1.5-7b-vispruner": FIGURES[:3], "llava-v1.6-vicuna-7b-vispruner": FIGURES[3:]}
@@ -378,6 +379,7 @@ def test_measured_figures_are_the_recorded_ones() -> None:
         assert f"{result['questions']:,} questions about {result['pictures']} pictures" in card
 
 
+@pytest.mark.core
 def test_the_dates_and_versions_in_a_card_are_those_of_the_records() -> None:
     card, repo = card_of(TINY), load_repo_config(TINY)
     records = [record(stem) for stem in [repo.card["picture"], *repo.card["results"]]]
@@ -428,6 +430,7 @@ def test_what_the_cards_cite_and_show_is_in_the_package_and_nothing_else() -> No
     assert sum((RESULTS / name).stat().st_size for name in shipped) < 3_000_000
 
 
+@pytest.mark.core
 def test_the_recorded_picture_is_what_the_trained_checkpoint_gives() -> None:
     """Drawn anew it may differ by a font's edges, not by a patch or an answer."""
     folder, questions = SCENE.parent / "tiny-llava", scene_questions()
@@ -538,6 +541,7 @@ def with_reports(blocks: list[str]) -> str:
     return "".join(block + REPORT.format(pipe="pipe = pipeline" in block) for block in blocks)
 
 
+@pytest.mark.core
 def test_the_hub_accepts_the_metadata_of_every_card(hub: LocalHub) -> None:
     hub.add_user("someone", "hf_token")
     hub.add_repo("someone/cards")
@@ -548,6 +552,7 @@ def test_the_hub_accepts_the_metadata_of_every_card(hub: LocalHub) -> None:
             assert hub.files("someone/cards")["README.md"] == card
 
 
+@pytest.mark.core
 def test_the_built_card_is_the_rendered_one_and_says_what_pruning_can_give(
     tiny_card: tuple[str, Run], tmp_path: Path
 ) -> None:

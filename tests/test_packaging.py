@@ -205,6 +205,7 @@ def test_the_readme_s_log_probs_are_those_of_the_short_prompt(
     assert ran["log_probs"][0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.core
 def test_the_readme_s_check_tells_pruned_from_dense(tiny_llava_repo: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(

@@ -157,6 +157,7 @@ def test_a_figure_is_in_the_papers_unit() -> None:
 # Running, stopping and going on
 
 
+@pytest.mark.core
 def test_a_second_run_measures_only_what_is_missing(
     folder: Path, asking: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_second_run_measures_only_what_is_missing(
     assert sorted(path.name for path in folder.iterdir() if path.name.startswith(".")) == []
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -215,6 +217,7 @@ def test_a_folder_of_something_else_is_refused(folder: Path, capsys: pytest.Capt
     assert [path.name for path in folder.iterdir()] == ["letter.txt"]
 
 
+@pytest.mark.core
 def test_a_repo_that_prunes_nothing_stops_all(
     folder: Path, asking: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +228,7 @@ def test_a_repo_that_prunes_nothing_stops_all(
     assert len(asking.asked) == 1 and [path.name for path in folder.glob("*.json")] == ["settings.json"]
 
 
+@pytest.mark.core
 def test_a_budget_that_keeps_everything_is_refused_before_anything_is_asked(
     folder: Path, asking: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +289,7 @@ def test_what_means_nothing_is_refused_with_the_remedy(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.core
 def test_what_cannot_be_scored_says_so_in_the_table(
     folder: Path, asking: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -331,6 +336,7 @@ def test_without_lmms_eval_it_says_how_to_get_it(
     assert "lmms-eval is not installed: benchmarks/lmms_eval/README.md says how" in capsys.readouterr().err
 
 
+@pytest.mark.core
 def test_what_is_there_can_be_shown_elsewhere(
     folder: Path, asking: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,6 +355,7 @@ def test_what_is_there_can_be_shown_elsewhere(
     assert (folder.parent / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.core
 def test_all_that_is_there_is_shown_whatever_its_methods_and_budgets(
     folder: Path, asking: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:

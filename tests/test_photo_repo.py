@@ -150,6 +150,7 @@ def test_the_demo_builds_it_and_asks_about_a_photograph(tmp_path: Path, capsys: 
     assert "The vision tower is a real one" in capsys.readouterr().out
 
 
+@pytest.mark.core
 @pytest.mark.photo
 def test_the_page_has_the_photographs_as_examples(repo: Path) -> None:
     """Built or not, and without a network; what stays of them is drawn."""
@@ -169,6 +170,7 @@ def test_every_page_offers_photographs_and_the_toy_s_begins_with_scenes() -> Non
     assert names[0] == "scene.png" and set(names) >= {path.name for path in PHOTOGRAPHS}
 
 
+@pytest.mark.core
 def test_several_photos_have_a_row_each_and_their_names_must_differ(tmp_path: Path) -> None:
     cat, astronaut, _ = PHOTOGRAPHS
     out, kept = show([cat, astronaut], None, tmp_path / "kept.png", budgets=[36, 9])

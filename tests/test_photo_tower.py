@@ -28,6 +28,7 @@ def tower() -> Dinov2Model:
     return photo_tower.converted(photo_tower.onnx_file())
 
 
+@pytest.mark.core
 def test_the_converted_tower_gives_what_the_onnx_file_gives(tower: Dinov2Model) -> None:
     """Of values up to 8, float32 in two runtimes was seen to differ by 1.4e-5; another matrix differs by ones."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -42,6 +43,7 @@ def test_the_converted_tower_gives_what_the_onnx_file_gives(tower: Dinov2Model) 
     torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.core
 def test_a_resized_tower_is_the_same_without_interpolating(tower: Dinov2Model) -> None:
     smaller = photo_tower.resized(tower, 336)
     assert smaller.config.image_size == 336
@@ -62,6 +64,7 @@ def test_it_is_converted_once_into_the_cache(tmp_path: Path, monkeypatch: pytest
     assert first.config.image_size == 224 and first.config.num_hidden_layers == 12
 
 
+@pytest.mark.core
 def test_a_tower_that_another_process_converts_meanwhile_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: Dinov2Model
 ) -> None:
@@ -108,6 +111,7 @@ def test_a_home_that_cannot_be_written_is_said_with_the_remedy(monkeypatch: pyte
         photo_tower.whole_checkpoint(Path("photo-llava"))
 
 
+@pytest.mark.core
 def test_the_recorded_checkpoint_answers_on_its_real_tower() -> None:
     """32 questions; over 448 the record says 52 to 57 % with the picture, and 15 % without."""
     accuracy = pytest.importorskip("accuracy")

@@ -53,6 +53,7 @@ def test_there_are_at_least_150_classes_and_no_name_has_two_meanings() -> None:
     assert len(drawn) == len(photos.CLASSES)
 
 
+@pytest.mark.core
 def test_no_pixel_of_a_photograph_is_in_two_splits(many: dict[str, list[Photo]]) -> None:
     for split, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         compared = 0
@@ -100,6 +101,7 @@ def test_tests_have_other_sizes_and_angles_than_training() -> None:
         assert turns["train"][1] <= turns["unseen"][0]
 
 
+@pytest.mark.core
 def test_things_lie_apart_in_the_picture_and_can_be_seen(tested: list[Photo]) -> None:
     shares, changed = [], []
     for index, photo in enumerate(tested):
@@ -119,6 +121,7 @@ def test_things_lie_apart_in_the_picture_and_can_be_seen(tested: list[Photo]) ->
     assert np.min(changed) > 0.05 and np.mean(changed) > 0.4
 
 
+@pytest.mark.core
 def test_every_type_occurs_and_every_answer_is_one_word(tested: list[Photo]) -> None:
     assert {q.type for photo in tested for q in photo.questions} == set(PHOTO_QUESTION_TYPES)
     for photo in tested:
@@ -127,6 +130,7 @@ def test_every_type_occurs_and_every_answer_is_one_word(tested: list[Photo]) -> 
         assert len({q.text for q in photo.questions}) == len(photo.questions)
 
 
+@pytest.mark.core
 def test_answers_hold_in_the_picture_and_are_the_only_ones(tested: list[Photo]) -> None:
     checked: Counter[str] = Counter()
     for photo in tested:
@@ -136,6 +140,7 @@ def test_answers_hold_in_the_picture_and_are_the_only_ones(tested: list[Photo]) 
     assert min(checked[kind] for kind in PHOTO_QUESTION_TYPES) > 40
 
 
+@pytest.mark.core
 def test_answers_are_balanced(tested: list[Photo], many: dict[str, list[Photo]]) -> None:
     questions = [q for photos_of in many.values() for photo in photos_of for q in photo.questions]
     exist = [q.answer for q in questions if q.type == "exist"]
@@ -147,6 +152,7 @@ def test_answers_are_balanced(tested: list[Photo], many: dict[str, list[Photo]])
     assert rates["exist"] == 0.5 and rates["tilt"] < 0.6
 
 
+@pytest.mark.core
 def test_half_of_what_is_absent_is_like_something_there(tested: list[Photo]) -> None:
     near = []
     for photo in tested:
@@ -188,6 +194,7 @@ def _square(o: Thing) -> str:
     return f"{'abcd'[int(x // 84)]}-{('one', 'two', 'three', 'four')[int(y // 84)]}"
 
 
+@pytest.mark.core
 def test_letters_lie_where_they_are_said_to_be(tested: list[Photo]) -> None:
     """Along a sign, in its box and in order; ink and ground of each letter differ around its center."""
     for photo in tested:

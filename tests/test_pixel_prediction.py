@@ -279,6 +279,7 @@ def batch(model: Model) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return alone, together
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("ratio", [1.0, 0.4])
 def test_rows_of_a_batch_answer_as_alone(model: Model, ratio: float) -> None:
     model.pruned.set_vispruner_config(keep_ratio=ratio)
@@ -394,6 +395,7 @@ def test_the_documented_tolerances_let_any_level_be_the_next_one(
     assert f"`pixel_tolerance: {tolerance}`" in text
 
 
+@pytest.mark.core
 def test_pixels_count_as_the_encoder_gets_them(model: Model) -> None:
     """Who casts them to the model's type and who leaves that to the model is told the same."""
     pruned = copy.deepcopy(model.pruned).to(torch.bfloat16)
@@ -646,6 +648,7 @@ def test_a_repo_in_which_pixels_alone_decide_is_verified(model: Model, tmp_path:
     assert {check.status for check in report.checks} == {"pass"}, report.table()
 
 
+@pytest.mark.core
 def test_the_methods_of_a_repo_say_that_the_picture_decides(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,6 +109,7 @@ def assert_same(model: PreTrainedModel, whole: PreTrainedModel, inputs: dict[str
         assert torch.equal(found, answers(whole, inputs))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("share", [0.3, 0.7, 0.9])
 def test_device_map_auto_puts_on_disk_what_memory_does_not_hold(
     repo: Path, whole: PreTrainedModel, inputs: dict[str, torch.Tensor], tmp_path: Path, share: float
@@ -122,6 +123,7 @@ def test_device_map_auto_puts_on_disk_what_memory_does_not_hold(
     assert_same(model, whole, inputs)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("moved", [PARTS[:1], PARTS[:2], PARTS[1:2], PARTS[2:]])
 def test_parts_brought_in_when_they_run(
     repo: Path, whole: PreTrainedModel, inputs: dict[str, torch.Tensor], moved: tuple[str, ...], tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,18 @@ def test_other_versions_meet_every_architecture(place: str) -> None:
     assert 'pytest -m "core or not slow"' in (ROOT / place).read_text()
 
 
+def test_what_the_oldest_transformers_is_not_asked_is_there() -> None:
+    command = (ROOT / ".ci/run").read_text().partition("--ignore=tests/")[2].partition("\npytest")[0]
+    words = subprocess.run(["bash", "-c", f"printf '%s ' {command[4:-1]}"], capture_output=True, text=True, check=True)
+    assert len(words.stdout.split()) > 20
+    assert [name for name in words.stdout.split() if not (ROOT / "tests" / name).exists()] == []
+
+
 class Item:
     """A test with one parameter."""
 
     def __init__(self, value: object, *markers: str) -> None:
+        self.nodeid = f"tests/test_any.py::test_any[{value}]"
         self.callspec = type("CallSpec", (), {"params": {"model": value}})
         self.markers = list(markers)
 
@@ -85,3 +94,9 @@ class Item:
 def test_the_rule(item: Item, markers: list[str]) -> None:
     keep_it_quick([item])  # type: ignore[list-item]
     assert item.markers == markers
+
+
+def test_six_sets_of_parameters_stand_for_a_hundred() -> None:
+    items = [Item(number) for number in range(100)] + [Item("gemma3", "each")]
+    keep_it_quick(items)  # type: ignore[arg-type]
+    assert [number for number, item in enumerate(items) if "slow" not in item.markers] == [0, 16, 33, 50, 66, 83, 100]

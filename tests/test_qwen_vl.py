@@ -278,6 +278,7 @@ def test_both_ways_to_name_the_weights_load_whole(name: str, tmp_path: Path) -> 
     assert torch.equal(logits(again, model.prompt(ONE)), logits(model.pruned, model.prompt(ONE)))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ROWS)
 def test_tied_embeddings_stay_tied(name: str, tmp_path: Path) -> None:
     config = ROWS[name].config()

@@ -240,6 +240,7 @@ def test_large_forms_give_what_the_oracle_gives_where_nothing_ties(large_form, m
         assert torch.equal(select(method, inputs, budget), oracle(method, inputs, budget)), budget
 
 
+@pytest.mark.core
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(2, 40),
@@ -522,6 +523,7 @@ def test_inputs_may_need_gradients_and_the_indices_carry_none(method):
     assert torch.equal(kept, expected) and not kept.requires_grad
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("method", METHODS)
 def test_selection_compiles_into_one_graph(method):
     torch.compiler.reset()  # else the graphs of other tests count against the limit

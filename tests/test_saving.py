@@ -95,6 +95,7 @@ def test_a_saved_model_comes_back_with_the_same_logits(
     assert torch.equal(logits(vispruner.load(saved), prompt), logits(model, prompt))
 
 
+@pytest.mark.core
 def test_saving_twice_changes_nothing(saved: Path, model: PreTrainedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     first = contents(tmp_path)

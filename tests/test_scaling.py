@@ -62,6 +62,7 @@ def test_a_method_multiplies_all_rows_with_all_rows_about_once(method, tokens, f
     assert products <= 1.15
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("method", ENCODER_METHODS)
 def test_the_operations_of_a_method_grow_no_faster_than_what_it_keeps(method):
     """Twice the tokens: twice the picks, and rows that are multiplied in twice as many blocks of half as many rows."""
@@ -369,6 +370,7 @@ def test_the_readme_shows_what_the_default_step_changes_in_large_pictures():
     assert f"{asked} questions about {about} pictures" in DOCUMENTS
 
 
+@pytest.mark.core
 def test_the_step_benchmark_asks_every_question_under_every_step(tmp_path, monkeypatch):
     """One picture of 14 x 14 patches, where the default is the paper's step."""
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of other tests in this process, too

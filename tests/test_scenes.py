@@ -61,6 +61,7 @@ def test_an_unknown_split_is_refused() -> None:
         next(easy_vqa_questions("dev"))
 
 
+@pytest.mark.core
 def test_objects_lie_in_the_picture_apart_from_each_other_and_cover_about_a_tenth(many: list[Scene]) -> None:
     covered = np.zeros((MANY, IMAGE_SIZE, IMAGE_SIZE), int)
     for number, scene in enumerate(many):
@@ -135,6 +136,7 @@ def test_yes_and_no_are_equally_frequent(many: list[Scene], kind: str) -> None:
     assert 0.4 < np.mean(answers) < 0.6
 
 
+@pytest.mark.core
 def test_easy_vqa_is_read_at_the_size_of_the_scenes_and_split_by_picture() -> None:
     pictures = {split: {item.image_id for item in easy_vqa_questions(split)} for split in ("train", "validation")}
     assert not pictures["train"] & pictures["validation"]

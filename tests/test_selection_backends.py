@@ -76,6 +76,7 @@ def test_tensor_operations_give_what_the_oracle_gives_for_every_budget(tensor_fo
         assert torch.equal(kept, oracle(features, saliency, budget, important_ratio)), budget
 
 
+@pytest.mark.core
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     left=st.integers(2, 60),
@@ -143,6 +144,7 @@ def test_lists_give_what_the_oracle_gives_for_every_budget(by_lists, tokens, imp
         assert torch.equal(kept, oracle(features, saliency, budget, important_ratio)), budget
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("candidates", [1, 2, 3, 5, 8, 64])
 def test_lists_of_any_length_give_what_the_oracle_gives(by_lists, candidates):
     for seed, (tokens, budget, step, channels) in enumerate(
@@ -231,6 +233,7 @@ def test_the_step_grows_with_the_image_beyond_what_the_paper_used(tokens, step):
     assert duplicate_removal.default_step(tokens) == step
 
 
+@pytest.mark.core
 def test_no_image_takes_more_than_256_rounds():
     for tokens in range(1, 40000, 7):
         assert len(drops_of_rounds(tokens, 1, duplicate_removal.default_step(tokens))) <= 256 + 5
@@ -457,6 +460,7 @@ def test_the_kernel_is_for_gpus_with_triton_and_what_it_compiles_with(monkeypatc
     assert not duplicate_removal_triton.kernel_can_run(gpu)
 
 
+@pytest.mark.core
 def test_selecting_works_where_triton_is_not_installed():
     script = """
 import sys
@@ -555,6 +559,7 @@ def test_a_gpu_is_given_at_most_fifteen_kernels(monkeypatch, batch):
 # The benchmark
 
 
+@pytest.mark.core
 def test_the_benchmark_times_every_method(tmp_path):
     benchmark = str(Path(__file__).parent.parent / "benchmarks" / "selection.py")
     out = tmp_path / "methods.json"

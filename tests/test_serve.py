@@ -197,6 +197,7 @@ def test_without_trust_remote_code_nothing_is_pruned(
         assert not server.shortened()
 
 
+@pytest.mark.core
 def test_a_branch_behind_the_name_is_the_budget_that_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -224,6 +224,7 @@ def test_nothing_is_deprecated_that_is_not_in_stock(model: Model, caplog: pytest
         assert ours - theirs == set()
 
 
+@pytest.mark.core
 @every_model
 def test_a_decoding_step_waits_for_the_device_no_more_often_than_in_stock(model: Model) -> None:
     inputs, steps = model.prompt(ONE), {}

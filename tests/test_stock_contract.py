@@ -537,6 +537,7 @@ class TestPackedSamples:
 class TestPerCall:
     """`vispruner_config` of one call; it neither stays nor disturbs others."""
 
+    @pytest.mark.core
     def test_budgets_per_call_are_those_of_a_model_set_to_them(self, model: Model) -> None:
         inputs = model.prompt(SEVERAL)
         before = dict(model.pruned.config.vispruner_config)
@@ -590,6 +591,7 @@ class TestPerCall:
         logits(model.pruned, {**inputs, "vispruner_config": {"method": "none"}})
         assert list(model.pruned.last_pruning.kept_counts) == full
 
+    @pytest.mark.core
     def test_threads_have_options_and_last_prunings_of_their_own(self, model: Model) -> None:
         inputs = model.prompt(ONE)
 
@@ -604,6 +606,7 @@ class TestPerCall:
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(ask, ratios)) == [expected[ratio] for ratio in ratios]
 
+    @pytest.mark.core
     def test_a_call_ends_under_the_options_it_began_with(self, model: Model) -> None:
         """Others may set budgets meanwhile: each answer has one of them, and none fails."""
         inputs = model.prompt(ONE)

@@ -286,6 +286,7 @@ def test_options_given_at_load_time_hold(
         assert cached_tokens(model, prompt) == prompt["input_ids"].shape[1] - 64 + 9
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
 def test_dtype_auto_is_that_of_the_base(
     stored: torch.dtype, cache: Path, tiny_llava_repo: Path, tmp_path: Path
@@ -300,6 +301,7 @@ def test_dtype_auto_is_that_of_the_base(
         assert vispruner.load(thin, **settings).dtype == stored
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "write",
     [as_saved_in_shards, legacy_in_shards, legacy_with_old_buffers, legacy_bin, legacy_bin_in_shards, published],
@@ -342,6 +344,7 @@ def test_a_quantized_load_is_quantized_and_pruned(base: Path, thin: Path, prompt
     assert torch.equal(logits(models[0], prompt), logits(models[1], prompt))
 
 
+@pytest.mark.core
 def test_llava_next_loads_with_its_newline(
     cache: Path, tiny_llava_next_repo: Path, tmp_path: Path, photo: Image.Image
 ) -> None:
@@ -357,6 +360,7 @@ def test_llava_next_loads_with_its_newline(
 # Hub options: they reach both repos, and the revision is the thin repo's
 
 
+@pytest.mark.core
 @every_way
 def test_a_budget_branch_of_a_thin_repo_loads_by_revision(
     load: Any, base: Path, cache: Path, thin: Path, prompt: dict[str, torch.Tensor]
@@ -408,6 +412,7 @@ def test_a_subfolder_is_refused(load: Any, base: Path, thin: Path, tmp_path: Pat
 # What belongs to the thin repo, not to its base
 
 
+@pytest.mark.core
 def test_the_generation_config_is_the_thin_repos_own(base: Path, thin: Path) -> None:
     config = read_json(thin / "generation_config.json")
     (thin / "generation_config.json").write_text(json.dumps({**config, "max_length": 77}))
@@ -436,6 +441,7 @@ def test_an_adapter_comes_back_on_the_pruned_model(
     assert torch.equal(logits(again, prompt), logits(tuned.base_model.model, prompt))
 
 
+@pytest.mark.core
 def test_code_that_lies_in_the_base_never_runs(base: Path, thin: Path) -> None:
     (base / "custom_generate").mkdir()
     (base / "custom_generate" / "generate.py").write_text("raise SystemExit('the code of the base ran')")
@@ -447,6 +453,7 @@ def test_code_that_lies_in_the_base_never_runs(base: Path, thin: Path) -> None:
 # Saving: a full repo, which needs the base no more
 
 
+@pytest.mark.core
 @every_way
 def test_a_saved_model_is_full_and_loads_when_the_base_is_gone(
     load: Any, base: Path, cache: Path, thin: Path, tmp_path: Path, prompt: Any, expected: torch.Tensor
@@ -565,6 +572,7 @@ def test_the_config_of_a_thin_repo_does_not_replace_the_weights_of_another(
         assert not logits(model, prompt).any()
 
 
+@pytest.mark.core
 def test_a_config_object_may_be_given(base: Path, thin: Path, prompt: Any, expected: torch.Tensor) -> None:
     config = VisPrunerLlavaConfig.from_pretrained(thin)
     for _ in range(2):  # the caller's object is left as it is
@@ -865,6 +873,7 @@ def test_verify_of_a_thin_repo_too_large_to_run_says_what_was_not_run(base: Path
     assert skipped == {"weights hash", "weights equal the base's", *MODEL_CHECKS}
 
 
+@pytest.mark.core
 def test_verify_finds_a_base_with_other_weights(base: Path, thin: Path, tiny_llava_repo: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     tensors["language_model.lm_head.weight"].zero_()

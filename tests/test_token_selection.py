@@ -106,6 +106,7 @@ def test_generic_features_give_what_the_oracle_gives(tokens, budget, important_r
     assert torch.equal(kept, oracle(features, saliency, budget, important_ratio))
 
 
+@pytest.mark.core
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     tokens=st.integers(1, 40),
@@ -345,6 +346,7 @@ def test_auto_takes_every_dtype_and_features_that_are_zero(dtype):
         select_vispruner(features, saliency, 9, "auto")
 
 
+@pytest.mark.core
 def test_auto_compiles_with_a_break():
     torch.compiler.reset()
     features, saliency = ranked_images([1, 12])
@@ -365,6 +367,7 @@ def test_the_kinds_of_auto_are_told_by_what_was_dropped():
         assert saliency[row][kept[row][important[row]]].min() > saliency[row][dropped].max()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "random"])
 def test_selection_compiles_into_one_graph(method, backend):
@@ -374,6 +377,7 @@ def test_selection_compiles_into_one_graph(method, backend):
     assert torch.equal(kept, select_tokens(method, features, saliency, 13, **ALL_OPTIONS))
 
 
+@pytest.mark.core
 def test_a_compiled_selection_still_refuses_nan():
     features, saliency = exact_images(1, 25)
     compiled = torch.compile(select_vispruner, fullgraph=True, backend="aot_eager")
@@ -467,6 +471,7 @@ def test_uniform_grid_refuses_another_grid(grid):
         select_uniform_grid(torch.zeros(1, 9, 1), torch.zeros(1, 9), 3, grid)
 
 
+@pytest.mark.core
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), budget=st.integers(1, 400))
 def test_uniform_grid_is_exact_for_every_grid(rows, columns, budget):

@@ -54,6 +54,7 @@ def trained(train_photo: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "photo"
 
 
+@pytest.mark.core
 def test_a_run_writes_what_it_learned_and_its_recipe(trained: Path, train_photo: Any) -> None:
     report = json.loads((trained.parent / "report.json").read_text())
     assert report["recipe"]["language_steps"] == 4 and report["sha256"] == train_photo.hash_of(
@@ -67,6 +68,7 @@ def test_a_run_writes_what_it_learned_and_its_recipe(trained: Path, train_photo:
     assert not any("vision_tower" in name for name in stored)
 
 
+@pytest.mark.core
 def test_a_stopped_run_goes_on_to_the_same_weights(
     trained: Path, train_photo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +97,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         train_photo.main(command)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--bfloat16"]])
 def test_features_of_another_recipe_are_not_taken_for_its_own(
     trained: Path, train_photo: Any, tmp_path: Path, change: list[str]
@@ -106,6 +109,7 @@ def test_features_of_another_recipe_are_not_taken_for_its_own(
     assert not (tmp_path / "photo").exists()
 
 
+@pytest.mark.core
 def test_a_run_that_was_stopped_within_the_features_goes_on_with_its_own_seed_alone(
     train_photo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +134,7 @@ def test_a_run_without_its_tower_says_what_is_missing_and_can_begin_again(
             train_photo.main(["--out", str(tmp_path / "photo"), *SMALL])
 
 
+@pytest.mark.core
 def test_stored_features_are_those_that_llava_reads(trained: Path, train_photo: Any, tmp_path: Path) -> None:
     """Stored in half precision, which is exact to a thousandth."""
     photo_tower.with_tower(trained, tmp_path / "whole")
@@ -157,6 +162,7 @@ def test_another_checkpoint_is_not_joined_with_the_tower(
         photo_tower.with_tower(tiny_llava_repo, tmp_path / "whole")
 
 
+@pytest.mark.core
 def test_every_answer_is_one_token(train_photo: Any) -> None:
     tokenizer = train_photo.build_tokenizer(train_photo.corpus())
     coder = train_photo.QuestionCoder(tokenizer)
@@ -181,6 +187,7 @@ def test_patches_are_tagged_with_what_they_show(train_photo: Any) -> None:
         assert square is None or train_photo.SQUARE_NAMES[tags["square"][patch]] == square
 
 
+@pytest.mark.core
 def test_the_first_layer_begins_with_features_of_one_scale(train_photo: Any, trained: Path) -> None:
     pictures = train_photo.Pictures(trained.with_name("photo.work") / "features", "train", 6)
     layer = torch.nn.Linear(32, 16)
@@ -202,6 +209,7 @@ def measured(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return json.loads(file.read_text())
 
 
+@pytest.mark.core
 def test_one_command_compares_methods_on_photographs(
     measured: dict[str, Any], trained: Path, train_photo: Any
 ) -> None:
@@ -222,6 +230,7 @@ def test_one_command_compares_methods_on_photographs(
     assert len(drawn) == 4 and all(len(row["accuracy_by_draw"]) == 3 for row in drawn)
 
 
+@pytest.mark.core
 def test_a_checkpoint_in_shards_is_measured_to_the_end(trained: Path, tmp_path: Path) -> None:
     accuracy = pytest.importorskip("accuracy")
     photo_tower.with_tower(trained, whole := tmp_path / "whole")
@@ -232,6 +241,7 @@ def test_a_checkpoint_in_shards_is_measured_to_the_end(trained: Path, tmp_path: 
     assert found["questions"] == 2 and "SHA-256" not in found["base_model"]
 
 
+@pytest.mark.core
 def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(measured: dict[str, Any]) -> None:
     for row in measured["rows"]:
         assert 0 <= row["yes_when_absent"] <= 1
@@ -250,6 +260,7 @@ def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(measured: 
             assert row["accuracy_hard"] == 0
 
 
+@pytest.mark.core
 def test_rows_that_share_a_run_of_the_tower_answer_as_they_do_alone(trained: Path, monkeypatch: Any) -> None:
     accuracy = pytest.importorskip("accuracy")
     with accuracy.published_repo(trained) as folder:

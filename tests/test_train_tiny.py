@@ -57,6 +57,7 @@ def coder() -> train_tiny.QuestionCoder:
     return train_tiny.QuestionCoder(train_tiny.build_tokenizer())
 
 
+@pytest.mark.core
 def test_a_run_writes_a_stock_checkpoint_and_its_report(trained: Path) -> None:
     _, loaded = LlavaForConditionalGeneration.from_pretrained(trained, output_loading_info=True)
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
@@ -67,6 +68,7 @@ def test_a_run_writes_a_stock_checkpoint_and_its_report(trained: Path) -> None:
     assert 0 <= report["accuracy"]["test"]["easy-vqa"] <= 1
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("saves", [1, 4])
 def test_a_stopped_run_goes_on_to_the_same_weights(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
@@ -90,6 +92,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert (tmp_path / "tiny" / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
+@pytest.mark.core
 def test_a_run_is_neither_overwritten_nor_mixed_with_another_recipe(trained: Path) -> None:
     command = ["--out", str(trained), *SMALL]
     with pytest.raises(SystemExit, match="holds an earlier run: give --resume"):
@@ -104,6 +107,7 @@ def test_a_run_that_would_never_be_saved_is_refused_at_once(tmp_path: Path) -> N
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.core
 def test_every_answer_is_one_token_and_the_prompt_is_that_of_the_chat_template(
     coder: train_tiny.QuestionCoder,
 ) -> None:
@@ -204,6 +208,7 @@ def test_the_shipped_checkpoint_is_stock_small_and_complete() -> None:
     assert model.config.image_seq_length >= 144
 
 
+@pytest.mark.core
 def test_the_shipped_checkpoint_answers_questions_about_unseen_scenes() -> None:
     """Its full accuracy is recorded in benchmarks/; 88 % is the floor there, 80 % the one for this few."""
     model = LlavaForConditionalGeneration.from_pretrained(SHIPPED).eval()

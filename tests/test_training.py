@@ -159,6 +159,7 @@ class Examples(torch.utils.data.Dataset):
         return {"image": image, "text": f"USER: <image>\n{question} ASSISTANT:{answer}</s>"}
 
 
+@pytest.mark.core
 def test_trainer_takes_a_step_and_saves_a_pruned_repo(
     model: PreTrainedModel, processor: Any, photo: Image.Image, architecture: str, tmp_path: Path
 ) -> None:

@@ -360,6 +360,7 @@ def test_a_dry_run_shows_files_sizes_and_hashes_and_changes_nothing(
     assert {method for method, path in hub.requests if path != "/api/validate-yaml"} <= {"GET", "HEAD"}
 
 
+@pytest.mark.core
 def test_a_space_follows_its_model(
     hub: LocalHub, ready: None, run: Callable[..., tuple[int, str]], config: Path, tmp_path: Path
 ) -> None:
@@ -1004,6 +1005,7 @@ def xet_hub(tmp_path: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> L
     return hub
 
 
+@pytest.mark.core
 def test_weights_go_through_xet(xet_hub: LocalHub, repo: RepoConfig, built: Path, tmp_path: Path) -> None:
     job(repo).push(built)
     newer = newer_build(built, tmp_path / "newer", weights=True)
@@ -1123,6 +1125,7 @@ INTERRUPTED_AT = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("answered", [False, True], ids=["before the answer", "after the Hub did it"])
 @pytest.mark.parametrize("moment", INTERRUPTED_AT.values(), ids=INTERRUPTED_AT)
 def test_ctrl_c_leaves_what_the_next_run_completes(
@@ -1147,6 +1150,7 @@ def test_ctrl_c_leaves_what_the_next_run_completes(
     assert state(hub, "user/tiny") == state(hub, "user/undisturbed")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_a_full_disk_under_the_hub_s_cache_leaves_what_the_next_run_completes(
     number: int,
@@ -1179,6 +1183,7 @@ def test_a_full_disk_under_the_hub_s_cache_leaves_what_the_next_run_completes(
     assert state(hub, "user/tiny") == state(hub, "user/undisturbed")
 
 
+@pytest.mark.core
 def test_a_repo_with_all_that_a_build_can_add_is_published_twice(
     hub: LocalHub, run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def in_shards(repo: Path) -> list[Path]:
 # Good repos
 
 
+@pytest.mark.core
 def test_a_good_repo_passes_every_check(good_repo: Path, tiny_llava_repo: Path) -> None:
     report = verify_repo(good_repo, base=tiny_llava_repo)
     assert report.passed, report.table()
@@ -305,6 +306,7 @@ BROKEN: list[tuple[Callable[[Path], None], str, str]] = [
 SECOND_REASONS = {imports_a_package: {"code files"}, missing_code: {"imports"}}
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("no_process")
 @pytest.mark.parametrize(("spoil", "check", "reason"), BROKEN, ids=[spoil.__name__ for spoil, _, _ in BROKEN])
 def test_a_broken_repo_is_refused_for_its_reason(
@@ -385,6 +387,7 @@ def lm_head_of_noise(tensors: dict[str, torch.Tensor]) -> None:
     tensors["lm_head.weight"] = torch.randn_like(tensors["lm_head.weight"])
 
 
+@pytest.mark.core
 @pytest.mark.usefixtures("no_process")
 def test_weights_that_are_not_the_bases_are_refused(repo: Path, tiny_llava_repo: Path) -> None:
     edit_tensors(repo, lm_head_of_noise)
@@ -511,6 +514,7 @@ def test_wrong_token_counts_are_found(worker: Worker, monkeypatch: pytest.Monkey
         worker.check_kv_length()
 
 
+@pytest.mark.core
 def test_logits_that_are_not_the_stock_ones_are_found(worker: Worker) -> None:
     with torch.no_grad():
         worker.model.lm_head.weight[5, 5] += 1.0
@@ -523,6 +527,7 @@ def test_a_class_that_is_not_the_repos_own_is_refused(worker: Worker) -> None:
         worker._require_class(worker.model, "AutoModel")
 
 
+@pytest.mark.core
 def test_native_tiles_are_counted_by_the_cache_too(tiny_llava_next_repo: Path, tmp_path: Path) -> None:
     folder = build(tiny_llava_next_repo, tmp_path, "llava_next", visual_token_num=4, tile_mode="native")
     worker = Worker(folder, settings_for(folder))

@@ -91,9 +91,10 @@ class TestEncoding:
         assert set(computing) <= {"bmm", "mul_", "_softmax", "mean", "_to_copy", "clone"}
         assert sum(computing.values()) <= 8
 
+    @pytest.mark.core
     @pytest.mark.parametrize("architecture", ["llava", "llava_next"])
     @pytest.mark.parametrize("layers", [-2, [-2, -4]])
-    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.core)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_peak_memory_is_at_most_a_twentieth_above_stock(self, architecture, layers, dtype):
         stock, ours = real_geometry(architecture, layers, dtype)
         generator = torch.Generator().manual_seed(0)
@@ -103,6 +104,7 @@ class TestEncoding:
             pixels = {"pixel_values": pixels["pixel_values"][None], "image_sizes": torch.tensor([[672, 600]])}
         assert peak_bytes(ours, pixels) <= 1.05 * peak_bytes(stock, pixels)
 
+    @pytest.mark.core
     def test_attention_maps_would_exceed_that(self):
         stock, ours = real_geometry("llava", -2, torch.float32)
         pixels = {"pixel_values": torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(0))}
@@ -171,6 +173,7 @@ class TestWaitsForTheDevice:
         ours, stock = self.reads(model, inputs, lambda which: which(**inputs))
         assert 0 < ours <= stock
 
+    @pytest.mark.core
     @every_llava
     @pytest.mark.parametrize("cache", ["dynamic", "static"])
     @pytest.mark.parametrize("count", [1, 3])
@@ -190,6 +193,7 @@ class TestWaitsForTheDevice:
         ours, stock = self.generation_reads(model, model.prompt(ONE), cache)
         assert ours <= stock + 2
 
+    @pytest.mark.core
     @packed_as_stock
     def test_encoded_images_wait_no_more_often(self, model, leading_tokens):
         model.pruned.set_vispruner_config(method="leading")

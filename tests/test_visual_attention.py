@@ -481,6 +481,7 @@ def test_appended_tokens_are_not_asked(one_large_picture: tuple) -> None:
     torch.testing.assert_close(tokens.layer_saliency, expected, rtol=0.02, atol=0)
 
 
+@pytest.mark.core
 def test_layers_compiled_one_by_one_are_told_apart(model: Any, stock: Any) -> None:
     """Equal layers share one graph, and still only one of them is the layer that attention is read from."""
     compiled = copy.deepcopy(model)
@@ -564,6 +565,7 @@ def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("clone", [copy.deepcopy, pickled])
 def test_a_copy_prunes_alike_and_is_independent(tiny_llava_repo: Path, clone: Callable) -> None:
     original = vispruner.load(tiny_llava_repo, visual_token_num=KEPT)
@@ -669,6 +671,7 @@ class ProductsOf(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+@pytest.mark.core
 def test_attention_of_eight_megapixels_takes_half_of_a_layers_products_and_a_stated_memory() -> None:
     """40,000 patches in Qwen2.5-VL's encoder. A layer's attention multiplies twice as much: by the values, too."""
     heads, patches, width = 16, 40_000, 80

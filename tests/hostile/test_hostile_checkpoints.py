@@ -194,6 +194,7 @@ def test_a_folder_is_not_taken_for_the_tower_that_a_config_names(
     assert asked == ["openai/clip"]
 
 
+@pytest.mark.core
 def test_checkpoints_of_real_size_are_far_below_the_limits(tmp_path: Path) -> None:
     """A shard of a thousand tensors, more than any file of a published checkpoint holds."""
     tensors = {f"model.layers.{number}.self_attn.q_proj.weight": torch.zeros(1) for number in range(1000)}

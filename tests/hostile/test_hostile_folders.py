@@ -339,6 +339,7 @@ def test_what_is_swapped_while_it_is_verified_is_not_what_runs_and_is_noticed(
     ]
 
 
+@pytest.mark.core
 def test_a_folder_that_vanishes_is_refused(
     good_repo: Path, attack_on: Callable[[Path], Attack], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +349,7 @@ def test_a_folder_that_vanishes_is_refused(
     assert failure.detail.startswith("FileNotFoundError")
 
 
+@pytest.mark.core
 def test_swapped_weights_are_noticed(
     good_repo: Path, attack_on: Callable[[Path], Attack], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -403,6 +405,7 @@ def missing_map_of_tokens(attack: Attack) -> None:
     (attack.repo / "chat_template.jinja").unlink()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -427,6 +430,7 @@ def test_with_the_base_every_file_is_compared(
     assert message in failure.detail
 
 
+@pytest.mark.core
 def test_the_digest_names_every_byte_but_not_what_the_hub_adds(
     good_repo: Path, attack_on: Callable[[Path], Attack], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,6 +513,7 @@ ENDLESS: list[tuple[Callable[[Attack], None], str]] = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("spoil", "message"), ENDLESS, ids=[spoil.__name__ for spoil, _ in ENDLESS])
 def test_an_endless_folder_is_refused_soon(
     spoil: Callable[[Attack], None],

@@ -139,6 +139,7 @@ def test_an_altered_download_is_never_run(
     assert "nothing of it was run" in text
 
 
+@pytest.mark.core
 def test_what_is_loaded_after_a_push_has_no_token_and_no_line_to_the_hub(
     hub: LyingHub, run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def looking_at(repo: str, command: str, photo: str, out: str) -> list[str]:
     return [command, photo, "--repo", repo, "--out", out, *more]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("command", ["show", "codebook", "calibrate"])
 @pytest.mark.parametrize("spoil", USED)
 def test_looking_at_a_repo_runs_none_of_its_code_and_does_not_ask(
@@ -306,6 +307,7 @@ def load_auto(repo: Path, **options: object) -> object:
 every_way = pytest.mark.parametrize("load", [vispruner.load, load_auto])
 
 
+@pytest.mark.core
 @every_way
 def test_a_folder_is_not_taken_for_the_base(
     load: Callable[..., object],

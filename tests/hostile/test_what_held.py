@@ -82,6 +82,7 @@ HELD: list[tuple[Callable[[Attack], None], str]] = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("spoil", "message"), HELD, ids=[spoil.__name__ for spoil, _ in HELD])
 def test_a_folder_is_refused_without_being_loaded(
     spoil: Callable[[Attack], None],
