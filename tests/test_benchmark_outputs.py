@@ -27,6 +27,7 @@ MEASURING = {  # what each script calls first once its options are read
     "latency": "measure",
     "paper": "measure",
     "report": "write_report",
+    "rounding": "measure",
     "scaling": "machine",
     "selection": "machine",
     "serving": "measure",

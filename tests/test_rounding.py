@@ -1,0 +1,70 @@
+"""What is said of rounding is what was measured, and the benchmark asks the same questions in every type."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from documents import DOCUMENTS
+
+for needed in ("sklearn", "easy_vqa"):
+    pytest.importorskip(needed, reason="the benchmarks need `pip install 'vispruner[benchmarks]'`")
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import rounding  # noqa: E402
+
+RECORD = json.loads((BENCHMARKS / "results" / "rounding.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_is_the_recorded_one() -> None:
+    assert rounding.markdown(RECORD) in DOCUMENTS
+    settings = RECORD["settings"]
+    assert f"{settings['questions']} questions about {settings['pictures']} photographs" in DOCUMENTS
+
+
+def test_what_is_said_of_it_is_recorded() -> None:
+    rows = {(row["row"], row["dtype"]): row for row in RECORD["rows"]}
+    others = [f"{name}, {budget}" for name in rounding.METHODS for budget in (128, 32)]
+    for name in (*others, "vispruner, important alone, 128", "vispruner, important alone, 32"):
+        assert rows[name, "float32"]["in_common"] == rows[name, "float32"]["same_answers"] == 1
+    assert 0.74 < rows["vispruner, 32", "float32"]["in_common"] < 0.76
+    ours = [
+        rows[f"vispruner, {budget}", dtype]["same_answers"]
+        for budget in (128, 32)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert [round(share, 2) for share in ours] == [0.9, 0.82, 0.8, 0.76]
+    theirs = [rows[name, "bfloat16"]["same_answers"] for name in others]
+    assert (round(min(theirs), 2), round(max(theirs), 2)) == (0.86, 0.99)
+    moved = {key: abs(row["right"] - rows[key[0], "float64"]["right"]) for key, row in rows.items()}
+    assert max(share for (name, _), share in moved.items() if name in ("vispruner, 128", "vispruner, 32")) <= 0.0245
+    assert max(moved.values()) <= 0.0605
+
+
+@pytest.mark.slow
+@pytest.mark.photo
+def test_one_photograph_is_asked_about_in_every_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "DTYPES", {"float64": torch.float64, "float32": torch.float32})
+    out = tmp_path / "out.json"
+    rounding.main(["--questions", "3", "--budgets", "64", "--methods", "divprune", "--json", str(out)])
+    record = json.loads(out.read_text(encoding="utf-8"))
+    rows = {(row["row"], row["dtype"]): row for row in record["rows"]}
+    assert record["settings"] == {"questions": 3, "pictures": 1, "seed": 0} and len(rows) == 10
+    for row in rows.values():
+        exact = row["dtype"] == "float64"
+        assert (row["in_common"] is None) == (row["method"] == "none")
+        assert not exact or (row["same_answers"] == 1 and row["in_common"] in (None, 1))
+    # Half of the tokens are those that [CLS] attends to most in any type.
+    assert rows["vispruner, important alone, 64", "float32"]["in_common"] >= 0.98
+    assert rows["vispruner, 64", "float32"]["in_common"] >= 0.49
+
+
+def test_a_budget_that_keeps_all_or_halves_to_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for budget in ("1", "576"):
+        with pytest.raises(SystemExit):
+            rounding.parse(["--budgets", budget])
+        assert "--budgets from 2 to 575" in capsys.readouterr().err
