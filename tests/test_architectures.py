@@ -57,9 +57,13 @@ from vispruner.visual_features import tokens_of
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 
 
-def covers(column: str, needs: str = "image", but: str | None = None) -> Callable:
-    """Mark a test as the proof of one column of README's table, for the rows that have the modality."""
+def covers(column: str, needs: str = "image", but: str | None = None, variants: bool = True) -> Callable:
+    """Mark a test as the proof of one column of README's table, for the rows that have the modality.
+
+    variants  whether also for rows of another tile mode or another language model
+    """
     marked = [name for name, row in EVERY.items() if needs in row.modalities and name != but]
+    marked = [name for name in marked if variants or "-" not in name]
 
     def mark(test: Callable) -> Callable:
         test.column = column
@@ -269,7 +273,7 @@ def test_decoding_equals_scoring_the_whole_in_one_pass(model: Model) -> None:
     assert scored.argmax(-1).tolist() == new[0].tolist()
 
 
-@covers("compile")
+@covers("compile", variants=False)  # each takes ten seconds
 @pytest.mark.core
 def test_generating_with_a_compiled_forward_gives_the_same(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
