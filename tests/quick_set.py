@@ -8,13 +8,14 @@ stand for is marked `core`, as is by hand what takes about a second. All that is
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 
 import pytest
 from matrix import EVERY
 
 # Patches behind a [CLS]; tiles of such; one sequence of merged patches, whose tokens have three positions each.
 QUICK_ROWS = {"llava", "llava_next", "qwen2_5_vl"}
-STAND_FOR_MANY = 6  # sets of parameters, evenly spread over all of a test's
+STAND_FOR_MANY = 6  # sets of parameters, spread over all of a test's
 COLLECTED = pytest.StashKey[list[pytest.Item]]()
 
 
@@ -26,6 +27,16 @@ def architectures_of(item: pytest.Item) -> set[str]:
 
 def is_marked(item: pytest.Item, name: str) -> bool:
     return item.get_closest_marker(name) is not None
+
+
+def stand_for(count: int) -> set[int]:
+    """Return which of a test's sets of parameters stand for all: one of each sixth, each time further into it.
+
+    Evenly spaced ones would all have the same value of a parameter whose number of values divides the space.
+    """
+    starts = [count * number // STAND_FOR_MANY for number in range(STAND_FOR_MANY + 1)]
+    sixths = enumerate(pairwise(starts))
+    return {start + number * (number - 1) // 2 % max(1, end - start) for number, (start, end) in sixths}
 
 
 def keep_it_quick(items: list[pytest.Item]) -> None:
@@ -40,7 +51,7 @@ def keep_it_quick(items: list[pytest.Item]) -> None:
         elif not is_marked(item, "slow") and not is_marked(item, "each"):
             quick[item.nodeid.partition("[")[0]].append(item)
     for asked in quick.values():
-        chosen = {len(asked) * number // STAND_FOR_MANY for number in range(STAND_FOR_MANY)}
+        chosen = stand_for(len(asked))
         for number, item in enumerate(asked):
             if number not in chosen:
                 item.add_marker("core")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
 from matrix import ROWS
-from quick_set import COLLECTED, architectures_of, is_marked, keep_it_quick
+from quick_set import COLLECTED, STAND_FOR_MANY, architectures_of, is_marked, keep_it_quick, stand_for
 
 ROOT = Path(__file__).parent.parent
 # Files of which nothing is in the quick set, and why.
@@ -99,4 +100,16 @@ def test_the_rule(item: Item, markers: list[str]) -> None:
 def test_six_sets_of_parameters_stand_for_a_hundred() -> None:
     items = [Item(number) for number in range(100)] + [Item("gemma3", "each")]
     keep_it_quick(items)  # type: ignore[arg-type]
-    assert [number for number, item in enumerate(items) if "slow" not in item.markers] == [0, 16, 33, 50, 66, 83, 100]
+    assert [number for number, item in enumerate(items) if "slow" not in item.markers] == [0, 16, 34, 53, 72, 93, 100]
+
+
+def test_they_have_several_values_of_each_of_two_parameters() -> None:
+    for others, fastest in product(range(2, 31), range(2, 13)):
+        chosen = stand_for(others * fastest)
+        assert len(chosen) == min(STAND_FOR_MANY, others * fastest)
+        assert min(len({number % fastest for number in chosen}), len({number // fastest for number in chosen})) > 1
+
+
+@pytest.mark.parametrize("count", range(1, STAND_FOR_MANY + 1))
+def test_few_sets_of_parameters_are_all_quick(count: int) -> None:
+    assert stand_for(count) == set(range(count))
