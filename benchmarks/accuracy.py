@@ -41,7 +41,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial, wraps
 from multiprocessing import get_context
@@ -253,6 +253,11 @@ class PublishedModel:
             raise BenchmarkError(f"{repo} was loaded as {type(self.model)}, not as its own class {named}")
         if config.model_type != "llava":
             raise BenchmarkError(f"{repo} is a {config.model_type} model: only llava repos (one tile) are measured")
+        if registers := getattr(config.vision_config, "num_register_tokens", 0):
+            raise BenchmarkError(
+                f"the tower of {repo} has {registers} register tokens, which stay beside every budget: only towers "
+                "without are measured, whose budgets are what the language model sees"
+            )
         self.codebook = config.vispruner_config["codebook"] if codebook is None else str(codebook.resolve())
         self.patch_size: int = config.vision_config.patch_size
         self.has_large_tower = config.vision_config.model_type == "dinov2"
@@ -720,6 +725,7 @@ def run_benchmark(
     ratios: Sequence[float | str] = RATIOS,
     stages: Sequence[tuple[int, float]] = (),
     layers: Sequence[int] = (),
+    earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure and return what the JSON holds; under `accelerate launch` each process returns the whole.
 
@@ -728,6 +734,7 @@ def run_benchmark(
                all that prune behind the encoder, since within the language model small budgets cannot be met
     codebook   for the selectors that need one; by default the repo's, or that of the embedded checkpoint
     processes  two by default, or as many as accelerate launched
+    earlier    the record that `with_rows_of` is to add to: refused at once where no row of it is measured again
     """
     if dataset not in DATASETS:
         raise BenchmarkError(f"--dataset must be one of {', '.join(DATASETS)}, got {dataset!r}")
@@ -764,6 +771,8 @@ def run_benchmark(
         _require_rows_of(stages, layers, rows)
         if not rows:
             raise BenchmarkError(f'"{DENSE}" drops nothing, so it is measured at 100 % only: add 100 to --budgets')
+        if earlier is not None and not {_key(asdict(row)) for row in rows} & {_key(row) for row in earlier["rows"]}:
+            raise BenchmarkError(GROWS_BY)
         samples = questions(dataset, seed, limit)
         tallies = measure(published, folder, samples, rows, processes)
     found = [row_of(row, tally, samples) for row, tally in tallies.items()]
@@ -789,6 +798,12 @@ def run_benchmark(
     }
 
 
+GROWS_BY = (
+    "the record can only grow by a run that measured some of its rows again, the dense model's if it has any, and "
+    "found the same"
+)
+
+
 def _require_same(record: dict[str, Any], asked: dict[str, Any]) -> None:
     if other := [name for name, value in asked.items() if record[name] != value]:
         raise BenchmarkError(f"the record is of another run: it differs in {', '.join(other)}")
@@ -812,22 +827,20 @@ def with_rows_of(record: dict[str, Any], result: dict[str, Any]) -> dict[str, An
     same to the last answer counted; and where both measured the dense model, it shows in that.
     """
     _require_same(record, {name: result[name] for name in SAME_IN_A_RECORD})
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        named = ("selector", "budget_percent", "important_ratio", "position_policy")
-        return (*(row[name] for name in named), tuple(row.get("encoder_stage", ())), row.get("attention_layer"))
-
-    before, new = ({key(row): row for row in one["rows"]} for one in (record, result))
+    before, new = ({_key(row): row for row in one["rows"]} for one in (record, result))
     same = {row for row in before.keys() & new.keys() if before[row] == new[row]}
     if not same or any(row[0] == DENSE and row not in same for row in before.keys() & new.keys()):
-        raise BenchmarkError(
-            "the record can only grow by a run that measured some of its rows again, the dense model's if it has any, "
-            "and found the same"
-        )
+        raise BenchmarkError(GROWS_BY)
     rows = {**before, **new}
     run = {name: result[name] for name in ("date", "versions", "processes", "minutes")}
     run["selectors"] = list(dict.fromkeys(row["selector"] for row in result["rows"]))
     return {**record, "rows": list(rows.values()), "further_runs": [*record.get("further_runs", []), run]}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a row from every other of its record."""
+    named = ("selector", "budget_percent", "important_ratio", "position_policy")
+    return (*(row[name] for name in named), tuple(row.get("encoder_stage") or ()), row.get("attention_layer"))
 
 
 def label(row: dict[str, Any]) -> str:
@@ -1116,6 +1129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.ratios,
             parsed.encoder_stages,
             parsed.attention_layers,
+            earlier,
         )
         if earlier is not None:
             result = with_rows_of(earlier, result)

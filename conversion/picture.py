@@ -234,6 +234,11 @@ def show(
     """
     if visual_token_num is not None and budgets:
         raise ValueError("give either --visual-token-num (one budget) or --budgets (several side by side)")
+    if method is not None and "+" in method:
+        raise ValueError(
+            f'--method draws one method, and "{method}" names several: build a repo whose vispruner_config has it, '
+            "with stage_token_nums, and give that by --repo"
+        )
     out, paths = writable_file(out, *PNG), _shown_pictures(image, repo)
     if len(paths) > 1 and question is not None:
         raise ValueError(f"--question is answered under one picture, and these are {len(paths)}: give one IMAGE")

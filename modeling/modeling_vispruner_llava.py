@@ -1,6 +1,5 @@
 """LLaVA-1.5 with visual token pruning: one image is one tile of N patches behind a [CLS] token."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
         patches, images = self._patches(pixel_values), len(pixel_values)
-        full = self.register_tokens + patches
+        full = self.full_count(patches)
         kept = full if self.keeps_all(patches) else self.encoder_options.budget(patches)
         return [full] * images, [kept] * images
 
@@ -50,7 +49,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
         **kwargs: Any,
     ) -> PrunedImageFeatures:
         """Encode (B, 3, height, width), select, project; `pooler_output` holds B tensors (T, D)."""
-        if self.keeps_all(self._patches(pixel_values)):
+        if self.keeps_all(patches := self._patches(pixel_values)):
             outputs = super().get_image_features(
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,
@@ -59,7 +58,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
                 return_dict=True,
                 **kwargs,
             )
-            return self.keep_everything(outputs, self._numbered(outputs.pooler_output))
+            return self.keep_everything(outputs, self.dense_numbers(outputs.pooler_output, patches))
         self.require_patches(vision_feature_select_strategy)
         outputs, tokens = self.encode(pixel_values, vision_feature_layer, **kwargs)
         pruned = self.prune(outputs, tokens, kwargs)
@@ -68,12 +67,6 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
             pruned.placeholders = [registers + kept for kept in pruned.kept_indices or ()]
             pruned.full_counts = [registers + count for count in pruned.full_counts or ()]
         return pruned
-
-    def _numbered(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return of each image which patch each of its tokens is, -1 for registers."""
-        registers = self.register_tokens
-        numbers = (torch.arange(len(image), device=image.device) - registers for image in images)
-        return [number.clamp(min=-1) for number in numbers]
 
 
 class VisPrunerLlavaForConditionalGeneration(VisPrunerMixin, LlavaForConditionalGeneration, GenerationMixin):

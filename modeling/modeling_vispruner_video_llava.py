@@ -70,8 +70,10 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
 
     def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
-        full, images = self._patches(pixel_values), len(pixel_values)
-        return [full] * images, [self.encoder_options.budget(full)] * images
+        patches, images = self._patches(pixel_values), len(pixel_values)
+        full = self.full_count(patches)
+        kept = full if self.keeps_all(patches) else self.encoder_options.budget(patches)
+        return [full] * images, [kept] * images
 
     @can_return_tuple
     def get_image_features(
@@ -85,7 +87,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         """Encode (B, 3, height, width), select, project; `pooler_output` is (B, T, D)."""
         names = {"pixel_values": pixel_values, "pixel_values_images": pixel_values_images}
         pixels = by_stock_name(names, VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES)[VIDEO_LLAVA_IMAGES]
-        if self.keeps_all(self._patches(pixels)):
+        if self.keeps_all(patches := self._patches(pixels)):
             outputs = super().get_image_features(
                 pixels,
                 vision_feature_layer=vision_feature_layer,
@@ -93,7 +95,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
                 return_dict=True,
                 **kwargs,
             )
-            return self.keep_everything(outputs)
+            return self.keep_everything(outputs, self.dense_numbers(outputs.pooler_output, patches))
         self.require_patches(vision_feature_select_strategy)
         outputs, _, tokens = self.encode_with(self.image_tower, pixels, vision_feature_layer, **kwargs)
         return self.prune(outputs, tokens, kwargs)

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+import vispruner
 
 for needed in ("sklearn", "easy_vqa", "matplotlib"):
     pytest.importorskip(needed, reason="the benchmarks need `pip install 'vispruner[benchmarks]'`")
@@ -140,6 +143,33 @@ def test_a_record_that_cannot_grow_is_refused_before_anything_is_measured(
     monkeypatch.setattr(accuracy, "run_benchmark", lambda *_: pytest.fail("it measured"))
     assert accuracy.main(["--limit", "2", "--add-to", str(earlier)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_that_measures_no_row_of_the_record_again_is_refused_before_it_answers(
+    accuracy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"dataset": "scenes", "seed": 0, "base_model": "", "questions": 2, "pictures": 1}
+    about["full_visual_tokens"] = 144
+    row = {"selector": "random", "budget_percent": 25.0, "important_ratio": None, "position_policy": "renumber"}
+    (earlier := tmp_path / "earlier.json").write_text(json.dumps({**about, "rows": [row]}))
+    monkeypatch.setattr(accuracy, "measure", lambda *_: pytest.fail("it measured"))
+    asked = ["--limit", "2", "--selectors", "random", "--budgets"]
+    assert accuracy.main([*asked, "50", "--add-to", str(earlier)]) == 2
+    assert "measured some of its rows again" in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception, match="it measured"):
+        accuracy.main([*asked, "50", "25", "--add-to", str(earlier)])
+
+
+def test_a_tower_with_registers_is_refused(accuracy: ModuleType, tiny_llava_repo: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_llava_repo / "config.json").read_text())
+    vision = {"model_type": "dinov2_with_registers", "num_register_tokens": 4}
+    vision |= {k: v for k, v in config["vision_config"].items() if k not in ("model_type", "intermediate_size")}
+    shutil.copytree(tiny_llava_repo, own := tmp_path / "repo")
+    llava = vispruner.architecture_of("llava")
+    stored = {"vispruner_config": {"visual_token_num": 18}, "vision_config": vision}
+    llava.model_class(llava.config_class.from_dict({**config, **stored})).save_pretrained(own)
+    with pytest.raises(accuracy.BenchmarkError, match="has 4 register tokens, which stay beside every budget"):
+        accuracy.PublishedModel(own)
 
 
 def test_ratios_are_numbers_or_decided_by_the_image(accuracy: ModuleType) -> None:

@@ -259,6 +259,11 @@ def test_show_takes_one_budget_or_several(tiny_llava_repo: Path, tmp_path: Path)
         show("photo.jpg", str(tiny_llava_repo), tmp_path / "kept.png", visual_token_num=4, budgets=[8, 4])
 
 
+def test_show_draws_several_stages_only_of_a_repo_that_has_their_budgets(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'"vispruner\+fastv" names several: build a repo .* stage_token_nums'):
+        show(None, None, tmp_path / "kept.png", method="vispruner+fastv")
+
+
 def test_photo_is_read_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by a quarter

@@ -42,7 +42,7 @@ def without_angles(counter: FlopCounterMode) -> int:
     return counter.get_total_flops() - angles
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row.model_type)
+@pytest.mark.parametrize("row", list(rows()), ids=lambda row: row.model_type)
 def test_the_cost_of_every_language_model_is_known(row: Row) -> None:
     config = row.config()
     config._attn_implementation = "eager"

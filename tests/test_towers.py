@@ -10,7 +10,14 @@ import torch
 from matrix import ASK, HELLO, Model, answers, dropped_columns, logits, pair, reference_of, require_the_reference
 from rows import Image
 from rows.llava import PATCHES, LlavaRow
-from transformers import DeiTConfig, Dinov2Config, Dinov2WithRegistersConfig, SiglipVisionConfig, ViTConfig
+from transformers import (
+    CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 
 import vispruner
 from vispruner.choosing import watch_choices
@@ -97,6 +104,28 @@ def test_original_positions_are_those_of_patches_behind_the_registers(model: Mod
     positions = torch.arange(inputs["input_ids"].shape[1])[None]
     expected = model.stock(**full, position_ids=positions).logits[0, -1]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tower", "before"),
+    [
+        (CLIPVisionConfig(**VIT, intermediate_size=64), 1),
+        (TOWERS["dinov2"], 1),
+        (TOWERS["dinov2_with_registers"], 1 + REGISTERS),
+        (SiglipVisionConfig(**VIT, intermediate_size=64), 0),
+    ],
+    ids=lambda given: getattr(given, "model_type", str(given)),
+)
+def test_a_dense_model_that_keeps_cls_says_so(tower: Any, before: int) -> None:
+    """[CLS] is token 0 of the prompt's, so that patch 0 is another; a tower without [CLS] has none to keep."""
+    row = TowerRow(tower)
+    row.registers = before
+    stock, dense = pair(row, {"vision_feature_select_strategy": "full"}, method="none")
+    inputs = Model(row, Path(), stock, dense).prompt(PROMPT)
+    assert torch.equal(logits(dense, inputs), logits(stock, inputs))
+    assert dense.visual_token_counts(inputs["pixel_values"]) == ([before + PATCHES], [before + PATCHES])
+    features = dense.model.encode_prompt(**inputs)["image"]
+    assert features.kept_indices[0].tolist() == [-1] * before + list(range(PATCHES))
 
 
 @pytest.mark.parametrize("method", sorted(set(ENCODER_METHODS) - {"codebook"}))

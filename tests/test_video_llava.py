@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from counting import cached_tokens
-from matrix import ASK, CLIP, HELLO, MIXED, ONE, Model, answers, logits
+from matrix import ASK, CLIP, HELLO, MIXED, ONE, Model, answers, logits, pair
 from rows import Video, noise
 from rows.video_llava import IMAGE, PATCHES, PIXELS, ROW, SIZE, VIDEO
 from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor
@@ -95,3 +95,12 @@ def test_the_papers_budgets_are_the_nearest_counts_per_frame() -> None:
     repo = load_repo_config("video-llava-7b-vispruner")
     per_frame = [repo.vispruner_config, *repo.budgets.values()]
     assert [budget["visual_token_num"] for budget in per_frame] == [round(total / 8) for total in (455, 227, 114)]
+
+
+def test_a_dense_model_that_keeps_cls_of_images_says_so() -> None:
+    _, dense = pair(ROW, {"vision_feature_select_strategy": "full"}, method="none")
+    pictures = noise((2, 3, SIZE, SIZE), 1)
+    assert dense.visual_token_counts(pictures) == ([1 + PATCHES] * 2, [1 + PATCHES] * 2)
+    features = dense.model.get_image_features(pictures)
+    assert features.pooler_output.shape[1] == 1 + PATCHES
+    assert [kept.tolist() for kept in features.kept_indices] == [list(range(-1, PATCHES))] * 2
