@@ -5,9 +5,9 @@ turn within every round. What is timed is the base model's forward: encoder, cho
 
 dense      nothing is dropped
 pruned     a quarter of the visual tokens stays, chosen behind the encoder
-staged     the same quarter, but half of the patches leave in the middle of the encoder
+staged     the same quarter, but half of the patches leave in the middle of the encoder, where the model lets them
 smaller    no choice: the picture has a quarter of the pixels, or of the tiles, rounded up (4 of 13); where the encoder
-           takes such a one
+           takes such a one. LLaVA-OneVision cuts a quarter of the pixels into 5 tiles, where the whole has 10
 
 The encoder's peak memory is no column: it is that of its first layers, which run on all patches.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 sys.path.insert(0, str(Path(__file__).parent))
 from latency import spread
@@ -38,7 +40,15 @@ from vispruner.conversion.ceilings import TEXT_TOKENS, ceiling, example_inputs, 
 from vispruner.conversion.checkpoint_io import read_json
 from vispruner.stock_versions import CACHE
 
-MODELS = ("smolvlm2-2.2b", "gemma-3-4b", "qwen2.5-vl-7b", "internvl3-8b", "llava-1.5-7b")
+MODELS = (
+    "smolvlm2-2.2b",
+    "gemma-3-4b",
+    "llava-onevision-qwen2-0.5b",
+    "qwen2.5-vl-7b",
+    "qwen3-vl-8b",
+    "internvl3-8b",
+    "llava-1.5-7b",
+)
 BUDGET, LEFT = 0.25, 0.5
 WORD = 5  # any id of the vocabulary that is no placeholder
 
@@ -80,6 +90,10 @@ def prompt(base: Any, scale: int = 1) -> dict[str, torch.Tensor]:
             "pixel_values": given["pixel_values"][: rows * rows],
             "image_grid_thw": torch.tensor([[1, rows, rows]]),
         }
+    elif "image_sizes" in given and scale > 1:
+        size, side = given["image_sizes"] // scale, base.config.vision_config.image_size
+        tiles = 1 + math.prod(get_anyres_image_grid_shape(size[0].tolist(), base.config.image_grid_pinpoints, side))
+        given = {"pixel_values": given["pixel_values"][:, :tiles], "image_sizes": size}
     elif scale > 1:
         tiles = -(-max(given["pixel_values"].shape[:-3]) // scale**2)
         given["pixel_values"] = given["pixel_values"].narrow(given["pixel_values"].dim() - 4, 0, tiles)
@@ -104,11 +118,9 @@ def can_be_smaller(base: Any) -> bool:
 def rows_of(base: Any) -> dict[str, tuple[dict[str, Any], int]]:
     """Return the options and the scale of the picture of every row."""
     pruned = {"method": "vispruner", "keep_ratio": BUDGET, "visual_token_num": None}
-    rows: dict[str, tuple[dict[str, Any], int]] = {
-        "dense": ({"method": "none"}, 1),
-        "pruned": (pruned, 1),
-        "staged": ({**pruned, "encoder_stage": halfway(base, LEFT)}, 1),
-    }
+    rows: dict[str, tuple[dict[str, Any], int]] = {"dense": ({"method": "none"}, 1), "pruned": (pruned, 1)}
+    if (stage := halfway(base, LEFT)) is not None:
+        rows["staged"] = ({**pruned, "encoder_stage": stage}, 1)
     return {**rows, "smaller": ({"method": "none"}, 2)} if can_be_smaller(base) else rows
 
 
@@ -148,20 +160,41 @@ def measure_model(name: str, divisor: int, rounds: int, progress: tqdm) -> dict[
     }
 
 
-def measure(models: Sequence[str], divisor: int, rounds: int) -> dict[str, Any]:
-    """Return what the JSON holds."""
-    with tqdm(total=len(models) * 4 * (rounds + 1), unit="forward") as progress:
-        found = [measure_model(name, divisor, rounds, progress) for name in models]
+def settings(divisor: int) -> dict[str, Any]:
+    """Return what all models of a record have in common."""
     return {
         "budget": BUDGET,
         "left_halfway": LEFT,
         "depth_divisor": divisor,
         "text_tokens": TEXT_TOKENS,
         "threads": torch.get_num_threads(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "versions": versions(),
-        "models": found,
     }
+
+
+def measure(models: Sequence[str], divisor: int, rounds: int) -> dict[str, Any]:
+    """Return what the JSON holds."""
+    with tqdm(total=len(models) * 4 * (rounds + 1), unit="forward") as progress:
+        found = [measure_model(name, divisor, rounds, progress) for name in models]
+    date = datetime.now(timezone.utc).date().isoformat()
+    return {**settings(divisor), "date": date, "versions": versions(), "models": found}
+
+
+def require_room(record: Mapping[str, Any], models: Sequence[str], divisor: int) -> None:
+    """Raise ValueError for a record that these models cannot be added to: of other settings, or with one of them."""
+    asked = settings(divisor)
+    if lacking := [name for name in (*asked, "models") if name not in record]:
+        raise ValueError(f"it is no record of encoder_stage.py, which has {', '.join(lacking)}")
+    if other := [name for name, value in asked.items() if record[name] != value]:
+        raise ValueError(f"it is of another run: it differs in {', '.join(other)}")
+    if twice := {model["model"] for model in record["models"]} & set(models):
+        raise ValueError(f"it has {min(twice)} already: give other --models, or write a new record")
+
+
+def with_models_of(record: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an earlier record with the models of a further run."""
+    noted = {"models": [model["model"] for model in run["models"]], "date": run["date"], "versions": run["versions"]}
+    further = [*record.get("further_runs", []), noted]
+    return {**record, "models": [*record["models"], *run["models"]], "further_runs": further}
 
 
 def table(record: Mapping[str, Any]) -> str:
@@ -171,7 +204,7 @@ def table(record: Mapping[str, Any]) -> str:
         cells = [model["model"], f"{model['encoder_share']:.0%}"]
         for row in ("pruned", "staged", "smaller"):
             if (found := model["rows"].get(row)) is None:
-                cells.append("")
+                cells.append("refused" if row == "staged" else "")
                 continue
             ratio, most = found["ratio_to_dense"], found["ceiling"]
             limit = "" if most is None else f" of {most:.2f}x"
@@ -232,6 +265,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument("--json", type=output_file(".json"), metavar="FILE", help="write all figures here")
     parser.add_argument(
+        "--add-to", type=Path, metavar="FILE", help="add the models to this record of the same settings, for --json"
+    )
+    parser.add_argument(
         "--costs",
         nargs="+",
         type=Path,
@@ -254,7 +290,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise SystemExit(f"--costs: {error}") from None
         return 0
     torch.set_num_threads(parsed.threads)
+    earlier = None
+    if parsed.add_to is not None:
+        try:
+            require_room(earlier := read_json(parsed.add_to), parsed.models, parsed.depth_divisor)
+        except ValueError as error:
+            raise SystemExit(f"--add-to {parsed.add_to}: {error}") from None
     record = measure(parsed.models, parsed.depth_divisor, parsed.rounds)
+    if earlier is not None:
+        record = with_models_of(earlier, record)
     print(table(record))
     if parsed.json is not None:
         write_record(parsed.json, record)
