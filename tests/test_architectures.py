@@ -250,14 +250,14 @@ def test_a_static_cache_gives_the_same_and_is_as_long_as_the_pruned_prompt(model
     assert result.past_key_values.layers[0].keys.shape[-2] <= inputs["input_ids"].shape[1] - lost + NEW
 
 
-@covers("assisted")
+@covers("prompt lookup")
 def test_prompt_lookup_gives_the_same(model: Model) -> None:
     inputs = model.prompt(ONE)
     expected = generate(model.pruned, inputs)
     assert torch.equal(generate(model.pruned, inputs, prompt_lookup_num_tokens=2), expected)
 
 
-@covers("assisted")
+@covers("prompt lookup")
 def test_decoding_equals_scoring_the_whole_in_one_pass(model: Model) -> None:
     """What the cache held while decoding was right: the same ids, scored at once, have the same logits."""
     inputs = model.prompt(ONE)

@@ -26,7 +26,7 @@ from vispruner import SELECTORS, VisPrunerOptions, conversion
 from vispruner.configuration_vispruner import FIELD_NAMES
 from vispruner.conversion import cli
 from vispruner.conversion.build import build_repo
-from vispruner.conversion.repo_config import HUB_CONFIGS, hub_config_names
+from vispruner.conversion.repo_config import HUB_CONFIGS, hub_config_names, load_repo_config
 
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -120,6 +120,12 @@ def test_the_documented_commands_are_understood() -> None:
     (block,) = (block for block in code_blocks("") if block.startswith("vispruner convert"))
     parsed = [cli._parser().parse_args(line.split()[1:]).command.__name__ for line in block.splitlines()]
     assert parsed == ["_convert", "_build", "_verify", "_show"]
+
+
+def test_the_documented_yaml_is_a_repo_s(tmp_path: Path) -> None:
+    (block,) = (block for block in code_blocks("yaml") if block.startswith("repo_id: your-name/"))
+    (tmp_path / "mine.yaml").write_text(block)
+    assert load_repo_config(tmp_path / "mine.yaml").vispruner_config["visual_token_num"] == 128
 
 
 def test_every_command_of_ours_in_the_documents_is_understood() -> None:
