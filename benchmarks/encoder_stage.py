@@ -7,7 +7,8 @@ dense      nothing is dropped
 pruned     a quarter of the visual tokens stays, chosen behind the encoder
 staged     the same quarter, but half of the patches leave in the middle of the encoder, where the model lets them
 smaller    no choice: the picture has a quarter of the pixels, or of the tiles, rounded up (4 of 13); where the encoder
-           takes such a one. LLaVA-OneVision cuts a quarter of the pixels into 5 tiles, where the whole has 10
+           takes such a one. LLaVA-OneVision cuts a quarter of the pixels into 5 tiles in place of 10, LLaVA-NeXT
+           into 3 in place of 5
 
 The encoder's peak memory is no column: it is that of its first layers, which run on all patches.
 """
@@ -278,6 +279,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parsed = parser.parse_args(arguments)
     if min(parsed.depth_divisor, parsed.rounds, parsed.threads) < 1:
         parser.error("--depth-divisor, --rounds and --threads must be at least 1")
+    if parsed.add_to is not None and parsed.json is None:
+        parser.error("--add-to is read only: say by --json where the whole record is to be written")
+    if twice := [name for name in parsed.models if parsed.models.count(name) > 1]:
+        parser.error(f"--models has {twice[0]} twice")
     return parsed
 
 

@@ -72,16 +72,22 @@ class TowerEncoderMixin(VisPrunerModelMixin):
         """How many tokens stand between [CLS] and the patches: registers, which are of no place in the picture."""
         return int(getattr(self.config.vision_config, "num_register_tokens", 0))
 
-    def full_count(self, patches: int) -> int:
-        """Return how many tokens stock makes of an image: [CLS] is one in a dense model whose config keeps it."""
-        with_cls = self.config.vision_feature_select_strategy == "full" and self.has_cls_token
-        return int(with_cls and self._has_known_tower) + self.register_tokens + patches
+    def full_count(self, patches: int, strategy: str | None = None) -> int:
+        """Return how many tokens stock makes of an image. Where nothing is dropped the `strategy` may keep [CLS].
 
-    @staticmethod
-    def dense_numbers(images: Sequence[torch.Tensor], patches: int) -> list[torch.Tensor]:
-        """Return of each image that stock encoded which patch each token is: -1 for those before the patches."""
-        numbers = (torch.arange(len(image), device=image.device) + patches - len(image) for image in images)
-        return [number.clamp(min=-1) for number in numbers]
+        Of a tower that cannot be pruned, its patches: what stands before them is not known.
+        """
+        strategy = strategy or self.config.vision_feature_select_strategy
+        with_cls = strategy == "full" and self.has_cls_token and self._has_known_tower
+        return int(with_cls) + self.register_tokens + patches
+
+    def dense_numbers(self, images: Sequence[torch.Tensor], patches: int) -> list[torch.Tensor]:
+        """Return of each image that stock encoded which patch each token is: -1 for those before the patches.
+
+        Of a tower that cannot be pruned they are counted from the first, for it may cut patches off.
+        """
+        before = len(images[0]) - patches if len(images) and self._has_known_tower else 0
+        return [(torch.arange(len(image), device=image.device) - before).clamp(min=-1) for image in images]
 
     def make_prunable(self) -> None:
         if self._has_known_tower:

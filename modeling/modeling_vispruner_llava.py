@@ -27,10 +27,12 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
 
     forward = forward_of(LlavaModel)
 
-    def image_token_counts(self, pixel_values: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
+    def image_token_counts(
+        self, pixel_values: torch.Tensor, vision_feature_select_strategy: str | None = None, **arguments: Any
+    ) -> tuple[list[int], list[int]]:
         """Return per image the visual tokens of a full prompt and those that are kept."""
         patches, images = self._patches(pixel_values), len(pixel_values)
-        full = self.full_count(patches)
+        full = self.full_count(patches, vision_feature_select_strategy)
         kept = full if self.keeps_all(patches) else self.encoder_options.budget(patches)
         return [full] * images, [kept] * images
 

@@ -56,10 +56,15 @@ def test_every_row_keeps_what_it_says(
     assert shown.startswith("| model | encoder |") and "| miniature |" in shown
 
 
-def test_a_wrong_number_is_refused(stage_times: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        stage_times.parse_arguments(["--rounds", "0"])
-    assert "must be at least 1" in capsys.readouterr().err
+def test_what_cannot_be_meant_is_refused(stage_times: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for asked, said in (
+        (["--rounds", "0"], "must be at least 1"),
+        (["--add-to", "record.json"], "say by --json where the whole record is to be written"),
+        (["--models", "llava-1.5-7b", "llava-1.5-7b"], "--models has llava-1.5-7b twice"),
+    ):
+        with pytest.raises(SystemExit):
+            stage_times.parse_arguments(asked)
+        assert said in capsys.readouterr().err
 
 
 def test_costs_of_other_layers_are_refused(stage_times: Any) -> None:
@@ -96,4 +101,4 @@ def test_a_record_that_cannot_grow_is_refused_before_anything_is_timed(
     monkeypatch.setattr(stage_times.torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(stage_times.torch, "get_num_threads", lambda: record["threads"])
     with pytest.raises(SystemExit, match=f"--add-to .*{said}"):
-        stage_times.main(["--models", *asked, "--add-to", str(earlier)])
+        stage_times.main(["--models", *asked, "--add-to", str(earlier), "--json", str(tmp_path / "grown.json")])

@@ -15,6 +15,7 @@ from transformers import (
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    PixtralVisionConfig,
     SiglipVisionConfig,
     ViTConfig,
 )
@@ -126,6 +127,26 @@ def test_a_dense_model_that_keeps_cls_says_so(tower: Any, before: int) -> None:
     assert dense.visual_token_counts(inputs["pixel_values"]) == ([before + PATCHES], [before + PATCHES])
     features = dense.model.encode_prompt(**inputs)["image"]
     assert features.kept_indices[0].tolist() == [-1] * before + list(range(PATCHES))
+
+
+@pytest.mark.parametrize(("stored", "asked", "before"), [("default", "full", 1), ("full", "default", 0)])
+def test_a_call_may_keep_cls_or_not(stored: str, asked: str, before: int) -> None:
+    _, dense = pair(LlavaRow(), {"vision_feature_select_strategy": stored}, method="none")
+    pixels = torch.randn(2, 3, 112, 112)
+    assert dense.visual_token_counts(pixels, vision_feature_select_strategy=asked) == ([before + PATCHES] * 2,) * 2
+    features = dense.model.get_image_features(pixels, vision_feature_select_strategy=asked)
+    assert [kept.tolist() for kept in features.kept_indices] == [[-1] * before + list(range(PATCHES))] * 2
+
+
+def test_pictures_that_a_dense_model_encodes_in_their_own_size_are_numbered_from_0() -> None:
+    row = TowerRow(PixtralVisionConfig(**VIT, intermediate_size=64))
+    _, dense = pair(row, {"vision_feature_layer": -1}, method="none")
+    features = dense.model.get_image_features(
+        torch.randn(2, 3, 112, 112),
+        vision_feature_select_strategy="full",
+        image_sizes=torch.tensor([[112, 112], [56, 84]]),
+    )
+    assert [kept.tolist() for kept in features.kept_indices] == [list(range(64)), list(range(4 * 6))]
 
 
 @pytest.mark.parametrize("method", sorted(set(ENCODER_METHODS) - {"codebook"}))
