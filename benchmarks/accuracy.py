@@ -1106,6 +1106,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parsed = parser.parse_args(arguments)
     if parsed.add_to is not None and not parsed.add_to.is_file():
         parser.error(f"--add-to {parsed.add_to}: there is no such file")
+    if parsed.add_to is not None and parsed.json is None:
+        parser.error("--add-to is read only: say by --json where the whole record is to be written")
     return parsed
 
 

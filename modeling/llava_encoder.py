@@ -72,14 +72,26 @@ class TowerEncoderMixin(VisPrunerModelMixin):
         """How many tokens stand between [CLS] and the patches: registers, which are of no place in the picture."""
         return int(getattr(self.config.vision_config, "num_register_tokens", 0))
 
-    def full_count(self, patches: int, strategy: str | None = None) -> int:
-        """Return how many tokens stock makes of an image. Where nothing is dropped the `strategy` may keep [CLS].
+    def patches_of(self, pixel_values: torch.Tensor) -> int:
+        """Return the patches of each image in (..., height, width)."""
+        height, width = pixel_values.shape[-2:]
+        patch = self.config.vision_config.patch_size
+        return (height // patch) * (width // patch)
 
-        Of a tower that cannot be pruned, its patches: what stands before them is not known.
+    def image_token_counts(
+        self, pixel_values: torch.Tensor, *, vision_feature_select_strategy: str | None = None, **arguments: Any
+    ) -> tuple[list[int], list[int]]:
+        """Return per image the visual tokens of a full prompt and those that are kept.
+
+        Where nothing is dropped the strategy may keep [CLS]. Of a tower that cannot be pruned what stands before the
+        patches is not known, and only they are counted.
         """
-        strategy = strategy or self.config.vision_feature_select_strategy
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        patches, images = self.patches_of(pixel_values), len(pixel_values)
         with_cls = strategy == "full" and self.has_cls_token and self._has_known_tower
-        return int(with_cls) + self.register_tokens + patches
+        full = int(with_cls) + self.register_tokens + patches
+        kept = full if self.keeps_all(patches) else self.encoder_options.budget(patches)
+        return [full] * images, [kept] * images
 
     def dense_numbers(self, images: Sequence[torch.Tensor], patches: int) -> list[torch.Tensor]:
         """Return of each image that stock encoded which patch each token is: -1 for those before the patches.

@@ -27,20 +27,6 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
 
     forward = forward_of(LlavaModel)
 
-    def image_token_counts(
-        self, pixel_values: torch.Tensor, vision_feature_select_strategy: str | None = None, **arguments: Any
-    ) -> tuple[list[int], list[int]]:
-        """Return per image the visual tokens of a full prompt and those that are kept."""
-        patches, images = self._patches(pixel_values), len(pixel_values)
-        full = self.full_count(patches, vision_feature_select_strategy)
-        kept = full if self.keeps_all(patches) else self.encoder_options.budget(patches)
-        return [full] * images, [kept] * images
-
-    def _patches(self, pixel_values: torch.Tensor) -> int:
-        height, width = pixel_values.shape[-2:]
-        patch = self.config.vision_config.patch_size
-        return (height // patch) * (width // patch)
-
     @can_return_tuple
     def get_image_features(
         self,
@@ -51,7 +37,7 @@ class VisPrunerLlavaModel(LlavaEncoderMixin, LlavaModel):
         **kwargs: Any,
     ) -> PrunedImageFeatures:
         """Encode (B, 3, height, width), select, project; `pooler_output` holds B tensors (T, D)."""
-        if self.keeps_all(patches := self._patches(pixel_values)):
+        if self.keeps_all(patches := self.patches_of(pixel_values)):
             outputs = super().get_image_features(
                 pixel_values,
                 vision_feature_layer=vision_feature_layer,

@@ -63,20 +63,6 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         if self._has_known_tower:
             make_tappable([layer.self_attn for layer in layers_of(self.video_tower)])
 
-    def _patches(self, pixel_values: torch.Tensor) -> int:
-        height, width = pixel_values.shape[-2:]
-        patch = self.config.vision_config.patch_size
-        return (height // patch) * (width // patch)
-
-    def image_token_counts(
-        self, pixel_values: torch.Tensor, vision_feature_select_strategy: str | None = None, **arguments: Any
-    ) -> tuple[list[int], list[int]]:
-        """Return per image the visual tokens of a full prompt and those that are kept."""
-        patches, images = self._patches(pixel_values), len(pixel_values)
-        full = self.full_count(patches, vision_feature_select_strategy)
-        kept = full if self.keeps_all(patches) else self.encoder_options.budget(patches)
-        return [full] * images, [kept] * images
-
     @can_return_tuple
     def get_image_features(
         self,
@@ -89,7 +75,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
         """Encode (B, 3, height, width), select, project; `pooler_output` is (B, T, D)."""
         names = {"pixel_values": pixel_values, "pixel_values_images": pixel_values_images}
         pixels = by_stock_name(names, VIDEO_LLAVA_IMAGE_NAMES, VIDEO_LLAVA_IMAGES)[VIDEO_LLAVA_IMAGES]
-        if self.keeps_all(patches := self._patches(pixels)):
+        if self.keeps_all(patches := self.patches_of(pixels)):
             outputs = super().get_image_features(
                 pixels,
                 vision_feature_layer=vision_feature_layer,
@@ -108,7 +94,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
 
     def video_token_counts(self, pixel_values_videos: torch.Tensor, **arguments: Any) -> tuple[list[int], list[int]]:
         """Return per frame the visual tokens of a full prompt and those that are kept, [CLS] among them."""
-        patches, frames = self._patches(pixel_values_videos), pixel_values_videos.shape[:2].numel()
+        patches, frames = self.patches_of(pixel_values_videos), pixel_values_videos.shape[:2].numel()
         return [1 + patches] * frames, [1 + self.encoder_options.budget(patches)] * frames
 
     @can_return_tuple
@@ -122,7 +108,7 @@ class VisPrunerVideoLlavaModel(TowerEncoderMixin, VideoLlavaModel):
 
         What `PrunedImageFeatures` tells per image is told per frame here; the kept index of [CLS] is -1.
         """
-        if self.keeps_all(self._patches(pixel_values_videos)):
+        if self.keeps_all(self.patches_of(pixel_values_videos)):
             outputs = super().get_video_features(
                 pixel_values_videos, vision_feature_layer=vision_feature_layer, return_dict=True, **kwargs
             )

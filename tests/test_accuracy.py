@@ -141,7 +141,7 @@ def test_a_record_that_cannot_grow_is_refused_before_anything_is_measured(
     content = record if "a" in record else {**own, "rows": [], **record}
     (earlier := tmp_path / "earlier.json").write_text(json.dumps(content))
     monkeypatch.setattr(accuracy, "run_benchmark", lambda *_: pytest.fail("it measured"))
-    assert accuracy.main(["--limit", "2", "--add-to", str(earlier)]) == 2
+    assert accuracy.main(["--limit", "2", "--add-to", str(earlier), "--json", str(tmp_path / "grown.json")]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -153,11 +153,15 @@ def test_a_run_that_measures_no_row_of_the_record_again_is_refused_before_it_ans
     row = {"selector": "random", "budget_percent": 25.0, "important_ratio": None, "position_policy": "renumber"}
     (earlier := tmp_path / "earlier.json").write_text(json.dumps({**about, "rows": [row]}))
     monkeypatch.setattr(accuracy, "measure", lambda *_: pytest.fail("it measured"))
-    asked = ["--limit", "2", "--selectors", "random", "--budgets"]
-    assert accuracy.main([*asked, "50", "--add-to", str(earlier)]) == 2
+    with pytest.raises(SystemExit):
+        accuracy.main(["--add-to", str(earlier)])
+    assert "say by --json where the whole record is to be written" in capsys.readouterr().err
+    asked = ["--limit", "2", "--selectors", "random", "--add-to", str(earlier)]
+    asked += ["--json", str(tmp_path / "grown.json"), "--budgets"]
+    assert accuracy.main([*asked, "50"]) == 2
     assert "measured some of its rows again" in capsys.readouterr().err
     with pytest.raises(pytest.fail.Exception, match="it measured"):
-        accuracy.main([*asked, "50", "25", "--add-to", str(earlier)])
+        accuracy.main([*asked, "50", "25"])
 
 
 def test_a_tower_with_registers_is_refused(accuracy: ModuleType, tiny_llava_repo: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from documents import DOCUMENTS, PAGES, code_blocks, python_block, run_python_block
+from documents import DOCUMENTS, PAGES, README, code_blocks, python_block, run_python_block
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -27,6 +27,7 @@ from vispruner.configuration_vispruner import FIELD_NAMES
 from vispruner.conversion import cli
 from vispruner.conversion.build import build_repo
 from vispruner.conversion.repo_config import HUB_CONFIGS, hub_config_names, load_repo_config
+from vispruner.serving.launch_options import ENCODERS
 
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -110,6 +111,12 @@ def test_relative_links_lead_somewhere() -> None:
     for document in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         links = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text(encoding="utf-8"))
         assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
+
+
+def test_the_readme_counts_the_architectures_that_vllm_serves() -> None:
+    rows = re.findall(r"^\| [^|]+ \| \[.*\| ([✓ ]*)\|$", README, flags=re.MULTILINE)
+    assert len(rows) == 12 and sum("✓" in served for served in rows) == len(ENCODERS) == 10
+    assert "vLLM serves ten of the twelve" in " ".join(README.split())
 
 
 def test_the_readme_is_short() -> None:
